@@ -1,0 +1,193 @@
+"""What was measured -> what the training step needs: one weight per student token, one constant per response.
+
+This happens when the store is read, so another mu, clip, transform or reference needs no new annotation.
+
+Letters: N responses, S spans of a response (padded to a few sizes, so that few programs are compiled).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ctpd_jax.core.losses import reward_coefficients
+from ctpd_jax.core.weights import (
+    binary_weights,
+    importance_weights,
+    random_weights,
+    rank_weights,
+    scale_weights,
+    threshold_weights,
+    uniform_weights,
+    weight_diagnostics,
+)
+from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.errors import UserError
+from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Aligned, AlignedPair, Array
+
+Scores = Mapping[str, np.ndarray]  # scorer -> float32 [S]
+Example = tuple[AlignedPair, Mapping[str, Scores]]  # a pair, and per side the scores of its response
+
+SOURCES = ("dpo", "sft", "prompts", "uniform", "random")
+TRANSFORMS = ("none", "threshold", "scale", "rank", "binary")
+REFERENCES = {"teacher": "reference", "student": "start", "none": None}
+
+
+def check_options(weights: ConfigDict, train: ConfigDict) -> None:
+    """Refuses by name what is not an option, before anything long has run."""
+    allowed = {
+        "weights.source": (weights.source, SOURCES),
+        "weights.transform": (weights.transform, TRANSFORMS),
+        "weights.positive_scorer": (weights.positive_scorer, ("teacher", "student")),
+        "weights.negative_scorer": (weights.negative_scorer, ("teacher", "student")),
+        "train.reference": (train.reference, tuple(REFERENCES)),
+        "train.span_logprob": (train.span_logprob, ("sum", "mean")),
+        "train.normalize": (train.normalize, ("none", "span", "byte", "start")),
+        "train.loss": (train.loss, ("sigmoid", "ipo", "hinge")),
+    }
+    for name, (value, choices) in allowed.items():
+        if value not in choices:
+            raise UserError(f"config.{name} is {value!r}; choose one of {', '.join(choices)}.")
+    if train.normalize == "start" and train.reference == "none":
+        raise UserError(
+            "config.train.normalize = 'start' measures against the student's start; set train.reference to it."
+        )
+
+
+def span_weights(
+    positive: Array, negative: Array, mask: Array, mu: Array, keys: Array, weights: ConfigDict
+) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+    """Returns the weights float32 [N, S] of padded responses, and their diagnostics as (sum, count)."""
+    if weights.source == "uniform":
+        values = uniform_weights(mask)
+    elif weights.source == "random":
+        values = random_weights(keys, mask)
+    else:
+        values = importance_weights(positive, negative, mu[:, None], weights.k, weights.lower, weights.upper, mask=mask)
+    if weights.transform == "threshold":
+        values = threshold_weights(values, mask=mask)
+    elif weights.transform == "scale":
+        values = scale_weights(values, mask=mask)
+    elif weights.transform == "rank":
+        values = rank_weights(values, mask=mask)
+    elif weights.transform == "binary":
+        values = binary_weights(values, 100 * weights.top_share, mask=mask)
+    return values, weight_diagnostics(positive, negative, values, weights.lower, weights.upper, mask=mask)
+
+
+def padded(rows: Sequence[np.ndarray], size: int, dtype: type = np.float32) -> np.ndarray:
+    """Stacks ragged rows: [N, size], zeros behind each."""
+    out = np.zeros((len(rows), size), dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def by_size(counts: Sequence[int], smallest: int = 32) -> dict[int, list[int]]:
+    """Groups places by the power of two that their count is padded to."""
+    groups: dict[int, list[int]] = {}
+    for place, count in enumerate(counts):
+        groups.setdefault(max(smallest, 1 << (count - 1).bit_length()), []).append(place)
+    return groups
+
+
+@dataclass(frozen=True)
+class SpanValues:
+    """What one response's spans count for: w_i, and the a_i, c of r = sum_t a_span(t) log pi(y_t) - c."""
+
+    weights: np.ndarray  # float32 [S]
+    coefficients: np.ndarray  # float32 [S]
+    constant: float
+    start: float  # sum_t a_span(t) log pi_start(y_t); NaN where the start was not measured
+
+
+def span_values(
+    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int
+) -> tuple[list[tuple[SpanValues, SpanValues]], dict[str, float]]:
+    """Returns the values of every pair's chosen and rejected spans, and the diagnostics of the weights.
+
+    `train.normalize = "start"` (margin relative to the student's start) is the student's start as reference: the other
+    reference cancels from that margin.
+    """
+    reference = "start" if train.normalize == "start" else REFERENCES[train.reference]
+    normalize = "none" if train.normalize == "start" else train.normalize
+
+    @jax.jit
+    def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, mu: Array, keys: Array) -> tuple:
+        mask = student > 0
+        zeros = jnp.zeros(mask.shape)
+        w, diagnostics = span_weights(
+            scores.get("positive", zeros), scores.get("negative", zeros), mask, mu, keys, weights
+        )
+
+        def against(name: str | None) -> tuple[Array, Array]:
+            counts = teacher if name == "reference" else student
+            summed = None if name is None else scores[name]
+            return reward_coefficients(w, student, summed, counts, sizes, train.span_logprob, normalize)
+
+        a, constant = against(reference)
+        start = against("start")[1] if "start" in scores else jnp.full_like(constant, jnp.nan)
+        return (w, a, constant, start), diagnostics
+
+    responses = [(pair.response(s), scores[name], s) for pair, scores in examples for s, name in enumerate(SIDES)]
+    out: list[SpanValues | None] = [None] * len(responses)
+    totals: dict[str, np.ndarray] = {}
+    for size, places in by_size([aligned.num_spans for aligned, _, _ in responses]).items():
+        part = [responses[i] for i in places]
+        names = part[0][1].keys()
+        found, diagnostics = measure(
+            {name: padded([scores[name] for _, scores, _ in part], size) for name in names},
+            padded([np.bincount(aligned.student.span_ids) for aligned, _, _ in part], size, np.int32),
+            padded([np.bincount(aligned.teacher.span_ids) for aligned, _, _ in part], size, np.int32),
+            padded([np.diff(aligned.bounds) for aligned, _, _ in part], size, np.int32),
+            np.array([weights.mu if side == CHOSEN else -weights.mu for _, _, side in part], np.float32),
+            jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.array(places, jnp.uint32)),
+        )
+        w, a, constant, start = jax.device_get(found)
+        for row, place in enumerate(places):
+            spans = responses[place][0].num_spans
+            out[place] = SpanValues(w[row, :spans], a[row, :spans], float(constant[row]), float(start[row]))
+        for name, (total, count) in jax.device_get(diagnostics).items():
+            totals[name] = totals.get(name, 0) + np.array([total, count], np.float64)
+    figures = {f"weights/{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}
+    whole = [value for value in out if value is not None]
+    return list(zip(whole[::2], whole[1::2], strict=True)), figures
+
+
+def training_items(
+    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int
+) -> tuple[list[PairItem], dict[str, float]]:
+    """Returns the student's items for CTPD, and figures about spans and weights that every log line repeats."""
+    values, figures = span_values(examples, weights, train, seed)
+
+    def response(aligned: Aligned, value: SpanValues) -> ScoredResponse:
+        student = aligned.student  # every token lies in a span: see AlignedPair
+        return ScoredResponse(student.ids, value.coefficients[student.span_ids], value.constant, value.start)
+
+    items = [
+        PairItem(pair.student_prompt, *(response(pair.response(side), both[side]) for side in (CHOSEN, REJECTED)))
+        for (pair, _), both in zip(examples, values)
+    ]
+    return items, figures | span_figures([pair for pair, _ in examples])
+
+
+def span_figures(pairs: Sequence[AlignedPair]) -> dict[str, float]:
+    """Spans per pair, tokens per span, share of one-to-one spans, and share of the text's bytes that is covered."""
+    responses = [pair.response(side) for pair in pairs for side in (CHOSEN, REJECTED)]
+    spans = sum(r.num_spans for r in responses)
+    one_to_one = sum(
+        int(((np.bincount(r.student.span_ids) == 1) & (np.bincount(r.teacher.span_ids) == 1)).sum()) for r in responses
+    )
+    return {
+        "spans/per_pair": spans / len(pairs),
+        "spans/student_tokens": sum(len(r.student.ids) for r in responses) / spans,
+        "spans/teacher_tokens": sum(len(r.teacher.ids) for r in responses) / spans,
+        "spans/one_to_one": one_to_one / spans,
+        "spans/bytes_covered": sum(int(r.bounds[-1]) for r in responses)
+        / sum(pair.chosen_bytes + pair.rejected_bytes for pair in pairs),
+    }

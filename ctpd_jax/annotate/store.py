@@ -1,0 +1,369 @@
+"""The annotated data on disk: what each scorer measured, and the store that training reads.
+
+1. `Column`: one scorer's float32 values per span, a file per shard of pairs. Scorers run one after another, each
+   resumes at the first shard that is missing.
+2. `write_store`: pairs and columns merged into a TFDS data set of ArrayRecord shards with a manifest.
+   `tfds.builder_from_directory(directory).as_data_source("train")` opens it, without TensorFlow.
+3. `open_store`: random access to the pairs, after manifest and checksums have been held against what is expected.
+
+The store holds what was measured; weights and the reference constant are computed when it is read.
+Letters: S spans of a response, T tokens of one side of it, N pairs of a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.files import PARTIAL, local_path, sha256_file, write_bytes, write_json
+from ctpd_jax.schema import SIDES, Aligned, AlignedPair, TokenSide
+
+NAME = "ctpd_annotations"  # of the TFDS data set
+SPLIT = "train"
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_MODELS: tuple[Literal["teacher", "student"], ...] = ("teacher", "student")
+
+Scores = dict[str, dict[str, np.ndarray]]  # side -> scorer -> float32 [S]: log-probability of each span
+Record = dict[str, Any]
+
+
+def shard_ranges(num_pairs: int, pairs_per_shard: int) -> list[range]:
+    """The pairs of each shard: consecutive, `pairs_per_shard` in all but the last."""
+    if pairs_per_shard < 1:
+        raise UserError(f"pairs_per_shard is {pairs_per_shard}; it has to be at least 1.")
+    return [range(start, min(start + pairs_per_shard, num_pairs)) for start in range(0, num_pairs, pairs_per_shard)]
+
+
+# ---------------------------------------------------------------------------------------------- manifests
+
+
+def first_difference(expected: Any, found: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted field, expected, found) of the first field of `expected` that `found` does not have or has otherwise.
+
+    Fields that only `found` has are no difference. Both are compared as JSON would hold them (a tuple is a list).
+    """
+    if isinstance(expected, Mapping):
+        for key, value in expected.items():
+            inner = f"{field}.{key}" if field else str(key)
+            if not isinstance(found, Mapping) or key not in found:
+                return inner, value, "nothing"
+            if difference := first_difference(value, found[key], inner):
+                return difference
+        return None
+    plain = json.loads(json.dumps(expected))
+    same = plain == found and isinstance(plain, bool) == isinstance(found, bool)  # else True would equal 1
+    return None if same else (field, expected, found)
+
+
+def _require_same(expected: Mapping[str, Any], found: Mapping[str, Any], where: Path, advice: str) -> None:
+    if difference := first_difference(expected, found):
+        field, wanted, there = difference
+        raise UserError(f"{where} does not match: {field} is {there!r} there, but {wanted!r} is expected. {advice}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove the folder and annotate again.") from None
+
+
+# ---------------------------------------------------------------------------------------------- columns
+
+
+class Column:
+    """What one scorer measured: `<directory>/columns/<scorer>/<shard>.f32`, one file a shard, whole or not there.
+
+    A shard is a list of float32 arrays of any lengths (by convention chosen, rejected, chosen, ...: two per pair).
+    The file: SHA-256 of the rest (32 bytes), n, n+1 offsets (int64), the values (float32); all little-endian.
+    `identity` says what was measured (model, tokenizers, lengths, ...): going on with another one is a UserError that
+    names the first field that differs. Several processes may write different shards.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], scorer: str, identity: Mapping[str, Any]) -> None:
+        self.directory = local_path(directory) / "columns" / scorer
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "identity.json"
+        advice = f"Remove {self.directory} to measure it again, or annotate in another folder."
+        if path.exists():
+            _require_same(identity, _read_json(path), path, advice)
+        else:
+            write_json(path, dict(identity))
+
+    def missing_shards(self, num_shards: int) -> list[int]:
+        """The shards that are still to be measured: not there, or not as they were written."""
+        return [shard for shard in range(num_shards) if self._load(shard) is None]
+
+    def write(self, shard: int, arrays: Sequence[np.ndarray]) -> None:
+        """One shard: `arrays` are float32 [S], of any S (also 0)."""
+        for array in arrays:
+            if np.ndim(array) != 1 or array.dtype != np.float32:
+                raise ValueError(f"A column holds float32 [S] arrays, not {array.dtype}{list(np.shape(array))}.")
+        offsets = np.cumsum([0, *map(len, arrays)], dtype="<i8")
+        values = np.concatenate([np.zeros(0, "<f4"), *arrays])
+        payload = np.array([len(arrays)], "<i8").tobytes() + offsets.tobytes() + values.tobytes()
+        write_bytes(self._path(shard), hashlib.sha256(payload).digest() + payload)
+
+    def read(self, shard: int) -> list[np.ndarray]:
+        """The arrays of one shard, as they were written. Raises UserError if it is missing or damaged."""
+        arrays = self._load(shard)
+        if arrays is None:
+            raise UserError(f"{self._path(shard)} is missing or damaged; annotate again, which measures only that.")
+        return arrays
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / f"{shard:05d}.f32"
+
+    def _load(self, shard: int) -> list[np.ndarray] | None:
+        path = self._path(shard)
+        data = path.read_bytes() if path.exists() else b""
+        digest, payload = data[:32], data[32:]
+        if hashlib.sha256(payload).digest() != digest:
+            return None
+        count = int(np.frombuffer(payload, "<i8", 1)[0])
+        offsets = np.frombuffer(payload, "<i8", count + 1, offset=8)
+        values = np.frombuffer(payload, "<f4", offset=8 * (count + 2))
+        return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+def _pair_fields() -> dict[str, str]:
+    """{field: kind} of a record without its scores."""
+    fields = {"id": "text", "teacher_prompt": "int32", "student_prompt": "int32"}
+    for side in SIDES:
+        fields |= {f"{side}_bytes": "count", f"{side}_truncated": "flag", f"{side}_bounds": "int32"}
+        fields |= {f"{side}_{model}_{what}": "int32" for model in _MODELS for what in ("ids", "span_ids")}
+    return fields
+
+
+_PAIR_FIELDS = _pair_fields()
+
+
+def to_record(pair: AlignedPair, scores: Scores) -> Record:
+    """A pair and its measurements as one flat record of the store.
+
+    For each side: bounds int32 [S+1]; {teacher, student}_ids and _span_ids int32 [T]; one float32 [S] per scorer.
+    Raises ValueError, naming the pair, where a score has another length than the spans.
+    """
+    record: Record = {"id": pair.id, "teacher_prompt": pair.teacher_prompt, "student_prompt": pair.student_prompt}
+    for index, side in enumerate(SIDES):
+        aligned = pair.response(index)
+        record[f"{side}_bytes"] = (pair.chosen_bytes, pair.rejected_bytes)[index]
+        record[f"{side}_truncated"] = pair.truncated[index]
+        record[f"{side}_bounds"] = aligned.bounds
+        for model in _MODELS:
+            tokens = pair.tokens(model, index)
+            record[f"{side}_{model}_ids"] = tokens.ids
+            record[f"{side}_{model}_span_ids"] = tokens.span_ids
+        for scorer, values in scores[side].items():
+            if np.shape(values) != (aligned.num_spans,):
+                raise ValueError(
+                    f"Pair {pair.id}: {scorer} of {side} has shape {np.shape(values)}, but there are "
+                    f"{aligned.num_spans} spans."
+                )
+            record[f"{side}_{scorer}"] = values
+    return record
+
+
+def from_record(record: Mapping[str, Any]) -> tuple[AlignedPair, Scores]:
+    """The inverse of `to_record`, also for what TFDS gives back (the id as bytes). Scorers: whatever the record has."""
+    text = record["id"]
+
+    def aligned(side: str) -> Aligned:
+        sides = [TokenSide(record[f"{side}_{m}_ids"], record[f"{side}_{m}_span_ids"]) for m in _MODELS]
+        return Aligned(record[f"{side}_bounds"], *sides)
+
+    pair = AlignedPair(
+        id=text.decode() if isinstance(text, bytes) else str(text),
+        teacher_prompt=record["teacher_prompt"],
+        student_prompt=record["student_prompt"],
+        chosen=aligned("chosen"),
+        rejected=aligned("rejected"),
+        chosen_bytes=int(record["chosen_bytes"]),
+        rejected_bytes=int(record["rejected_bytes"]),
+        truncated=(bool(record["chosen_truncated"]), bool(record["rejected_truncated"])),
+    )
+    scores: Scores = {
+        side: {
+            k.removeprefix(f"{side}_"): v
+            for k, v in record.items()
+            if k.startswith(f"{side}_") and k not in _PAIR_FIELDS
+        }
+        for side in SIDES
+    }
+    return pair, scores
+
+
+def _features(scorers: Sequence[str]) -> Any:
+    import tensorflow_datasets as tfds
+
+    kinds = {
+        "text": tfds.features.Text,
+        "int32": lambda: tfds.features.Tensor(shape=(None,), dtype=np.int32),
+        "float32": lambda: tfds.features.Tensor(shape=(None,), dtype=np.float32),
+        "count": lambda: tfds.features.Scalar(np.int64),
+        "flag": lambda: tfds.features.Scalar(np.bool_),
+    }
+    fields = dict(_PAIR_FIELDS)
+    for name in (f"{side}_{scorer}" for side in SIDES for scorer in scorers):
+        if name in fields:
+            raise UserError(f"A scorer cannot be called {name.split('_', 1)[1]!r}: the store has a field {name!r}.")
+        fields[name] = "float32"
+    return tfds.features.FeaturesDict({name: kinds[kind]() for name, kind in fields.items()})
+
+
+# ---------------------------------------------------------------------------------------------- writing the store
+
+
+def write_store(
+    directory: str | os.PathLike[str],
+    ranges: Sequence[range],
+    records: Callable[[int, range], Iterable[Record]],
+    scorers: Sequence[str],
+    manifest: Mapping[str, Any],
+) -> None:
+    """Merges everything into `directory`, shard by shard, in the order of the pairs.
+
+    `ranges` is `shard_ranges(...)`; `records(shard, pairs)` yields the records of one shard and is called only for
+    shards that are not whole yet, so a run that was killed goes on where it stopped, to the same bytes. `manifest` is
+    JSON: what the store was made from. A store in `directory` from another manifest is a UserError naming the field.
+    """
+    folder = local_path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    features = _features(scorers)
+    made_from = {
+        **manifest,
+        "format": _FORMAT,
+        "num_pairs": sum(map(len, ranges)),
+        "shard_pairs": [len(pairs) for pairs in ranges],
+        "scorers": list(scorers),
+    }
+    final, progress = folder / MANIFEST, folder / (MANIFEST + ".progress")
+    advice = "Remove that folder to make it again, or choose another."
+    if final.exists():
+        _require_same(made_from, _read_json(final), final, advice)
+        return
+    done: list[dict[str, Any]] = []
+    if progress.exists():
+        found = _read_json(progress)
+        _require_same(made_from, found, progress, advice)
+        done = found["shards"]
+    for shard, pairs in enumerate(ranges):
+        path = folder / f"{NAME}-{SPLIT}.array_record-{shard:05d}-of-{len(ranges):05d}"
+        if shard < len(done) and path.is_file() and sha256_file(path) == done[shard]["sha256"]:
+            continue
+        beside = path.with_name(path.name + PARTIAL)
+        num_bytes = _write_shard(beside, features, records(shard, pairs), len(pairs))
+        entry = {"file": path.name, "bytes": num_bytes, "sha256": sha256_file(beside)}
+        os.replace(beside, path)
+        done[shard : shard + 1] = [entry]
+        write_json(progress, {**made_from, "shards": done})
+    metadata = _write_tfds_metadata(folder, features, made_from["shard_pairs"], sum(e["bytes"] for e in done))
+    write_json(final, {**made_from, "shards": done, "metadata": metadata})
+    progress.unlink(missing_ok=True)
+
+
+def _write_shard(path: Path, features: Any, records: Iterable[Record], expected: int) -> int:
+    """Returns the number of bytes of the serialized records. The file's bytes are a function of the records."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")  # 1: random access record by record
+    count = num_bytes = 0
+    try:
+        for record in records:
+            example = serializer.get_tf_example(features.encode_example(record))
+            data = example.SerializeToString(deterministic=True)  # else the order of a map changes with every process
+            writer.write(data)
+            count, num_bytes = count + 1, num_bytes + len(data)
+    finally:
+        writer.close()
+    if count != expected:
+        raise ValueError(f"{path.name} should hold {expected} records, but {count} came.")
+    return num_bytes
+
+
+def _write_tfds_metadata(folder: Path, features: Any, shard_lengths: list[int], num_bytes: int) -> dict[str, str]:
+    """Writes what makes the shards a TFDS data set; returns {file: sha256}.
+
+    A kill in it does no harm: without a manifest nobody reads it.
+    """
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name=SPLIT, shard_lengths=shard_lengths, num_bytes=num_bytes, filename_template=template
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=[split],
+        check_data=False,  # the check would need TensorFlow
+        description="Preference pairs with the span log-probabilities that each scorer measured, in their order.",
+        disable_shuffling=True,
+    )
+    return {name: sha256_file(folder / name) for name in ("dataset_info.json", "features.json")}
+
+
+# ---------------------------------------------------------------------------------------------- reading the store
+
+
+@dataclass(frozen=True)
+class Store:
+    """The pairs of a store, in their order: a random access source (`len`, `[i]`) that can be pickled."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    records: Any  # the TFDS data source: len, [i] -> Record
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[AlignedPair, Scores]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Pair {index} of a store of {len(self)} pairs.")
+        return from_record(self.records[int(index) % len(self)])
+
+
+def open_store(
+    directory: str | os.PathLike[str], expect: Mapping[str, Any] | None = None, verify: bool = True
+) -> Store:
+    """Opens what `write_store` finished.
+
+    `expect` are fields (nested dicts too) that the manifest must have with these values; others may be there as well.
+    `verify` reads every shard once and holds it against its SHA-256. Raises UserError: no finished store there, the
+    first field that differs with both values, or the file whose bytes are not those that were written.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = local_path(directory)
+    path = folder / MANIFEST
+    if not path.exists():
+        started = (folder / (MANIFEST + ".progress")).exists()
+        state = "an unfinished annotated store" if started else "no annotated store"
+        raise UserError(f"There is {state} at {folder}; run `ctpd annotate` first.")
+    manifest = _read_json(path)
+    _require_same({"format": _FORMAT, **(expect or {})}, manifest, path, "Annotate again with these settings.")
+    files = {entry["file"]: entry["sha256"] for entry in manifest["shards"]} | manifest["metadata"]
+    for name, sha256 in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing; remove {path} and annotate again to restore it.")
+        if verify and sha256_file(file) != sha256:
+            raise UserError(f"{file} is damaged (its SHA-256 is not the manifest's); remove {path} and annotate again.")
+    return Store(folder, manifest, tfds.builder_from_directory(folder).as_data_source(SPLIT))

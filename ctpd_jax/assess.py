@@ -1,0 +1,212 @@
+"""The stages that look at what was trained: evaluate and export; and two looks at single things, inspect and generate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ctpd_jax.annotate.coefficients import span_values
+from ctpd_jax.annotate.store import open_store
+from ctpd_jax.errors import UserError
+from ctpd_jax.evaluate.preferences import compare
+from ctpd_jax.files import canonical_json, write_json
+from ctpd_jax.models.generate import generate
+from ctpd_jax.models.hf import save_hf
+from ctpd_jax.report import show
+from ctpd_jax.report.html import write_report
+from ctpd_jax.run import Model, Run
+from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message
+from ctpd_jax.stages import score_column
+from ctpd_jax.toy.world import true_reward
+from ctpd_jax.train.metrics import read_metrics
+from ctpd_jax.train.step import Params
+from ctpd_jax.workdir import begin, finish, read_json
+
+STUDENTS = {"student_start", "student_dpo", "ctpd"}
+
+
+def rows(run: Run) -> dict[str, tuple[str, Model]]:
+    """The models of the table: row -> the stage that made it, and whose tokens it reads."""
+    table: dict[str, tuple[str, Model]] = {"student_start": ("student_sft", "student")}
+    if not run.left_out("student_dpo"):
+        table["student_dpo"] = ("student_dpo", "student")
+    if not run.left_out("train"):
+        table["ctpd"] = ("train", "student")
+    table["teacher"] = ("teacher_sft", "teacher")
+    if not run.left_out("positive") and run.config.weights.positive_scorer == "teacher":
+        table["teacher_dpo"] = ("positive", "teacher")
+    return table
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+def evaluate(run: Run) -> None:
+    """Scores the held-out pairs with every model, samples from every model, and writes down what came of it."""
+    pairs, table = run.pairs("test"), rows(run)
+    columns = {name: score_column(run, "test", name, stage, model) for name, (stage, model) in table.items()}
+    logps = {
+        name: np.array([[scores.sum(dtype=np.float64) for scores in both] for both in column])
+        for name, column in columns.items()
+    }
+    lengths = np.array([[pair.response(side).bounds[-1] for side in (CHOSEN, REJECTED)] for pair in pairs])
+    result: dict[str, Any] = compare(
+        logps,
+        lengths,
+        STUDENTS,
+        start="student_start",
+        teacher="teacher",
+        beta=run.config.train.beta,
+        tolerance=run.config.evaluate.length_tolerance,
+    )
+    result["pairs"] = len(pairs)
+    result["samples"] = {name: samples(run, name) for name in table}
+    if run.config.data.test == "toy":
+        for name, drawn in result["samples"].items():
+            result["models"][name]["true_reward"] = mean_and_error(
+                [true_reward(sample["answer"], sample["prompt"]) for sample in drawn]
+            )
+    result["training"] = {
+        stage: {"first": lines[0], "last": lines[-1]}
+        for stage in ("positive", "negative", "student_dpo", "train")
+        if (lines := read_metrics(run.workdir, stage))
+    }
+    result["example"] = example(run, 0)
+    plain = as_plain(result)
+    write_json(run.workdir / "evaluation.json", plain)
+    write_report(run.workdir)
+    run.say(show.example_text(plain["example"]))
+    run.say(show.table(plain))
+    run.say(f"{run.workdir / 'evaluation.json'}, {run.workdir / 'report.html'}")
+
+
+def as_plain(value: Any) -> Any:
+    """The value as JSON holds it; a figure that does not exist is null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {key: as_plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [as_plain(part) for part in value]
+    if isinstance(value, np.generic):
+        return as_plain(value.item())
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, float]:
+    """Mean, its standard error, and the number of values."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return {"mean": float(np.mean(values)), "error": spread / len(values) ** 0.5, "count": len(values)}
+
+
+def samples(run: Run, row: str) -> list[dict[str, str]]:
+    """Answers of one model to the first held-out prompts; kept until the model or the settings change."""
+    stage, model = rows(run)[row]
+    settings = run.config.evaluate
+    inputs = {
+        "params": run.identity(stage, model),
+        "data": run.data_identity("test"),
+        "count": settings.samples,
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": run.config.seed,
+    }
+    path = run.workdir / "evaluation" / "samples" / f"{row}.json"
+    known = read_json(path)
+    if known and canonical_json(known["inputs"]) == canonical_json(inputs):
+        return known["samples"]
+    raw = run.raw("test")
+    prompts: dict[tuple[Message, ...], str] = {}  # each prompt once, in the order of the data
+    for pair in run.pairs("test"):
+        if not pair.dropped:
+            prompts.setdefault(raw[pair.id].prompt, pair.id)
+    asked = list(prompts)[: settings.samples]
+    answers = sample(run, model, run.params_of(stage, model), asked, settings.max_new_tokens, settings.temperature)
+    drawn = [{"prompt": prompt[-1].content, "answer": answer} for prompt, answer in zip(asked, answers)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"inputs": inputs, "samples": drawn})
+    return drawn
+
+
+def sample(
+    run: Run, model: Model, params: Params, prompts: Sequence[Sequence[Message]], max_new: int, temperature: float
+) -> list[str]:
+    """Draws one answer to each prompt, as text."""
+    text = run.text(model)
+    found = generate(
+        run.decoder(model),
+        params,
+        [text.prompt(prompt).tolist() for prompt in prompts],
+        max_new_tokens=max_new,
+        temperature=temperature,
+        key=jax.random.key(run.config.seed),
+        stop_ids=(text.end_of_turn,),
+    )
+    return [text.tokenizer.hf.decode(ids, skip_special_tokens=True) for ids in found]
+
+
+# ------------------------------------------------------------------------------------------------ single things
+
+
+def example(run: Run, number: int) -> dict[str, Any]:
+    """One training pair: the text of every span, both sides' tokens in it, and its weight where it was annotated."""
+    config = run.config
+    try:
+        store = open_store(run.workdir / "annotations", verify=False)
+        pair, scores = store[number]
+        weights = span_values([(pair, scores)], config.weights, config.train, config.seed)[0][0]
+    except UserError:  # nothing is annotated yet: the alignment alone
+        pairs = run.pairs("train")
+        if not 0 <= number < len(pairs):
+            raise UserError(f"There is no pair {number}; the training data has {len(pairs)}.") from None
+        pair, weights = pairs[number], None
+    raw = run.raw("train")[pair.id]
+    sides = {}
+    for side, name in enumerate(SIDES):
+        aligned, text = pair.response(side), (raw.chosen, raw.rejected)[side].encode("utf-8")
+        spans = []
+        for i in range(aligned.num_spans):
+            spans.append(
+                {
+                    "text": text[aligned.bounds[i] : aligned.bounds[i + 1]].decode("utf-8", errors="replace"),
+                    "teacher": show.pieces(run.text("teacher").tokenizer, aligned.teacher, i),
+                    "student": show.pieces(run.text("student").tokenizer, aligned.student, i),
+                    "weight": None if weights is None else float(weights[side].weights[i]),
+                }
+            )
+        sides[name] = {"spans": spans, "truncated": pair.truncated[side]}
+    return {"id": pair.id, "source": raw.source, "prompt": [dataclasses.asdict(m) for m in raw.prompt], **sides}
+
+
+def inspect(run: Run, number: int) -> None:
+    run.say(show.example_text(as_plain(example(run, number))))
+
+
+def answer(run: Run, row: str, prompt: str, max_new: int, temperature: float) -> None:
+    """Prints one model's answer."""
+    table = rows(run)
+    if row not in table:
+        raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
+    stage, model = table[row]
+    print(sample(run, model, run.params_of(stage, model), [[Message("user", prompt)]], max_new, temperature)[0])
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+def export(run: Run) -> None:
+    """The trained student as a Hugging Face model folder."""
+    stage, model = rows(run).get("ctpd", rows(run)["student_start"])
+    directory = run.workdir / "export"
+    inputs = {"params": run.identity(stage, model), "dtype": run.config.export.dtype}
+    marker = run.workdir / "export_stage"
+    if begin(marker, inputs) is None or not directory.is_dir():
+        save_hf(
+            directory, run.decoder(model), run.params_of(stage, model), run.folder(model), dtype=run.config.export.dtype
+        )
+        finish(marker, {"params": inputs["params"]})
+    run.say(f"The student in Hugging Face format: {directory}")

@@ -1,0 +1,232 @@
+"""Hidden states and an unembedding -> log-probabilities of given tokens, without ever holding [N, V] logits.
+
+Letters: N scored positions, D width of the model, V vocabulary, G vocabulary groups, C = V / G rows of one group.
+
+The usual way is to walk over the positions, a few at a time, each against the whole vocabulary. Its gradient adds a
+[V, D] matrix to the gradient of the unembedding at every step: for a vocabulary of 262,144 and 64 positions a step that
+costs more than the matmuls. Here the loop runs over the vocabulary instead, all positions against one group of its
+rows: the log-sum-exp is kept online, every row of the unembedding's gradient is written once, and a block of logits has
+the same number of entries. Forward and backward each hold one such block; backward computes it anew.
+
+Group g holds the rows g, g + G, g + 2G, ...: a view of the unembedding as [C, G, D]. A vocabulary that is sharded over
+devices then stays sharded inside every group, where consecutive rows would all lie on one device.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+BLOCK_BYTES = 64 * 2**20  # default size of one float32 block of logits
+
+Precision = Any  # None, a string or a jax.lax.Precision, as jnp.einsum takes it
+Forward = tuple[jax.Array, jax.Array, jax.Array]  # [N] each: largest logit, sum of exp(logit - largest), target's logit
+Gradients = tuple[jax.Array, jax.Array]  # of hidden [N, D] and of the grouped unembedding [C, G, D]
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # hidden, grouped, targets, log-sum-exp [N]
+
+
+def token_logprobs(
+    hidden: ArrayLike,
+    unembedding: ArrayLike,
+    targets: ArrayLike,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    precision: Precision = None,
+) -> jax.Array:
+    """log softmax(cap(hidden @ unembedding.T))[targets], with cap(z) = softcap * tanh(z / softcap).
+
+    Args:
+        hidden: float [..., D], the states after the final norm. hidden[t] is scored against targets[t]: the caller
+            shifts. Must be finite also in padding, whose gradient is 0 * softmax.
+        unembedding: float [V, D].
+        targets: int [...], 0 <= targets < V; a value outside gives NaN.
+        chunk: size of a block of logits, in positions: at most chunk * V logits are alive at once (never fewer than
+            one for each position). By default as many as fit into 64 MB of float32.
+        softcap: bound of the logits (Gemma 2), or None.
+        precision: of the matmuls. By default `jax.lax.Precision.HIGHEST` for float32, because TPUs otherwise round the
+            operands to bfloat16 and that error does not cancel between a policy and a reference of different models.
+
+    Returns:
+        float32 [...] (float64 if an operand is), nats.
+
+    bfloat16 operands are multiplied as they are and accumulated in float32. The gradient of the unembedding lives in
+    one buffer. Works under jit, grad, vmap, shard_map and pmap. Reverse mode only. Give a batch as leading axes rather
+    than through vmap: vmap of the gradient holds one [V, D] for each example.
+
+    Raises:
+        ValueError: shapes that do not fit, chunk < 1 or softcap <= 0.
+    """
+    hidden, unembedding, targets = jnp.asarray(hidden), jnp.asarray(unembedding), jnp.asarray(targets)
+    _check(hidden, unembedding, targets, chunk, softcap)
+    if targets.size == 0:
+        return jnp.zeros(targets.shape, _accumulator(hidden, unembedding))
+    vocabulary, width = unembedding.shape
+    groups = _number_of_groups(targets.size, vocabulary, chunk)
+    dtype = jnp.promote_types(hidden.dtype, unembedding.dtype)
+    if precision is None and dtype.itemsize >= 4:
+        precision = lax.Precision.HIGHEST
+    rows = hidden.reshape(targets.size, width).astype(dtype)
+    # Rounding up to whole groups copies the unembedding; _number_of_groups avoids it wherever V has a fitting divisor.
+    padded = jnp.pad(unembedding.astype(dtype), ((0, -vocabulary % groups), (0, 0)))
+    grouped = padded.reshape(-1, groups, width)
+    known = jnp.where((targets >= 0) & (targets < vocabulary), targets, -1)  # -1 lies in no group and stays NaN
+    rows, grouped, flat_targets = _equally_varying(rows, grouped, known.reshape(-1))
+    return _score(rows, grouped, flat_targets, vocabulary, softcap, precision).reshape(targets.shape)
+
+
+def _check(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk: int | None, softcap: float | None
+) -> None:
+    if unembedding.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != unembedding.shape[1]:
+        raise ValueError(
+            f"token_logprobs needs hidden [..., D] and unembedding [V, D], got {hidden.shape} and {unembedding.shape}."
+        )
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"token_logprobs needs one target for each hidden state: hidden has {hidden.shape[:-1]}, "
+            f"targets {targets.shape}."
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"token_logprobs needs integer targets, got {targets.dtype}.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"token_logprobs needs chunk >= 1, got {chunk}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"token_logprobs needs softcap > 0 or None, got {softcap}.")
+
+
+def _number_of_groups(positions: int, vocabulary: int, chunk: int | None) -> int:
+    """Fewest groups with positions * V / groups <= chunk * V, rounded up to a divisor of V if one lies within twice."""
+    if chunk is None:
+        chunk = max(1, BLOCK_BYTES // (4 * vocabulary))
+    fewest = min(-(-positions // chunk), vocabulary)
+    divisors = (n for n in range(fewest, min(2 * fewest, vocabulary) + 1) if vocabulary % n == 0)
+    return next(divisors, fewest)
+
+
+def _accumulator(hidden: jax.Array, unembedding: jax.Array) -> Any:
+    return jnp.promote_types(jnp.float32, jnp.promote_types(hidden.dtype, unembedding.dtype))
+
+
+def _equally_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Under shard_map: let all arrays vary over the same mesh axes, so that loop carries and cotangents have one type.
+
+    The cast's own transpose is what sums the gradient of a replicated unembedding over the devices.
+    """
+    axes = frozenset().union(*(_varying_axes(a) for a in arrays))
+    missing = [tuple(sorted(axes - _varying_axes(a))) for a in arrays]
+    return tuple(lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing))
+
+
+def _varying_axes(array: jax.Array) -> frozenset[Any]:
+    return getattr(jax.typeof(array), "vma", frozenset())
+
+
+def _constant_like(shape: tuple[int, ...], value: float, dtype: Any, like: jax.Array) -> jax.Array:
+    axes = tuple(sorted(_varying_axes(like)))
+    full = jnp.full(shape, value, dtype)
+    return lax.pcast(full, axes, to="varying") if axes else full
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _score(
+    hidden: jax.Array,  # [N, D]
+    grouped: jax.Array,  # [C, G, D], row c of group g is vocabulary entry c * G + g
+    targets: jax.Array,  # [N]
+    vocabulary: int,  # V: entries from here on are padding
+    softcap: float | None,
+    precision: Precision,
+) -> jax.Array:
+    return _score_forward(hidden, grouped, targets, vocabulary, softcap, precision)[0]
+
+
+def _block_of_logits(
+    hidden: jax.Array,
+    grouped: jax.Array,
+    group: jax.Array,
+    vocabulary: int,
+    softcap: float | None,
+    precision: Precision,
+) -> tuple[jax.Array, jax.Array]:
+    """float32 [N, C] logits of one group, after the soft cap, and the group's rows [C, D]."""
+    rows = lax.dynamic_index_in_dim(grouped, group, axis=1, keepdims=False)
+    # This orientation is the fastest on CPU (no transposed operand to repack) and indifferent elsewhere.
+    logits = jnp.einsum(
+        "nd,cd->nc", hidden, rows, precision=precision, preferred_element_type=_accumulator(hidden, grouped)
+    )
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    size, groups, _ = grouped.shape
+    if size * groups != vocabulary:
+        logits = jnp.where(jnp.arange(size) * groups + group < vocabulary, logits, -jnp.inf)
+    return logits, rows
+
+
+def _column(targets: jax.Array, group: jax.Array, groups: int) -> jax.Array:
+    """int [N]: the target's column in the block of this group, -1 if it lies in another group."""
+    return jnp.where(targets % groups == group, targets // groups, -1)
+
+
+def _score_forward(
+    hidden: jax.Array,
+    grouped: jax.Array,
+    targets: jax.Array,
+    vocabulary: int,
+    softcap: float | None,
+    precision: Precision,
+) -> tuple[jax.Array, Residuals]:
+    dtype = _accumulator(hidden, grouped)
+    groups = grouped.shape[1]
+
+    def step(carry: Forward, group: jax.Array) -> tuple[Forward, None]:
+        top, total, at_target = carry
+        logits, _ = _block_of_logits(hidden, grouped, group, vocabulary, softcap, precision)
+        new_top = jnp.maximum(top, logits.max(axis=1))
+        total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
+        column = _column(targets, group, groups)
+        picked = jnp.take_along_axis(logits, jnp.maximum(column, 0)[:, None], axis=1)[:, 0]
+        return (new_top, total, jnp.where(column >= 0, picked, at_target)), None
+
+    def constant(value: float) -> jax.Array:
+        return _constant_like(targets.shape, value, dtype, hidden)
+
+    start = (constant(-jnp.inf), constant(0.0), constant(jnp.nan))
+    (top, total, at_target), _ = lax.scan(step, start, jnp.arange(groups))
+    normalizer = top + jnp.log(total)
+    return at_target - normalizer, (hidden, grouped, targets, normalizer)
+
+
+def _score_backward(
+    vocabulary: int, softcap: float | None, precision: Precision, residuals: Residuals, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    """With p = softmax: d logit[n, v] = cotangent[n] * (1[v = target n] - p[n, v]), times the slope of the soft cap."""
+    hidden, grouped, targets, normalizer = residuals
+    size, groups, _ = grouped.shape
+    dtype = _accumulator(hidden, grouped)
+    matmul = partial(jnp.einsum, precision=precision, preferred_element_type=dtype)
+
+    def step(carry: Gradients, group: jax.Array) -> tuple[Gradients, None]:
+        hidden_gradient, grouped_gradient = carry
+        logits, rows = _block_of_logits(hidden, grouped, group, vocabulary, softcap, precision)
+        is_target = _column(targets, group, groups)[:, None] == jnp.arange(size)
+        slope = cotangent[:, None] * (is_target - jnp.exp(logits - normalizer[:, None]))
+        if softcap is not None:
+            slope = jnp.where(jnp.isfinite(logits), slope * (1 - jnp.square(logits / softcap)), 0)
+        slope = slope.astype(hidden.dtype)
+        hidden_gradient = hidden_gradient + matmul("nc,cd->nd", slope, rows)
+        rows_gradient = matmul("nc,nd->cd", slope, hidden).astype(grouped.dtype)
+        return (hidden_gradient, lax.dynamic_update_index_in_dim(grouped_gradient, rows_gradient, group, 1)), None
+
+    start = (
+        _constant_like(hidden.shape, 0, dtype, hidden),
+        _constant_like(grouped.shape, 0, grouped.dtype, hidden),
+    )
+    (hidden_gradient, grouped_gradient), _ = lax.scan(step, start, jnp.arange(groups))
+    return hidden_gradient.astype(hidden.dtype), grouped_gradient, None
+
+
+_score.defvjp(_score_forward, _score_backward)

@@ -1,0 +1,188 @@
+"""Importance weights of spans (or tokens), their transforms, and what to report about them.
+
+Letters: S spans of one response, ... any leading axes (responses of a batch).
+
+All functions take [..., S] and a `mask` bool [..., S], True for real spans; a missing mask means that all are real.
+Padding gets weight 0, and its inputs do not matter, NaN included. On the host, where responses are ragged, pad S to a
+few sizes and pass the mask: results for the real spans do not depend on the padding, and JAX compiles once per size
+instead of once per length. Weights are data: take their gradient only if you mean to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ctpd_jax.core.arrays import at_least_float32, mask_or_all, masked_sum_and_count
+
+
+def importance_weights(
+    logp_positive: ArrayLike,
+    logp_negative: ArrayLike,
+    mu: ArrayLike = 1.0,
+    k: ArrayLike = 1.0,
+    lower: float = -0.5,
+    upper: float = 1.5,
+    mask: ArrayLike | None = None,
+) -> jax.Array:
+    """w_i = k * exp(mu * clip(d_i, lower, upper)), d_i = log pi+(p_i) - log pi-(p_i) (arXiv 2601.11865; 2410.04350).
+
+    The clip comes before the sign: with the defaults chosen weights (mu = 1) lie in [0.61, 4.48] and rejected ones
+    (mu = -1) in [0.22, 1.65].
+
+    Args:
+        logp_positive, logp_negative: float [..., S], log-probabilities of each span under the two contrastive models,
+            nats.
+        mu: +1 for chosen, -1 for rejected responses; a number, or an array that broadcasts, such as [..., 1].
+        k: scale, likewise.
+        lower, upper: bounds of d; -inf and inf switch the clip off.
+        mask: bool [..., S].
+
+    Returns:
+        float32 [..., S], 0 in padding.
+
+    With these weights E_D[w f] = E_D*[f] holds exactly, for D* proportional to w D, only if E_D[w] = 1: data from pi-
+    with mu = 1 and no clip (D* = pi+), data from pi+ with mu = -1 (D* = pi-), or with a clip
+    k = 1 / E_D[exp(mu * clip(d))]. For any other D the weights do not normalise.
+    """
+    positive, negative = at_least_float32(logp_positive), at_least_float32(logp_negative)
+    positive, negative = jnp.broadcast_arrays(positive, negative)
+    real = mask_or_all(mask, positive.shape)
+    ratio = jnp.where(real, positive, 0) - jnp.where(real, negative, 0)
+    weights = k * jnp.exp(mu * jnp.clip(ratio, lower, upper))
+    return jnp.where(real, weights, 0)
+
+
+def threshold_weights(
+    weights: ArrayLike, lower: float = 0.3, upper: float = 1.6, mask: ArrayLike | None = None
+) -> jax.Array:
+    """clip(w, lower, upper). float [..., S] -> float32 [..., S], 0 in padding."""
+    values = at_least_float32(weights)
+    return jnp.where(mask_or_all(mask, values.shape), jnp.clip(values, lower, upper), 0)
+
+
+def scale_weights(
+    weights: ArrayLike,
+    lower: float = 0.2,
+    upper: float = 1.8,
+    new_lower: float = 0.3,
+    new_upper: float = 1.7,
+    mask: ArrayLike | None = None,
+) -> jax.Array:
+    """clip(w, lower, upper), then the affine map of [lower, upper] onto [new_lower, new_upper].
+
+    float [..., S] -> float32 [..., S], 0 in padding.
+    """
+    values = at_least_float32(weights)
+    share = (jnp.clip(values, lower, upper) - lower) / (upper - lower)
+    return jnp.where(mask_or_all(mask, values.shape), new_lower + share * (new_upper - new_lower), 0)
+
+
+def rank_weights(
+    weights: ArrayLike, lowest: float = 0.6, highest: float = 2.0, mask: ArrayLike | None = None
+) -> jax.Array:
+    """lowest + (highest - lowest) * i / (n - 1), i = 0..n-1 the ascending rank of w among the response's n real spans.
+
+    Equal weights share the mean of their ranks, because a clip makes many weights equal and their order in the text
+    must not decide. A response of one span gets `lowest` (rank 0).
+
+    float [..., S] -> float32 [..., S], 0 in padding.
+    """
+    values = at_least_float32(weights)
+    real = mask_or_all(mask, values.shape)
+
+    def mean_rank(row: jax.Array, real_row: jax.Array) -> jax.Array:
+        row = jnp.where(real_row, row, jnp.inf)  # padding ranks last, behind every real span
+        ordered = jnp.sort(row)
+        below = jnp.searchsorted(ordered, row, side="left")
+        up_to = jnp.searchsorted(ordered, row, side="right")
+        return (below + up_to - 1) / 2
+
+    rank = _by_row(mean_rank, values, real).astype(values.dtype)
+    spans = real.sum(axis=-1, keepdims=True)
+    weight = lowest + (highest - lowest) * rank / jnp.maximum(spans - 1, 1)
+    return jnp.where(real, weight, 0)
+
+
+def binary_weights(weights: ArrayLike, percent: float = 50.0, mask: ArrayLike | None = None) -> jax.Array:
+    """1 for the top `percent` of the response's n real spans, 0 for the rest.
+
+    Exactly ceil(percent / 100 * n) spans are kept, the largest weights first; among equal ones the earlier span.
+
+    float [..., S] -> float32 [..., S], 0 in padding.
+    """
+    values = at_least_float32(weights)
+    real = mask_or_all(mask, values.shape)
+
+    def descending_rank(row: jax.Array, real_row: jax.Array) -> jax.Array:
+        order = jnp.argsort(jnp.where(real_row, -row, jnp.inf), stable=True)
+        return jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+
+    spans = real.sum(axis=-1, keepdims=True)
+    # The small term keeps float32 rounding of, say, 30 % of 10 from becoming one span more.
+    kept = jnp.ceil(percent * spans / 100 - 1e-4)
+    return jnp.where(real & (_by_row(descending_rank, values, real) < kept), 1, 0).astype(values.dtype)
+
+
+def uniform_weights(mask: ArrayLike) -> jax.Array:
+    """1 for each real span: bool [..., S] -> float32 [..., S]."""
+    return jnp.asarray(mask, bool).astype(jnp.float32)
+
+
+def random_weights(key: jax.Array, mask: ArrayLike, lower: float = 0.7, upper: float = 1.3) -> jax.Array:
+    """Uniform in [lower, upper): the ablation "random".
+
+    Args:
+        key: one typed PRNG key for each response (jax.random.key), shape [...]; fold the example's number and its side
+            into one seed so that a response keeps its weights wherever it turns up.
+        mask: bool [..., S].
+
+    Returns:
+        float32 [..., S], 0 in padding. A span's weight does not depend on how far its response is padded.
+    """
+    real = jnp.asarray(mask, bool)
+    keys = jnp.broadcast_to(key, real.shape[:-1])
+    # A key for each span, rather than S draws from one key, makes the draws independent of S.
+    span_keys = jax.vmap(lambda one: jax.vmap(lambda i: jax.random.fold_in(one, i))(jnp.arange(real.shape[-1])))
+    draws = jax.vmap(lambda one: jax.random.uniform(one, minval=lower, maxval=upper))(
+        span_keys(keys.reshape(-1)).reshape(-1)
+    )
+    return jnp.where(real, draws.reshape(real.shape), 0)
+
+
+def weight_diagnostics(
+    logp_positive: ArrayLike,
+    logp_negative: ArrayLike,
+    weights: ArrayLike,
+    lower: float = -0.5,
+    upper: float = 1.5,
+    mask: ArrayLike | None = None,
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What to watch about weights, each as (sum, count): add over batches and hosts, divide once.
+
+    Keys: `clipped_low` and `clipped_high`, the shares of spans whose d lies beyond a bound; `log_ratio`, the mean of d,
+    and `log_ratio_square`, of d * d (large swings inside one response mean noise in the label: Theorem 1 of arXiv
+    2601.11865); `weight` and `weight_square`, whose ratio mean(w)^2 / mean(w^2) is the effective share of spans.
+
+    All arguments [..., S]; all results float32 scalars.
+    """
+    weight = at_least_float32(weights)
+    real = mask_or_all(mask, weight.shape)
+    ratio = jnp.where(real, at_least_float32(logp_positive), 0) - jnp.where(real, at_least_float32(logp_negative), 0)
+    return {
+        "clipped_low": masked_sum_and_count(ratio < lower, real),
+        "clipped_high": masked_sum_and_count(ratio > upper, real),
+        "log_ratio": masked_sum_and_count(ratio, real),
+        "log_ratio_square": masked_sum_and_count(jnp.square(ratio), real),
+        "weight": masked_sum_and_count(weight, real),
+        "weight_square": masked_sum_and_count(jnp.square(weight), real),
+    }
+
+
+def _by_row(function: Callable[[jax.Array, jax.Array], jax.Array], values: jax.Array, real: jax.Array) -> jax.Array:
+    """A function of one response, ([S], [S]) -> [S], over all leading axes."""
+    size = values.shape[-1]
+    return jax.vmap(function)(values.reshape(-1, size), real.reshape(-1, size)).reshape(values.shape)

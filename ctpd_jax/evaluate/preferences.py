@@ -1,0 +1,100 @@
+"""How often a model prefers the chosen response, in three senses, each with its interval; and the length baseline.
+
+N pairs. Every accuracy has weights of one: annotated weights know the label (mu is +1 or -1), so a margin that uses
+them would grade itself. Ties count one half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctpd_jax.schema import CHOSEN, REJECTED
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of `count` pairs with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def accuracy(margins: np.ndarray) -> Accuracy | None:
+    """Returns the share of positive margins, float [N], ties one half; None where there is no pair."""
+    count = len(margins)
+    if not count:
+        return None
+    share = float(np.mean((margins > 0) + 0.5 * (margins == 0)))
+    low, high = wilson_interval(share, count)
+    return Accuracy(share, low, high, count)
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a binomial share (E. B. Wilson, 1927)."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def length_matched(lengths: np.ndarray, tolerance: float) -> np.ndarray:
+    """Returns bool [N]: the two responses' byte lengths [N, 2] differ by at most `tolerance` of the longer one."""
+    return np.abs(lengths[:, CHOSEN] - lengths[:, REJECTED]) <= tolerance * lengths.max(axis=1)
+
+
+def difference(values: np.ndarray) -> np.ndarray:
+    """Chosen minus rejected: [N, 2] -> [N]."""
+    return values[:, CHOSEN] - values[:, REJECTED]
+
+
+def lambda_shares(margins: np.ndarray, beta: float) -> dict[str, float]:
+    """Returns how lambda = sigmoid(-beta * margin), the weight that the loss gives a pair, is spread over the pairs."""
+    lam = 1 / (1 + np.exp(np.clip(beta * margins, -60, 60)))
+    return {
+        "mean": float(lam.mean()),
+        "below_0.05": float((lam < 0.05).mean()),
+        "above_0.95": float((lam > 0.95).mean()),
+    }
+
+
+def compare(
+    logps: dict[str, np.ndarray],
+    lengths: np.ndarray,
+    students: set[str],
+    start: str,
+    teacher: str,
+    beta: float,
+    tolerance: float,
+) -> dict:
+    """Returns a row of figures for each model, and the baseline.
+
+    `logps[model]` are summed response log-probabilities, float64 [N, 2]; `lengths` covered bytes, [N, 2]; `start` and
+    `teacher` name the rows that are the references. Figures, each on all pairs and on the length-matched ones:
+      per_byte  log-probability per byte of text: comparable across tokenizers
+      vs_start  implicit reward against the student's own start; None for the start itself and for teachers
+      vs_teacher  implicit reward against the teacher, as in training; None for teachers
+    """
+    subsets = {"all": np.ones(len(lengths), bool), "length_matched": length_matched(lengths, tolerance)}
+    rows: dict[str, dict] = {}
+    for name, values in logps.items():
+        margins: dict[str, np.ndarray | None] = {
+            "per_byte": difference(values / np.maximum(lengths, 1)),
+            "vs_start": difference(values - logps[start]) if name in students and name != start else None,
+            "vs_teacher": difference(values - logps[teacher]) if name in students else None,
+        }
+        rows[name] = {
+            subset: {sense: None if m is None else accuracy(m[keep]) for sense, m in margins.items()}
+            for subset, keep in subsets.items()
+        }
+        vs_start, vs_teacher = margins["vs_start"], margins["vs_teacher"]
+        rows[name]["margin_vs_start"] = None if vs_start is None else float(beta * vs_start.mean())
+        rows[name]["lambda"] = None if vs_teacher is None else lambda_shares(vs_teacher, beta)
+        rows[name]["bits_per_byte"] = float(-values[:, CHOSEN].sum() / lengths[:, CHOSEN].sum() / np.log(2))
+    longer = {subset: accuracy(difference(lengths)[keep].astype(float)) for subset, keep in subsets.items()}
+    return {"models": rows, "longer_is_better": longer}

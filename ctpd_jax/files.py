@@ -1,0 +1,48 @@
+"""Files that are whole or not there: written beside, then renamed; and the SHA-256 that proves them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ctpd_jax.errors import UserError
+
+PARTIAL = ".partial"  # what is written beside carries this suffix until it is whole
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """`path` as an absolute Path. Raises UserError for an address such as gs://: a rename there is not atomic."""
+    text = os.fspath(path)
+    if "://" in text:
+        raise UserError(f"{text} is not a folder of this machine; mount the bucket (gcsfuse, NFS) and give that path.")
+    return Path(text).expanduser().absolute()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` beside `path` and renames: a reader, or the next run after a kill, sees the old file or the new."""
+    beside = path.with_name(path.name + PARTIAL)
+    with open(beside, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, whole or not there. NaN and infinity are refused (ValueError): JSON has none."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling for equal values: what the hash of a JSON value is taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,160 @@
+"""Attention over rows that may hold several segments, and rotary positions.
+
+Letters: R rows, T tokens of a row (queries), S keys, H query heads, K key-value heads, G = H / K query heads to a
+key-value head, D head_dim.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctpd_jax.models.config import Rope
+from ctpd_jax.schema import RowLayout
+
+# Queries at a time: a block sees no key after its own end, so short blocks skip nearly half of the T x T products, and
+# their scores stay in the cache.
+QUERY_BLOCK = 128
+_MASKED = -1e30  # finite: a row of padding sees nobody, and must not become NaN
+
+
+def causal_layout(rows: int, length: int) -> RowLayout:
+    """The layout of `rows` plain sequences without padding: one segment each, positions 0..length-1."""
+    ones = jnp.ones((rows, length), jnp.int32)
+    return RowLayout(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length)), ones, ones)
+
+
+def visible(row: RowLayout, window: int | None) -> jax.Array:
+    """bool [R, T, T]: query i sees key j.
+
+    That is, j is not after i in the row; j is no padding (segment 0); j is of i's segment or of its parent; and, with a
+    window, j lies less than `window` positions (not places in the row) before i.
+    """
+    segment, length = row.segment, row.segment.shape[-1]
+    keys = segment[:, None, :]
+    seen = (keys == segment[:, :, None]) | (keys == row.parent[:, :, None])
+    seen &= (keys != 0) & jnp.tril(jnp.ones((length, length), bool))
+    if window is not None:
+        seen &= row.positions[:, :, None] - row.positions[:, None, :] < window
+    return seen
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    row: RowLayout,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Causal attention within the segments of a row.
+
+    Args:
+        q: [R, T, H, D], rotary positions applied.
+        k, v: [R, T, K, D]; H is a multiple of K, and query head h uses key-value head h // (H / K).
+        row: who sees whom, see `visible`.
+        window: a sliding window in positions, or None.
+        scale: multiplies the products; 1/sqrt(D) by default.
+        softcap: scores become softcap * tanh(scores / softcap).
+
+    Returns:
+        [R, T, H, D] in q's dtype. The softmax is float32. A query of padding gets a finite value without meaning.
+    """
+    return attend_visible(q, k, v, visible(row, window), q.shape[-1] ** -0.5 if scale is None else scale, softcap, True)
+
+
+def attend_visible(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+) -> jax.Array:
+    """`attend` with its mask at hand, bool [R, T, S]: which key each query sees.
+
+    `causal` promises that T == S and that no query sees a later key. In the backward pass the scores, H * T * S numbers
+    a row and layer, are computed again instead of being kept.
+    """
+    rows = q.shape[0]
+    one_row = jax.checkpoint(partial(_attend_row, scale=scale, softcap=softcap, causal=causal))
+    # On a CPU row after row keeps the scores in the cache (twice the speed of all rows at once at 4 x 512 tokens);
+    # other devices want all the parallelism there is.
+    if rows == 1 or jax.default_backend() != "cpu":
+        return jax.vmap(one_row)(q, k, v, seen)
+    return jax.lax.map(lambda row: one_row(*row), (q, k, v, seen))
+
+
+def _attend_row(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, softcap: float | None, causal: bool
+) -> jax.Array:
+    """One row: q [T, H, D], k and v [S, K, D], seen [T, S] -> [T, H, D]."""
+    length, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(length, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3)
+    k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        keys = stop if causal else k.shape[1]
+        blocks.append(_attend_block(q[:, :, start:stop], k[:, :keys], v[:, :keys], seen[start:stop, :keys], softcap))
+    out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
+    return out.transpose(2, 0, 1, 3).reshape(length, heads, dim)
+
+
+def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, softcap: float | None) -> jax.Array:
+    """q [K, G, T, D], k and v [K, S, D], seen [T, S] -> [K, G, T, D].
+
+    The G query heads of a key-value head are one matrix of G * T rows: plain matrix products, batched over K alone.
+    """
+    kv_heads, group, length, dim = q.shape
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    scores = product("kmd,ksd->kms", q.reshape(kv_heads, group * length, dim), k)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(seen, scores.reshape(kv_heads, group, length, -1), _MASKED)
+    # The maximum only keeps exp in range: its gradient cancels, so none is computed.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1)
+    out = product("kms,ksd->kmd", weights.reshape(kv_heads, group * length, -1).astype(v.dtype), v)
+    return (out.reshape(kv_heads, group, length, dim) / total[..., None]).astype(q.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ positions
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """float32 [D/2]: radians a position."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponent
+    if rope.scaling == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.scaling == "llama3":
+        return _llama3_frequencies(rope, frequencies)
+    return frequencies
+
+
+def _llama3_frequencies(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
+    """Llama 3.1: wavelengths above original / low are divided by factor, below original / high kept, a ramp between."""
+    turns = rope.original_max_positions * frequencies / np.float32(2 * np.pi)  # over the original context
+    ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = np.clip(ramp, 0, 1).astype(np.float32)
+    return ((1 - keep) * frequencies / np.float32(rope.factor) + keep * frequencies).astype(np.float32)
+
+
+def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [R, T, D/2], of integer positions [R, T]."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the pairs (x[d], x[d + D/2]) of x [R, T, heads, D] by the angles of cos, sin [R, T, D/2]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

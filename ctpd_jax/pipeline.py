@@ -1,0 +1,62 @@
+"""The stages in their order, and what each command of the command line does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from ctpd_jax import assess, stages
+from ctpd_jax.annotate.coefficients import check_options
+from ctpd_jax.files import write_json
+from ctpd_jax.run import Run, check_platform
+from ctpd_jax.train.metrics import MetricLog
+
+# In order. Each one knows by itself whether it is finished, has to go on, or is left out.
+STAGES: dict[str, Callable[[Run], None]] = {
+    "teacher_sft": lambda run: stages.sft(run, "teacher_sft"),
+    "student_sft": lambda run: stages.sft(run, "student_sft"),
+    "positive": lambda run: stages.contrast(run, "positive"),
+    "negative": lambda run: stages.contrast(run, "negative"),
+    "annotate": stages.annotate,
+    "student_dpo": lambda run: stages.contrast(run, "student_dpo"),
+    "train": stages.train_student,
+    "evaluate": assess.evaluate,
+    "export": assess.export,
+}
+
+
+def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
+    """Carries out one command. Raises UserError for what the user can mend."""
+    check_platform(config)
+    check_options(config.weights, config.train)
+    workdir = Path(arguments.workdir).expanduser().absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    write_json(workdir / "config.json", config.to_dict())
+    with MetricLog(workdir) as log:
+        run = Run(config, workdir, log)
+        run.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
+        if arguments.command == "inspect":
+            assess.inspect(run, arguments.pair)
+        elif arguments.command == "generate":
+            assess.answer(run, arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature)
+        else:
+            for stage in chosen_stages(arguments):
+                STAGES[stage](run)
+
+
+def chosen_stages(arguments: argparse.Namespace) -> list[str]:
+    """The stages that a command runs."""
+    if arguments.command == "run":
+        return list(STAGES)
+    if arguments.command == "sft":
+        return [f"{arguments.model}_sft"] if arguments.model else ["teacher_sft", "student_sft"]
+    if arguments.command == "dpo":
+        return ["student_dpo" if arguments.student else "negative" if arguments.reverse else "positive"]
+    return [arguments.command]

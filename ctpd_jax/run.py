@@ -1,0 +1,236 @@
+"""One run: its config, its folder, and what every stage needs of models and data, loaded when first asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ctpd_jax.data.rows import PairItem, RowShape, choose_shapes
+from ctpd_jax.errors import UserError
+from ctpd_jax.files import sha256_file, write_json
+from ctpd_jax.models.config import DecoderConfig, read_config
+from ctpd_jax.models.decoder import param_shapes
+from ctpd_jax.models.hf import load_hf, model_directory
+from ctpd_jax.schema import AlignedPair, Counters, PreferencePair
+from ctpd_jax.text.prepare import Limits, TextModel, load_text_model, prepare_pairs
+from ctpd_jax.text.preferences import load_preferences
+from ctpd_jax.toy.builder import prepare_toy
+from ctpd_jax.toy.models import make_toy_models
+from ctpd_jax.train.checkpoint import load_params
+from ctpd_jax.train.metrics import MetricLog
+from ctpd_jax.train.step import Compute, Params
+from ctpd_jax.workdir import read_json
+
+Model = Literal["teacher", "student"]
+Split = Literal["train", "test"]
+
+STAGES = (
+    "teacher_sft",
+    "student_sft",
+    "positive",
+    "negative",
+    "annotate",
+    "student_dpo",
+    "train",
+    "evaluate",
+    "export",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages share. Nothing here changes; what is expensive is made once, when it is first asked for."""
+
+    config: ConfigDict
+    workdir: Path
+    log: MetricLog
+    say: Callable[[str], None] = print
+    _folders: dict[str, Path] = field(default_factory=dict)
+    _texts: dict[str, TextModel] = field(default_factory=dict)
+    _loaded: dict[str, tuple[list[PreferencePair], list[AlignedPair]]] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------ models
+
+    def folder(self, model: Model) -> Path:
+        """The model's folder, downloaded or made where that is needed."""
+        if model not in self._folders:
+            path = self.config[model].path
+            if self.config.data.train == "toy" and not path:
+                made = make_toy_models(self.workdir / "toy" / "models", self.config.seed)
+                self._folders.update(zip(("teacher", "student"), made))
+            elif not path:
+                raise UserError(f"config.{model}.path is empty; give a folder in Hugging Face format or a hub id.")
+            else:
+                self._folders[model] = model_directory(path)
+        return self._folders[model]
+
+    def decoder(self, model: Model) -> DecoderConfig:
+        return read_config(self.folder(model))
+
+    def text(self, model: Model) -> TextModel:
+        """The model's tokenizer and template, probed."""
+        if model not in self._texts:
+            self._texts[model] = load_text_model(str(self.folder(model)), self.config[model].template)
+        return self._texts[model]
+
+    def weights_digest(self, model: Model) -> str:
+        """SHA-256 over the model's files; remembered in the workdir for as long as sizes and times stay."""
+        files = sorted([*self.folder(model).glob("*.safetensors"), self.folder(model) / "config.json"])
+        key = "|".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+        known = read_json(self.workdir / "models.json") or {}
+        if known.get(model, {}).get("files") != key:
+            joined = "".join(sha256_file(file) for file in files)
+            known[model] = {"files": key, "weights": hashlib.sha256(joined.encode()).hexdigest()}
+            write_json(self.workdir / "models.json", known)
+        return known[model]["weights"]
+
+    def text_digest(self, model: Model) -> dict[str, str]:
+        """What identifies a model's text side: SHA-256 of its tokenizer and of its template."""
+        text = self.text(model)
+        return {"tokenizer": text.tokenizer.fingerprint, "template": text.template.fingerprint}
+
+    def compute(self, model: Model) -> Compute:
+        dtype = self.config.compute_dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if jax.default_backend() == "tpu" else "float32"
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"config.compute_dtype is {dtype!r}; choose auto, float32 or bfloat16.")
+        return Compute(dtype, self.config[model].remat)
+
+    def start_params(self, model: Model) -> Params:
+        """The checkpoint that the user brought, float32."""
+        return load_hf(self.folder(model), dtype="float32")[1]
+
+    def params_of(self, stage: str, model: Model) -> Params:
+        """The parameters that a training stage left; the model's own checkpoint where the stage is left out."""
+        if self.left_out(stage):
+            return self.start_params(model)
+        self.require(stage)
+        return load_params(self.workdir / stage / "params", self.abstract(model))[0]
+
+    def abstract(self, model: Model) -> Any:
+        return param_shapes(self.decoder(model), jnp.float32)
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def left_out(self, stage: str) -> bool:
+        settings = self.config.get(stage)
+        if stage in ("positive", "negative") and self.config.weights.source not in ("dpo", "sft"):
+            return True
+        return settings is not None and settings.get("steps", 0) == -1
+
+    def result(self, stage: str) -> dict | None:
+        """What a finished stage says of itself; None before it is finished."""
+        return read_json(self.workdir / stage / "done.json")
+
+    def require(self, stage: str) -> dict:
+        """The stage's result. Raises UserError naming the command that makes it."""
+        found = self.result(stage)
+        if found is None:
+            command = {
+                "teacher_sft": "ctpd sft --model teacher",
+                "student_sft": "ctpd sft --model student",
+                "positive": "ctpd dpo",
+                "negative": "ctpd dpo --reverse",
+                "student_dpo": "ctpd dpo --student",
+            }.get(stage, f"ctpd {stage}")
+            raise UserError(f"{self.workdir / stage} is not finished; run `{command}` or `ctpd run` first.")
+        return found
+
+    def identity(self, stage: str, model: Model) -> str:
+        """What identifies the parameters of a stage: their SHA-256, or the checkpoint's where the stage is left out."""
+        return self.weights_digest(model) if self.left_out(stage) else self.require(stage)["params"]
+
+    # ------------------------------------------------------------------------------------------ data
+
+    @cached_property
+    def limits(self) -> Limits:
+        data = self.config.data
+        if data.unit not in ("character", "byte"):
+            raise UserError(f"config.data.unit is {data.unit!r}; choose character or byte.")
+        return Limits(data.max_prompt_tokens, data.max_response_tokens, data.unit, data.end_of_turn)
+
+    def _load(self, split: Split) -> tuple[list[PreferencePair], list[AlignedPair]]:
+        if split not in self._loaded:
+            data = self.config.data
+            spec, name = (data.train, data.train_split) if split == "train" else (data.test, data.test_split)
+            limit = data.limit if split == "train" else data.test_limit
+            if not spec:
+                raise UserError(f"config.data.{split} is empty; give FILE.jsonl, tfds:NAME or hf:NAME.")
+            data_dir = None
+            if spec == "toy":
+                data_dir = self.workdir / "toy" / "data"
+                spec = prepare_toy(data_dir, seed=self.config.seed, **self.config.toy)
+            raw, report = load_preferences(spec, name, limit or None, data_dir=data_dir)
+            aligned, counters = prepare_pairs(raw, self.text("teacher"), self.text("student"), self.limits)
+            report.merge(counters)
+            self._report(split, spec, report)
+            self._loaded[split] = raw, aligned
+        return self._loaded[split]
+
+    def _report(self, split: str, spec: str, counters: Counters) -> None:
+        write_json(self.workdir / f"data_{split}.json", {"source": spec, **counters.counts})
+        self.say(f"{split}: {spec}: " + ", ".join(f"{name} {count}" for name, count in counters.counts.items()))
+
+    def raw(self, split: Split) -> dict[str, PreferencePair]:
+        """The pairs as they came, by id."""
+        return {pair.id: pair for pair in self._load(split)[0]}
+
+    def pairs(self, split: Split) -> list[AlignedPair]:
+        """The pairs ready for both models, in the order of the source."""
+        return self._load(split)[1]
+
+    def data_identity(self, split: Split) -> dict[str, Any]:
+        """What identifies the prepared data: the examples in their order, and how they were cut."""
+        ids = hashlib.sha256("\n".join(pair.id for pair in self.pairs(split)).encode()).hexdigest()
+        return {
+            "examples": ids,
+            "count": len(self.pairs(split)),
+            "max_prompt_tokens": self.limits.prompt,
+            "max_response_tokens": self.limits.response,
+            "unit": self.limits.unit,
+            "end_of_turn": self.limits.end_of_turn,
+            "teacher": self.text_digest("teacher"),
+            "student": self.text_digest("student"),
+        }
+
+    def shapes(self, items: list[PairItem]) -> tuple[RowShape, ...]:
+        rows = self.config.rows
+        return choose_shapes(items, rows.layout, rows.buckets, rows.multiple)
+
+
+def params_digest(params: Params) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters: equal exactly where they are bit-identical."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def check_platform(config: ConfigDict) -> None:
+    """Refuses to fall back to the CPU silently, as JAX does where an accelerator is there but busy."""
+    backend = jax.default_backend()
+    if config.platform not in ("auto", backend):
+        raise UserError(f"config.platform asks for {config.platform}, JAX found {backend}.")
+    seen = importlib.util.find_spec("libtpu") is not None and any(
+        os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0")
+    )
+    seen = seen or os.path.exists("/dev/nvidia0")
+    if backend == "cpu" and seen and config.platform == "auto" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
+        raise UserError(
+            "This machine has an accelerator, but JAX found only the CPU: it is busy, or jax was installed without it. "
+            "Set --config.platform=cpu to go on without."
+        )

@@ -1,0 +1,149 @@
+"""What travels between the rooms: every record, with the shape, dtype and meaning of its arrays.
+
+Letters: T tokens of one side, S spans, R rows of a batch, L row length, K scored tokens of a row, P pairs of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+Array = Any  # a jax.Array or a numpy.ndarray: the records below travel on the host and on devices alike
+
+CHOSEN, REJECTED = 0, 1
+SIDES = ("chosen", "rejected")
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One preference: a conversation and two answers to its last turn, the texts exactly as they came."""
+
+    id: str  # unique in its data set, stable across runs
+    prompt: tuple[Message, ...]  # everything before the answers; empty for an unconditional text
+    chosen: str
+    rejected: str
+    source: str = ""  # where it stands, for messages: "train.jsonl:17"
+
+
+# ------------------------------------------------------------------------------------------------ spans
+
+
+@dataclass(frozen=True)
+class TokenSide:
+    """One tokenizer's view of a response."""
+
+    ids: np.ndarray  # int32 [T]
+    span_ids: np.ndarray  # int32 [T]: 0..S-1, not decreasing; -1 past the last common boundary
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One response cut at the boundaries that both tokenizations share.
+
+    Span i covers the bytes bounds[i]:bounds[i+1] of response.encode("utf-8"). An end-of-turn span covers none:
+    bounds then repeats its last value.
+    """
+
+    bounds: np.ndarray  # int32 [S+1], bounds[0] == 0
+    teacher: TokenSide
+    student: TokenSide
+
+    @property
+    def num_spans(self) -> int:
+        return len(self.bounds) - 1
+
+
+@dataclass(frozen=True)
+class AlignedPair:
+    """A preference pair ready for both models: prompts as token ids, responses aligned, cut and closed.
+
+    Every response token here lies in a span: what truncation left over is gone.
+    """
+
+    id: str
+    teacher_prompt: np.ndarray  # int32 [Tp], BOS and template included
+    student_prompt: np.ndarray  # int32 [Tq]
+    chosen: Aligned
+    rejected: Aligned
+    chosen_bytes: int  # length of the whole response, in bytes of UTF-8
+    rejected_bytes: int
+    truncated: tuple[bool, bool] = (False, False)  # chosen, rejected
+    dropped: int = 0  # characters cut from the left of the last user message
+
+    def response(self, side: int) -> Aligned:
+        return self.chosen if side == CHOSEN else self.rejected
+
+    def prompt(self, model: Literal["teacher", "student"]) -> np.ndarray:
+        return self.teacher_prompt if model == "teacher" else self.student_prompt
+
+    def tokens(self, model: Literal["teacher", "student"], side: int) -> TokenSide:
+        aligned = self.response(side)
+        return aligned.teacher if model == "teacher" else aligned.student
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+class RowLayout(NamedTuple):
+    """Which token of a row sees which. All int32 [R, L].
+
+    A token sees the earlier tokens of its row whose `segment` equals its own segment or its `parent`.
+    Segment 0 is padding and is seen by nobody. A response that carries its own prompt has parent == segment; with
+    prompt sharing the prompt is a segment of its own and the parent of both responses.
+    """
+
+    positions: Array
+    segment: Array
+    parent: Array
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, and the tokens in them that are scored. A JAX pytree of static shapes.
+
+    Slot k of row r says: the hidden state at row position predictor[r, k] is scored against target[r, k], the token
+    belongs to answer side[r, k] of pair[r, k] and its log-probability counts weight[r, k] times in that answer's return.
+    """
+
+    tokens: Array  # int32 [R, L]
+    layout: RowLayout  # int32 [R, L] each
+    predictor: Array  # int32 [R, K]; 0 in padding
+    target: Array  # int32 [R, K]; 0 in padding
+    pair: Array  # int32 [R, K]; -1 in padding
+    side: Array  # int32 [R, K]; 0 chosen, 1 rejected
+    weight: Array  # float32 [R, K]; 0 in padding
+    constant: Array  # float32 [P, 2]: c(y) of method, the reference's share of the return
+    start: Array  # float32 [P, 2]: the weighted log-probability under the model's own start; NaN where unknown
+    real: Array  # float32 [P]: 1 for a pair, 0 for padding of the last batch
+
+
+# ------------------------------------------------------------------------------------------------ reports
+
+
+@dataclass
+class Counters:
+    """What was cut, dropped, escaped or merged on the way; printed and logged, never silent."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, number: int = 1) -> None:
+        self.counts[name] = self.counts.get(name, 0) + int(number)
+
+    def merge(self, other: Counters) -> None:
+        for name, number in other.counts.items():
+            self.add(name, number)
+
+    def __getitem__(self, name: str) -> int:
+        return self.counts.get(name, 0)

@@ -1,0 +1,192 @@
+"""Where a text may be cut without its normal form changing: the clean cuts of method, section 3.
+
+A character position c is a clean cut of a normaliser N when N(text[:c]) + N(text[c:]) == N(text). For the identity
+every position is one. For the canonical forms NFC and NFD a cut is lost only where characters are composed or
+reordered across it, so the work is done in stretches between characters that never look back ("openers"), and only
+in the stretches that N really changes. The cost is linear in the text, whatever the text is.
+
+The normaliser itself is always the tokenizer's own. `unicodedata` only says which characters open a stretch, and
+only for characters that it knows: the Unicode stability policy fixes their behaviour in every later version.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+
+Normaliser = Callable[[str], str]
+
+UNCLEAN = -1
+# Stretches up to this length are tried cut by cut, straight from the definition; longer ones incrementally.
+SHORT_STRETCH = 24
+# No canonical composite has more than four characters, so among marks of one combining class those after the
+# first few can neither compose nor change the order of anything.
+MARKS_PER_CLASS = 8
+
+
+def code_points(text: str) -> np.ndarray:
+    """Unicode code points of the text, uint32 [n]."""
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+
+
+def utf8_lengths(points: np.ndarray) -> np.ndarray:
+    """Bytes of UTF-8 per code point: uint32 [n] -> int64 [n]."""
+    return 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+
+
+def clean_cuts(text: str, normalise: Normaliser, plain: Normaliser) -> np.ndarray:
+    """Byte offset in N(text) of every clean cut, int64 [n + 1]; UNCLEAN (-1) where the position is none.
+
+    normalise: N. plain: the part of N that acts on single characters (the space marker read as a space); N differs
+    from it by canonical normalisation alone. Entry 0 is 0 and entry n is len(N(text)) in bytes.
+    """
+    points = code_points(text)
+    if normalise(text) == plain(text):
+        # A normalised text has normalised prefixes and suffixes: every position is clean.
+        return _offsets(_lengths_by_character(points, plain))
+    distinct, index = np.unique(points, return_inverse=True)
+    opens = np.fromiter((_opens(chr(point)) for point in distinct.tolist()), bool, len(distinct))[index]
+    opens[0] = True
+    offsets = _offsets(_lengths_by_character(points, normalise))  # right inside stretches of one character
+    starts = np.flatnonzero(opens)
+    ends = np.append(starts[1:], len(points))
+    known: dict[str, np.ndarray] = {}
+    clean = np.ones(len(points) + 1, bool)
+    change = np.zeros(len(points) + 1, np.int64)  # what to add to the offsets from each position on
+    for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist()):
+        stretch = text[start:end]
+        if stretch not in known:
+            known[stretch] = _cuts_of_stretch(stretch, normalise, plain)
+        cuts = known[stretch]
+        assumed = offsets[start : end + 1] - offsets[start]
+        inner = cuts != UNCLEAN
+        clean[start + 1 : end] = inner[1:-1]
+        # Telescoping differences: at each position of the stretch the sum of `change` is cuts - assumed.
+        change[start + 1 : end + 1] += np.diff(np.where(inner, cuts - assumed, 0))
+    return np.where(clean, offsets + np.cumsum(change), UNCLEAN)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+def _lengths_by_character(points: np.ndarray, normalise: Normaliser) -> np.ndarray:
+    """Bytes of N(character) for each character, int64 [n]; N is asked once per distinct one."""
+    distinct, index = np.unique(points, return_inverse=True)
+    lengths = np.fromiter((len(normalise(chr(p)).encode()) for p in distinct.tolist()), np.int64, len(distinct))
+    return lengths[index]
+
+
+# ------------------------------------------------------------------------------------------------ Unicode
+
+
+@cache
+def _composes_backwards() -> frozenset[str]:
+    """Every character that can be the second half of a canonical composition."""
+    seconds = {chr(p) for p in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))}  # Hangul vowels and finals
+    for point in range(0x110000):
+        decomposition = unicodedata.decomposition(chr(point))
+        if " " in decomposition and decomposition[0] != "<":
+            seconds.add(chr(int(decomposition.split()[1], 16)))
+    return frozenset(seconds)
+
+
+@cache
+def _opens(character: str) -> bool:
+    """Whether nothing before this character can change it or be changed by it: a cut before it is always clean."""
+    if character < "\u0300":
+        return True
+    if unicodedata.category(character) == "Cn":  # unassigned here, perhaps a combining mark to the tokenizer
+        return False
+    first = unicodedata.normalize("NFD", character)[0]
+    return unicodedata.combining(first) == 0 and first not in _composes_backwards()
+
+
+# ------------------------------------------------------------------------------------------------ stretches
+
+
+def _cuts_of_stretch(stretch: str, normalise: Normaliser, plain: Normaliser) -> np.ndarray:
+    """Clean cuts inside a stretch, int64 [len + 1], as byte offsets in its normal form."""
+    if normalise(stretch) == plain(stretch):
+        return _offsets(_lengths_by_character(code_points(stretch), plain))
+    if len(stretch) <= SHORT_STRETCH:
+        return _cuts_by_definition(stretch, normalise)
+    return _cuts_incrementally(stretch, normalise)
+
+
+def _cuts_by_definition(stretch: str, normalise: Normaliser) -> np.ndarray:
+    whole = normalise(stretch)
+    cuts = np.full(len(stretch) + 1, UNCLEAN, np.int64)
+    cuts[0] = 0
+    for position in range(1, len(stretch) + 1):
+        left = normalise(stretch[:position])
+        if left + normalise(stretch[position:]) == whole:
+            cuts[position] = len(left.encode())
+    return cuts
+
+
+def _cuts_incrementally(stretch: str, normalise: Normaliser) -> np.ndarray:
+    """The same as `_cuts_by_definition` in linear time, for stretches such as a letter under a thousand marks.
+
+    Only the text since the last clean cut matters on the left, and only the marks that follow on the right (or the
+    one starter that follows); of marks of one combining class only the first few matter on either side.
+    """
+    following = _following_marks(stretch)
+    cuts = np.full(len(stretch) + 1, UNCLEAN, np.int64)
+    cuts[0] = 0
+    since = 0  # the last clean cut
+    left = _Reduced()
+    for position in range(1, len(stretch)):
+        left.append(stretch[position - 1])
+        before, after = left.text(), following[position]
+        if normalise(before) + normalise(after) == normalise(before + after):
+            cuts[position] = cuts[since] + len(normalise(stretch[since:position]).encode())
+            since = position
+            left = _Reduced()
+    cuts[-1] = cuts[since] + len(normalise(stretch[since:]).encode())
+    return cuts
+
+
+class _Reduced:
+    """A growing text that forgets the marks which cannot matter any more."""
+
+    def __init__(self) -> None:
+        self._characters: list[str] = []
+        self._seen: dict[int, int] = {}
+
+    def append(self, character: str) -> None:
+        for part in unicodedata.normalize("NFD", character):
+            combining = unicodedata.combining(part)
+            if combining == 0:
+                self._seen.clear()
+            elif self._seen.get(combining, 0) >= MARKS_PER_CLASS:
+                continue
+            else:
+                self._seen[combining] = self._seen.get(combining, 0) + 1
+            self._characters.append(part)
+
+    def text(self) -> str:
+        return "".join(self._characters)
+
+
+def _following_marks(stretch: str) -> list[str]:
+    """For each position the marks that follow up to the next starter, reduced; or that starter if it comes first."""
+    following = [""] * (len(stretch) + 1)
+    marks: list[str] = []
+    for position in range(len(stretch) - 1, -1, -1):
+        for part in reversed(unicodedata.normalize("NFD", stretch[position])):
+            combining = unicodedata.combining(part)
+            if combining == 0:
+                marks = [part]
+                continue
+            if marks and unicodedata.combining(marks[0]) == 0:
+                marks = []  # a starter ends the run of marks to its left
+            marks.insert(0, part)
+            same = [i for i, mark in enumerate(marks) if unicodedata.combining(mark) == combining]
+            if len(same) > MARKS_PER_CLASS:
+                del marks[same[-1]]
+        following[position] = "".join(marks)
+    return following

@@ -1,0 +1,315 @@
+"""What a tokenizer.json says about its tokenizer: kind, normaliser, dummy space, bytes of the vocabulary.
+
+Everything here reads or edits the parsed JSON of the `tokenizers` library. What cannot be lossless is refused by the
+tokenizer's name; what is accepted is then tried on TEXTS by tokens.load_tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, normalizers
+
+from ctpd_jax.errors import UserError
+
+CONTROL = -1  # "length" of a token that stands for no text
+SPACE_MARKER = "\u2581"
+# Bytes that a byte-level vocabulary may lack and still be useful (SmolLM2's lacks eight): control characters, and the
+# first bytes of the planes 4 to 11 and 16, where no character is assigned. A text that has one is refused by encode.
+DISPENSABLE = frozenset({*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, 0xF1, 0xF2, 0xF4})
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>\Z")
+
+# Each text breaks some tokenizer: lossy normalisers, missing bytes, dropped or collapsed white space, offsets.
+TEXTS = (
+    "a",
+    " a",
+    "  a  b   c ",
+    "Plain text, then code:\n\tif x_1 >= 10**3:\r\n\t\treturn 'ok'\n\n\n    # done\n",
+    "\u00e9\u00c5\u212b\u2126 cafe\u0301 a\u0323\u0302 a\u0302\u0323 \u1e69 s\u0307\u0323",
+    "\ufb01ne \uff21\uff22 \u00bd \u2460 \u00b2 \u2122 \u200b\u00a0\u3000|\u2028\u00ad",
+    "\u1112\u1161\u11ab\u1100\u1173\u11af \ud55c\uae00",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0915\u093c \u0958",
+    "\u65e5\u672c\u8a9e \u4e2d\u6587\u3002 \u304b\u3099",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd",
+    "\U0001f600",
+    "Upper CASE \u0130\u00df `` '' -- ...",
+    SPACE_MARKER + "x" + SPACE_MARKER,
+    "<0x41> [UNK] <unk> </w> ##x",
+    "".join(map(chr, (*range(0x20, 0x7F), *range(0xA0, 0x180)))),
+    "\ufeff\ufffd\ue000\U000e0041",
+)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """When the tokenizer puts a dummy space in front of a text."""
+
+    present: bool = False
+    always: bool = False  # also before a text that starts with a space
+    first_only: bool = False  # at the very start; else again after added tokens
+    in_normalizer: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    byte_level: bool
+    marker: str | None
+    form: str | None
+    prefix: Prefix
+
+
+def serialize(backend: Tokenizer) -> str:
+    """The tokenizer as JSON, the same whatever length limits a caller may have left on it."""
+    if backend.truncation is not None or backend.padding is not None:
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return backend.to_str()
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+
+def _flat(component: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
+    if component is None:
+        return []
+    if component["type"] == "Sequence":
+        return [part for child in component[inside] for part in _flat(child, inside)]
+    return [component]
+
+
+def _refuse(name: str, reason: str) -> UserError:
+    return UserError(
+        f"The tokenizer {name!r} is not supported: {reason} Aligning spans needs a lossless tokenizer: byte-level BPE, "
+        "or BPE or Unigram with byte fallback, with no normaliser beyond NFC or NFD."
+    )
+
+
+def read_facts(state: dict[str, Any], name: str) -> Facts:
+    """Kind of the tokenizer; UserError if its kind cannot be lossless."""
+    model = state["model"]
+    kind = model.get("type", "?")
+    if kind not in ("BPE", "Unigram"):
+        raise _refuse(name, f"its model is {kind}, which drops white space and unknown characters.")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise _refuse(name, f"its pieces carry the {key.replace('_', ' ')} {model[key]!r} instead of white space.")
+    form, marker, prefix, in_bytes = _read_normalizers(_flat(state["normalizer"], "normalizers"), name)
+    for part in _flat(state["pre_tokenizer"], "pretokenizers"):
+        if part["type"] == "Metaspace":
+            marker = part["replacement"]
+            scheme = part.get("prepend_scheme", "always")
+            if scheme != "never" and not prefix.present:
+                prefix = Prefix(present=True, first_only=scheme == "first")
+        elif part["type"] == "ByteLevel":
+            in_bytes = True
+            if part["add_prefix_space"] and not prefix.present:
+                prefix = Prefix(present=True)
+    return Facts(in_bytes, None if in_bytes else marker, form, prefix)
+
+
+def _read_normalizers(parts: list[dict[str, Any]], name: str) -> tuple[str | None, str | None, Prefix, bool]:
+    form: str | None = None
+    marker: str | None = None
+    prefix = Prefix()
+    in_bytes = False
+    for part in parts:
+        kind = part["type"]
+        if kind in ("NFC", "NFD"):
+            form = kind  # of several canonical forms the last one stands
+        elif kind == "Prepend" and part["prepend"] in (SPACE_MARKER, " "):
+            prefix = Prefix(present=True, always=True, in_normalizer=True)
+        elif kind == "Replace" and part["pattern"].get("String") == " " and len(part["content"]) == 1:
+            marker = part["content"]
+        elif kind == "ByteLevel":
+            in_bytes = True
+        elif kind == "Precompiled" and not part["precompiled_charsmap"]:
+            pass
+        elif kind == "Precompiled":
+            raise _refuse(name, "its normaliser is a precompiled character map (NFKC), which rewrites the text.")
+        elif kind == "Replace":
+            raise _refuse(name, f"its normaliser replaces {part['pattern']} by {part['content']!r}.")
+        else:
+            raise _refuse(name, f"its normaliser {kind} rewrites the text.")
+    return form, marker, prefix, in_bytes
+
+
+def form_normalizer(form: str | None) -> Any:
+    return {None: lambda: None, "NFC": normalizers.NFC, "NFD": normalizers.NFD}[form]()
+
+
+def restarting_tokens(state: dict[str, Any], prefix: Prefix) -> list[int]:
+    """Ids of the added tokens after which the tokenizer puts a dummy space again.
+
+    A normaliser sees the text between the tokens that are looked up in the raw text; a pre-tokenizer sees the text
+    between all added tokens.
+    """
+    if not prefix.present or prefix.first_only:
+        return []
+    return [t["id"] for t in state["added_tokens"] if not (prefix.in_normalizer and t["normalized"])]
+
+
+# ------------------------------------------------------------------------------------------------ vocabulary
+
+
+def _byte_alphabet() -> dict[int, int]:
+    """Code point of the byte-level alphabet -> byte: printable Latin-1 as itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: byte for byte in printable} | {0x100 + i: byte for i, byte in enumerate(others)}
+
+
+def _pieces(state: dict[str, Any]) -> dict[str, int]:
+    vocabulary = state["model"]["vocab"]
+    if state["model"]["type"] == "Unigram":
+        return {piece: token_id for token_id, (piece, _) in enumerate(vocabulary)}
+    return vocabulary
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The bytes of every token. Special tokens, and ids that no token has, have the length CONTROL."""
+
+    lengths: np.ndarray  # int64 [V]
+    starts: np.ndarray  # int64 [V], into the pool
+    pool: np.ndarray  # uint8, the bytes of all tokens
+    missing: frozenset[int]  # bytes that no token spells, all of them dispensable
+
+
+def read_vocabulary(state: dict[str, Any], facts: Facts, name: str) -> Vocabulary:
+    """Bytes of every token, out of the vocabulary alone. UserError if a byte that texts need has no token."""
+    pieces = _pieces(state)
+    size = max([*pieces.values(), *(t["id"] for t in state["added_tokens"])], default=-1) + 1
+    table: list[bytes | None] = [None] * size
+    alphabet = _byte_alphabet()
+    letters = {chr(point) for point in alphabet}
+    marker = facts.marker
+    for piece, token_id in pieces.items():
+        if facts.byte_level:
+            # A piece outside the alphabet can never be produced from text.
+            table[token_id] = piece.translate(alphabet).encode("latin-1") if letters.issuperset(piece) else None
+        elif match := BYTE_PIECE.match(piece):
+            table[token_id] = bytes([int(match[1], 16)])
+        else:
+            table[token_id] = (piece.replace(marker, " ") if marker else piece).encode("utf-8")
+    missing = _missing_bytes(state, pieces, alphabet if facts.byte_level else None, name)
+    for token in state["added_tokens"]:
+        table[token["id"]] = None if token["special"] else _added_bytes(token, facts)
+    unknown = _unknown_id(state, pieces)
+    if unknown is not None:
+        table[unknown] = None
+    lengths = np.fromiter((CONTROL if b is None else len(b) for b in table), np.int64, size)
+    stored = np.maximum(lengths, 0)
+    pool = np.frombuffer(b"".join(b or b"" for b in table), np.uint8)
+    return Vocabulary(lengths, np.cumsum(stored) - stored, pool, missing)
+
+
+def _added_bytes(token: dict[str, Any], facts: Facts) -> bytes:
+    """What an added token stands for. One marked `normalized` is looked up as the normaliser leaves it."""
+    text = token["content"]
+    if token["normalized"] and facts.form is not None:
+        text = form_normalizer(facts.form).normalize_str(text)
+    if token["normalized"] and facts.prefix.in_normalizer:
+        text = " " + text  # the normaliser puts its space in front of the token too, and so finds it after spaces only
+    return (text.replace(facts.marker, " ") if facts.marker else text).encode("utf-8")
+
+
+def _unknown_id(state: dict[str, Any], pieces: dict[str, int]) -> int | None:
+    model = state["model"]
+    if model["type"] == "Unigram":
+        return model.get("unk_id")
+    return pieces.get(model.get("unk_token") or "")
+
+
+def _missing_bytes(
+    state: dict[str, Any], pieces: dict[str, int], alphabet: dict[int, int] | None, name: str
+) -> frozenset[int]:
+    # Bytes C0, C1 and F5..FF never occur in UTF-8.
+    needed = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
+    if alphabet is not None:
+        spelling = {byte: chr(point) for point, byte in alphabet.items()}
+        missing = {byte for byte in needed if spelling[byte] not in pieces}
+        what = "its byte-level vocabulary"
+    else:
+        if not state["model"].get("byte_fallback"):
+            raise _refuse(name, "its vocabulary has no byte fallback, so unknown characters are lost.")
+        # Below 0x80 the character itself may stand for its byte.
+        missing = {b for b in needed if f"<0x{b:02X}>" not in pieces and not (b < 0x80 and chr(b) in pieces)}
+        what = "its byte fallback"
+    if needful := sorted(missing - DISPENSABLE):
+        shown = ", ".join(f"0x{byte:02X}" for byte in needful[:8]) + (", ..." if len(needful) > 8 else "")
+        raise _refuse(name, f"{what} has no token for the bytes {shown}.")
+    return frozenset(missing)
+
+
+# ------------------------------------------------------------------------------------------------ edited copies
+
+
+def literal_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer for ordinary text: special tokens are neither looked up in it nor spelled by the model.
+
+    Leaving them out of the added tokens is what `encode_special_tokens = True` does. Some models can also spell
+    them: a Unigram model by its vocabulary, a BPE model by merges or by `ignore_merges`.
+    """
+    special = {t["content"] for t in state["added_tokens"] if t["special"]}.intersection(_pieces(state))
+    ordinary = [t | {"lstrip": False, "rstrip": False} for t in state["added_tokens"] if not t["special"]]
+    model = dict(state["model"])
+    if model["type"] == "Unigram":
+        rows = enumerate(model["vocab"])
+        model["vocab"] = [[_unspellable(piece, i) if piece in special else piece, score] for i, (piece, score) in rows]
+    else:
+        model["dropout"] = None
+        if special:
+            model["merges"] = [m for m in model["merges"] if _product(m) not in special]
+        if special and model.get("ignore_merges"):
+            # A whole word that is in the vocabulary becomes that token without any merge.
+            model["vocab"] = {_unspellable(p, i) if p in special else p: i for p, i in model["vocab"].items()}
+            if model.get("unk_token") in special:
+                model["unk_token"] = _unspellable(model["unk_token"], state["model"]["vocab"][model["unk_token"]])
+            spelled = set(model["vocab"])
+            model["merges"] = [m for m in model["merges"] if spelled.issuperset(_halves(m))]
+    return state | {"model": model, "added_tokens": ordinary, "post_processor": None}
+
+
+def _halves(merge: list[str] | str) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _product(merge: list[str] | str) -> str:
+    return "".join(_halves(merge))
+
+
+def _unspellable(piece: str, token_id: int) -> str:
+    # Noncharacters: not for interchange, so they do not turn up in texts; the number keeps the pieces apart.
+    return f"\ufdd0\ufdd1{token_id}\ufdd0{piece}"
+
+
+def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer with the dummy space of its Metaspace pre-tokenizer switched off."""
+
+    def switched(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "Sequence":
+            return part | {"pretokenizers": [switched(child) for child in part["pretokenizers"]]}
+        return part | {"prepend_scheme": "never"} if part["type"] == "Metaspace" else part
+
+    return state | {"pre_tokenizer": switched(state["pre_tokenizer"])}
+
+
+def split_byte_literals(state: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer that cannot read a typed "<0x41>" as the byte piece: "<" is kept apart from what follows.
+
+    Byte fallback looks the pieces up by name, so they must stay in the vocabulary. The split comes last, after the
+    dummy space has been put in front.
+    """
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    before = _flat(state["pre_tokenizer"], "pretokenizers")
+    return state | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, split]}}

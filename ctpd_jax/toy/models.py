@@ -1,0 +1,201 @@
+"""A teacher and a student for the toy world, made on the spot: fresh weights, and tokenizers that disagree.
+
+              teacher                                             student
+    decoder   Gemma 3's (windows, q/k norms, scaled embedding)    Llama's
+    tokenizer SentencePiece-like BPE: "▁", dummy prefix, bytes    byte-level BPE
+              for what is rare, BOS in front
+    chat      <start_of_turn> ... <end_of_turn>                   <|im_start|> ... <|im_end|>
+
+The teacher's vocabulary holds most words whole, the student's their parts; rare accents, CJK and emoji are bytes, which
+the two group differently. About 84 % of the aligned spans face one token with one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
+
+from ctpd_jax.files import local_path, write_json
+from ctpd_jax.models.config import from_hf
+from ctpd_jax.models.decoder import init_params
+from ctpd_jax.models.hf import save_hf
+from ctpd_jax.toy.world import corpus
+
+TEACHER_VOCAB, STUDENT_VOCAB = 640, 512
+FREQUENT_LETTERS = 12  # letters beyond ASCII that the teacher's tokenizer knows; the rest are bytes to it
+STAMP = "toy.json"  # written last: what the two folders were made from
+FORMAT = 1  # raise it when anything here or in world.py changes the files
+
+TEACHER_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+STUDENT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_toy_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[Path, Path]:
+    """Writes the two model folders, unless they are there, each beside its place and then renamed.
+
+    Args:
+      directory: gets "teacher" and "student", in Hugging Face's format with tokenizer and chat template.
+      seed: of the weights and of the text that the tokenizers are trained on.
+
+    Returns:
+      The folders of teacher (about 0.85 M parameters) and student (about 0.35 M).
+    """
+    directory = local_path(directory)
+    teacher, student = directory / "teacher", directory / "student"
+    stamp = {"format": FORMAT, "seed": seed}
+    if _stamp(directory) == stamp and all((folder / "config.json").is_file() for folder in (teacher, student)):
+        return teacher, student
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / STAMP).unlink(missing_ok=True)  # from here until the end the folder vouches for nothing
+    texts = list(corpus(seed))
+    keys = jax.random.split(jax.random.key(seed), 2)
+    for folder, tokenizer, raw, key in (
+        (teacher, teacher_tokenizer(texts), teacher_config(), keys[0]),
+        (student, student_tokenizer(texts), student_config(), keys[1]),
+    ):
+        ids = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = from_hf(raw | ids, where=str(folder))
+        save_hf(folder, config, init_params(config, key), tokenizer=tokenizer)
+    write_json(directory / STAMP, stamp)
+    return teacher, student
+
+
+def _stamp(directory: Path) -> dict[str, int] | None:
+    try:
+        return json.loads((directory / STAMP).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def teacher_config() -> dict[str, Any]:
+    """config.json of the teacher, without what depends on its tokenizer."""
+    return {
+        "model_type": "gemma3_text",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 32,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 100_000.0},
+        },
+        "max_position_embeddings": 512,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": True,
+    }
+
+
+def student_config() -> dict[str, Any]:
+    """config.json of the student, without what depends on its tokenizer."""
+    return {
+        "model_type": "llama",
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "max_position_embeddings": 512,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": True,
+    }
+
+
+def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """SentencePiece-like BPE: a space is "▁", one is put in front of the text, rare characters are `<0xNN>` bytes."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    texts = list(texts)
+    counts = Counter(letter for letter in "".join(texts) if not letter.isascii())
+    frequent = sorted(counts, key=lambda letter: (-counts[letter], letter))[:FREQUENT_LETTERS]
+    # Said in full, because the trainer breaks ties between letters at random.
+    alphabet = sorted({letter for text in texts for letter in text if letter.isascii()} - {" "} | {"▁", *frequent})
+    tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    # Words and punctuation are kept apart in training. Merges then keep them apart, so encoding need not split.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace("▁", prepend_scheme="always"), pre_tokenizers.Punctuation()]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=TEACHER_VOCAB,
+        special_tokens=specials + [f"<0x{byte:02X}>" for byte in range(256)],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = _without_added_tokens(tokenizer, specials)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", specials.index("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        chat_template=TEACHER_TEMPLATE,
+    )
+
+
+def student_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML's markers; like SmolLM2's, its end of turn is its EOS and its padding."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(token_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=STUDENT_VOCAB,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|im_end|>",
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        unk_token="<|endoftext|>",
+        chat_template=STUDENT_TEMPLATE,
+    )
+
+
+def _without_added_tokens(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
+    """The same BPE with only `specials` special: training made the byte tokens so, but they are ordinary tokens."""
+    raw = json.loads(tokenizer.to_str())
+    raw["added_tokens"] = []
+    raw["pre_tokenizer"] = None
+    plain = Tokenizer.from_str(json.dumps(raw))
+    plain.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
+    return plain

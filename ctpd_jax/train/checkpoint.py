@@ -1,0 +1,395 @@
+"""Checkpoints on Orbax that are whole or not there, by checksums of our own.
+
+Orbax raises on a truncated file but restores a flipped byte silently, so a step counts only once `checksums.json` lies
+in its folder: written last, it holds the size and SHA-256 of every file, the shape and dtype of every leaf, the
+caller's meta, and a hash of itself. A kill at any moment leaves the last step that has it.
+
+    <directory>/00000010/{Orbax's files}, checksums.json
+
+A tree is stored flat, leaf by leaf under its path ("opt_state/0/mu/model/norm/weight"). The structure comes from the
+tree that the caller restores into, so NamedTuples of optax and empty states need no code here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.files import PARTIAL, canonical_json, local_path, sha256_file, write_bytes
+
+CHECKSUMS = "checksums.json"
+_FORMAT = 1
+_STEP = re.compile(r"\d{8,}")
+_UNFINISHED = re.compile(r"\d{8,}\.orbax-checkpoint-tmp.*")  # what Orbax calls a step until it is committed
+
+PyTree = Any
+
+
+# ---------------------------------------------------------------------------------------------- trees
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """What `tree` wants to be restored into: its JAX arrays as jax.ShapeDtypeStruct, everything else as it is.
+
+    A struct has the sharding of its array if the array was placed on purpose (committed).
+    """
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
+
+    return jax.tree.map(leaf, tree)
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    """{"opt_state/0/mu/w": leaf}, in the tree's order."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in named:
+            raise ValueError(f"Two leaves of the tree have the same path {name!r}; rename one of the keys.")
+        named[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return named
+
+
+def _describe(leaf: Any) -> tuple[list[int], str]:
+    return list(np.shape(leaf)), str(np.dtype(leaf.dtype))
+
+
+def _with_values(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the arrays of size zero, which Orbax refuses; their shape and dtype are in the checksums file."""
+    return {name: leaf for name, leaf in leaves.items() if leaf.size}
+
+
+def _check_leaves(where: Path, stored: Mapping[str, tuple[list[int], str]], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError naming the first leaf that is missing, unasked for, or of another shape or dtype."""
+    for name, leaf in wanted.items():
+        if name not in stored:
+            raise UserError(f"The checkpoint {where} has no leaf {name!r}; another model or optimizer wrote it.")
+        (stored_shape, stored_dtype), (shape, dtype) = stored[name], _describe(leaf)
+        if (stored_shape, stored_dtype) != (shape, dtype):
+            raise UserError(
+                f"The leaf {name!r} is {stored_dtype}{stored_shape} in the checkpoint {where}, but {dtype}{shape} is "
+                "wanted; restore with the settings it was saved with, or start in another folder."
+            )
+    for name in stored:
+        if name not in wanted:
+            raise UserError(
+                f"The checkpoint {where} has a leaf {name!r} that nobody asked for; another model or optimizer "
+                "wrote it."
+            )
+
+
+# ---------------------------------------------------------------------------------------------- checksums
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `checksums.json` says about its folder."""
+
+    meta: dict[str, Any]
+    leaves: dict[str, tuple[list[int], str]]
+    files: dict[str, tuple[int, str]]  # relative path: size, SHA-256
+
+
+class _Broken(Exception):
+    """The folder is not whole; the message says why."""
+
+
+def _hash_all(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
+        return list(pool.map(sha256_file, paths))
+
+
+def _seal(folder: Path, meta: Mapping[str, Any], leaves: Mapping[str, tuple[list[int], str]]) -> None:
+    """Writes the checksums of everything in `folder`: from here on it is whole."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(CHECKSUMS))
+    hashes = _hash_all(paths)
+    files = {p.relative_to(folder).as_posix(): (p.stat().st_size, sha) for p, sha in zip(paths, hashes)}
+    body = {"format": _FORMAT, "meta": dict(meta), "leaves": dict(leaves), "files": files}
+    sealed = {**body, "sha256": hashlib.sha256(canonical_json(body)).hexdigest()}
+    write_bytes(folder / CHECKSUMS, canonical_json(sealed))
+
+
+def _read_record(folder: Path) -> _Record:
+    """The record of `folder`, its own hash checked, the files not yet. Raises _Broken."""
+    try:
+        body = json.loads((folder / CHECKSUMS).read_bytes())
+    except FileNotFoundError:
+        raise _Broken(f"{CHECKSUMS} is missing") from None
+    except ValueError:
+        raise _Broken(f"{CHECKSUMS} is damaged") from None
+    claimed = body.pop("sha256", None) if isinstance(body, dict) else None
+    if claimed != hashlib.sha256(canonical_json(body)).hexdigest():
+        raise _Broken(f"{CHECKSUMS} is damaged")
+    if body["format"] != _FORMAT:
+        raise UserError(f"{folder} has checkpoint format {body['format']}; this version reads format {_FORMAT} only.")
+    leaves = {name: (list(shape), dtype) for name, (shape, dtype) in body["leaves"].items()}
+    return _Record(body["meta"], leaves, {name: (size, sha) for name, (size, sha) in body["files"].items()})
+
+
+def _verify(folder: Path) -> _Record:
+    """The record of `folder` after every file has been read and found as it was written. Raises _Broken."""
+    record = _read_record(folder)
+    paths = [folder / name for name in record.files]
+    for path, (size, _) in zip(paths, record.files.values()):
+        if not path.is_file():
+            raise _Broken(f"{path.relative_to(folder)} is missing")
+        if path.stat().st_size != size:
+            raise _Broken(f"{path.relative_to(folder)} has {path.stat().st_size} bytes instead of {size}")
+    for path, found, (_, sha) in zip(paths, _hash_all(paths), record.files.values()):
+        if found != sha:
+            raise _Broken(f"the bytes of {path.relative_to(folder)} are not those that were written")
+    return record
+
+
+def _remove(folder: Path) -> None:
+    (folder / CHECKSUMS).unlink(missing_ok=True)  # first: a removal cut short must not leave what looks whole
+    shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------- restoring
+
+
+def _restore_leaves(checkpointer: ocp.AsyncCheckpointer, folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads every leaf, bit for bit: NumPy where NumPy is wanted, else a JAX array with the sharding asked for.
+
+    Without a sharding it lies on the default device, uncommitted, as if `jnp` had made it.
+    """
+
+    def arguments(leaf: Any) -> ocp.RestoreArgs:
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype(leaf.dtype))
+        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+    def place(leaf: Any, value: Any) -> Any:
+        if isinstance(value, jax.Array) or isinstance(leaf, np.ndarray | np.generic):
+            return value
+        if leaf.sharding is not None:
+            return jax.device_put(value, leaf.sharding)
+        representable = jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype  # else JAX would halve 64-bit values
+        return jnp.asarray(value) if representable else value
+
+    stored = _with_values(wanted)
+    restore_args = {name: arguments(leaf) for name, leaf in stored.items()}
+    values = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=stored, restore_args=restore_args))
+    for name in wanted.keys() - stored.keys():
+        values[name] = np.zeros(wanted[name].shape, wanted[name].dtype)
+    return {name: place(leaf, values[name]) for name, leaf in wanted.items()}
+
+
+def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, record: _Record, target: PyTree) -> PyTree:
+    wanted = _named_leaves(abstract(target))
+    _check_leaves(folder, record.leaves, wanted)
+    values = _restore_leaves(checkpointer, folder, wanted)
+    return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
+
+
+def _first_process() -> bool:
+    return jax.process_index() == 0
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+# ---------------------------------------------------------------------------------------------- steps of a run
+
+
+class Checkpoints:
+    """The `keep` newest steps of a run in `directory`. One object per folder and run; `close()` it, or use `with`.
+
+    On several hosts the folder is shared, every host makes every call, and the first one judges, seals and removes.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
+        if keep < 1:
+            raise UserError(f"keep is {keep}; at least one checkpoint has to stay.")
+        self.directory = local_path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.keep = keep
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1)  # seals a step as soon as Orbax has committed it
+        self._sealing: Future[None] | None = None
+
+    def save(self, step: int, tree: PyTree, meta: Mapping[str, Any] | None = None) -> None:
+        """Starts saving `tree` as `step`; returns once its values are safe from donation. `meta` is plain JSON.
+
+        Waits for the save before it, and raises what went wrong there. A step that exists already is replaced.
+        """
+        canonical_json(meta or {})  # a meta that is no JSON fails here, not in the background
+        leaves = _named_leaves(tree)
+        self.wait()
+        folder = self._folder(step)
+        if folder.exists() and _first_process():
+            _remove(folder)
+        _barrier(f"ctpd-save-{step}")
+        self._checkpointer.save(folder, args=ocp.args.PyTreeSave(_with_values(leaves)))
+        described = {name: _describe(leaf) for name, leaf in leaves.items()}
+        self._sealing = self._background.submit(self._seal_committed, step, dict(meta or {}), described)
+
+    def wait(self) -> None:
+        """Blocks until the step being saved is whole on disk; raises what went wrong in the background."""
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+
+    def steps(self) -> list[int]:
+        """The steps that carry checksums, oldest first; their files are checked only by `restore_latest`."""
+        return [step for step, folder in self._step_folders() if (folder / CHECKSUMS).is_file()]
+
+    def restore_latest(self, target: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """(step, tree, meta) of the newest whole step, or None. Newer ones that are not whole go, with a warning each.
+
+        `target` gives the structure, and per leaf shape, dtype and sharding: jax.ShapeDtypeStruct (see `abstract`) or
+        arrays. Raises UserError naming the leaf that differs.
+        """
+        self.wait()
+        step = self._newest_whole_step() if _first_process() else -1
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step < 0:
+            return None
+        record = _read_record(self._folder(step))
+        return step, _restore(self._checkpointer, self._folder(step), record, target), record.meta
+
+    def close(self) -> None:
+        """Waits, then frees Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._checkpointer.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _folder(self, step: int) -> Path:
+        if step < 0:
+            raise ValueError(f"Step {step} is negative.")
+        return self.directory / f"{step:08d}"
+
+    def _step_folders(self) -> list[tuple[int, Path]]:
+        found = [(int(p.name), p) for p in self.directory.iterdir() if _STEP.fullmatch(p.name)]
+        return sorted(found)
+
+    def _seal_committed(self, step: int, meta: dict[str, Any], leaves: dict[str, tuple[list[int], str]]) -> None:
+        """Runs in the background: a step is whole as early as it can be, not only when somebody next waits."""
+        self._checkpointer.wait_until_finished()
+        if not _first_process():
+            return
+        _seal(self._folder(step), meta, leaves)
+        whole = self.steps()
+        kept = {step, *whole[-self.keep :]}
+        for other, folder in self._step_folders():
+            if other not in kept and (other in whole or other < step):  # also what a removal cut short has left
+                _remove(folder)
+
+    def _newest_whole_step(self) -> int:
+        for path in self.directory.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                warnings.warn(f"Removed {path}: the process ended while it was being written.", stacklevel=3)
+                shutil.rmtree(path)
+        for step, folder in reversed(self._step_folders()):
+            try:
+                _verify(folder)
+                return step
+            except _Broken as reason:
+                warnings.warn(f"Removed the checkpoint {folder}, which is not whole: {reason}.", stacklevel=3)
+                _remove(folder)
+        return -1
+
+
+# ---------------------------------------------------------------------------------------------- parameters of a stage
+
+
+def save_params(directory: str | os.PathLike[str], params: PyTree, meta: Mapping[str, Any] | None = None) -> None:
+    """Writes a nested dict of arrays and its `meta` (plain JSON) as the folder `directory`, replacing what was there.
+
+    Whole or not there: written and sealed beside, then renamed. Bit exact; sharded arrays are never gathered.
+    """
+    final = local_path(directory)
+    beside, old = final.with_name(final.name + PARTIAL), final.with_name(final.name + ".old")
+    leaves = _named_leaves(params)
+    canonical_json(meta or {})
+    if _first_process():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (old, *final.parent.glob(f"{beside.name}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+    _barrier(f"ctpd-params-begin-{final.name}")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(beside, args=ocp.args.PyTreeSave(_with_values(leaves)))
+    if _first_process():
+        _seal(beside, meta or {}, {name: _describe(leaf) for name, leaf in leaves.items()})
+        if final.exists():
+            os.rename(final, old)
+        os.rename(beside, final)
+        shutil.rmtree(old, ignore_errors=True)
+    _barrier(f"ctpd-params-end-{final.name}")
+
+
+def load_params(directory: str | os.PathLike[str], target: PyTree | None = None) -> tuple[PyTree, dict[str, Any]]:
+    """(params, meta) from `save_params`, every file checked against its checksum.
+
+    `target` gives structure, shapes, dtypes and shardings as in `Checkpoints.restore_latest`; without it the nested
+    dict comes back as it was saved, as NumPy arrays. Raises UserError if the folder is not there, is not whole, or
+    does not fit `target` (naming the leaf).
+    """
+    folder = local_path(directory)
+    if not folder.is_dir():
+        raise UserError(f"There are no parameters at {folder}; run the stage that writes them first.")
+    try:
+        record = _verify(folder)
+    except _Broken as reason:
+        message = f"The parameters at {folder} are not whole: {reason}. Remove the folder and run its stage again."
+        raise UserError(message) from None
+    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        if target is not None:
+            return _restore(checkpointer, folder, record, target), record.meta
+        empty = {name: np.empty(shape, np.dtype(dtype)) for name, (shape, dtype) in record.leaves.items()}
+        return _nested(_restore_leaves(checkpointer, folder, empty)), record.meta
+
+
+def params_meta(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The meta of a finished `save_params`, or None where there is none: the cheap question whether a stage is done."""
+    try:
+        return _read_record(local_path(directory)).meta
+    except _Broken:
+        return None
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": 1} -> {"a": {"b": 1}}"""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree

@@ -1,0 +1,83 @@
+"""One training stage from its first update to its last, resumable at every checkpoint.
+
+Where the parameters of a stage come from, first match wins:
+  1. its newest whole checkpoint: parameters, optimizer, step; the data follow from the step
+  2. its beginning: the parameters handed in, a fresh optimizer, step 0
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.schema import Batch
+from ctpd_jax.train.checkpoint import Checkpoints
+from ctpd_jax.train.metrics import MetricLog, Progress
+from ctpd_jax.train.optimizer import learning_rate, make_optimizer
+from ctpd_jax.train.step import Params, Sums, TrainState, add_sums, init_state, make_steps, mean_of
+
+
+def train(
+    name: str,
+    directory: Path,
+    settings: ConfigDict,
+    steps: int,
+    initial: Callable[[], Params],
+    abstract: Params,
+    sums_of: Callable[[Params, Batch], tuple[jax.Array, Sums]],
+    batches: Callable[[int], list[Batch]],
+    log: MetricLog,
+    extra_metrics: dict[str, float] | None = None,
+    log_every: int = 1,
+) -> Params:
+    """Runs updates 0..steps-1 of a stage and returns the final parameters, float32.
+
+    `sums_of` gives the summed loss and the sums that are logged; its "loss" entry's count is what the gradient is
+    divided by. `batches(step)` are the micro-batches of an update. `extra_metrics` stand in every line that is logged.
+    Raises UserError where the loss or the gradient stops being finite.
+    """
+    optimizer = make_optimizer(settings, steps)
+    schedule = learning_rate(settings, steps)
+    accumulate, update = make_steps(sums_of, optimizer)
+    with Checkpoints(directory, keep=2) as checkpoints:
+        restored = checkpoints.restore_latest(jax.eval_shape(lambda p: init_state(p, optimizer), abstract))
+        state: TrainState = restored[1] if restored else init_state(jax.tree.map(jnp.array, initial()), optimizer)
+        first = int(state.step)
+        log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
+        with Progress(steps, name, first, unit="update") as progress:
+            for step in range(first, steps):
+                began = time.perf_counter()
+                gradient = jax.tree.map(jnp.zeros_like, state.params)
+                sums: dict = {}
+                for batch in batches(step):
+                    gradient, new = accumulate(state.params, gradient, batch)
+                    sums = add_sums(sums, new)
+                state, norm = update(state, gradient, sums["loss"][1])
+                metrics = mean_of(jax.device_get(sums))
+                seconds = time.perf_counter() - began
+                metrics |= {
+                    "grad_norm": float(norm),
+                    "lr": float(schedule(step)),
+                    "seconds": seconds,
+                    "tokens_per_second": metrics["num_tokens"] / seconds,
+                    "compiled": float(accumulate._cache_size()),
+                }
+                if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
+                    raise UserError(
+                        f"{name}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}. "
+                        f"Lower {name}.lr or look at the pairs of that update; its checkpoints are whole."
+                    )
+                if step % log_every == 0 or step == steps - 1:
+                    log.log(name, step, metrics | (extra_metrics or {}))
+                progress.update(1, loss=metrics["loss"])
+                if (step + 1) % settings.save_every == 0 and step + 1 < steps:
+                    checkpoints.save(step + 1, state, {"stage": name})
+        checkpoints.wait()
+    return state.params

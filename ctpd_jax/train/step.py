@@ -1,0 +1,174 @@
+"""The jitted steps: one micro-batch adds to the gradient, one update spends it.
+
+Letters: R rows, L row length, K scored tokens of a row, D model width, V vocabulary, P pairs.
+
+Every number is a pair (sum, count) until it is logged, so that neither the split into micro-batches nor the devices
+change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ctpd_jax.core.logprobs import token_logprobs
+from ctpd_jax.core.losses import lambda_diagnostics, preference_loss
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import hidden_states, unembedding
+from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch
+
+Params = Any
+Sums = dict[str, jax.Array]  # name -> float32 [2]: sum and count
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a preference stage minimises; see core.losses.preference_loss."""
+
+    beta: float
+    label_smoothing: float = 0.0
+    loss: str = "sigmoid"
+    sft_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the model is run: the dtype of its matrix products, and whether activations are recomputed."""
+
+    dtype: str = "float32"
+    remat: bool = False
+
+
+class TrainState(NamedTuple):
+    """Everything that a resumed run needs besides its settings; `step` counts finished updates."""
+
+    step: Array  # int32 []
+    params: Params  # float32
+    opt_state: Any
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def scored_logprobs(config: DecoderConfig, params: Params, batch: Batch, compute: Compute) -> Array:
+    """Returns log pi(target | everything before) of each scored slot: float32 [R, K], 0 in padding."""
+    hidden = hidden_states(
+        config, params, batch.tokens, batch.layout, remat=compute.remat, compute_dtype=jnp.dtype(compute.dtype)
+    )
+    scored = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)  # [R, K, D]
+    head = unembedding(config, params).astype(scored.dtype)
+    logps = token_logprobs(scored, head, batch.target, softcap=config.final_softcap)
+    return jnp.where(batch.pair >= 0, logps, 0.0)
+
+
+def per_response(values: Array, batch: Batch) -> Array:
+    """Sums slot values [R, K] into their responses: [P, 2], chosen and rejected."""
+    pairs = batch.real.shape[0]
+    place = jnp.where(batch.pair >= 0, 2 * batch.pair + batch.side, 2 * pairs)  # padding falls into one slot too many
+    return jax.ops.segment_sum(values.ravel(), place.ravel(), 2 * pairs + 1)[:-1].reshape(pairs, 2)
+
+
+def preference_sums(
+    config: DecoderConfig, objective: Objective, compute: Compute, params: Params, batch: Batch
+) -> tuple[Array, Sums]:
+    """Returns the summed loss of the batch's pairs, and the sums that are logged.
+
+    The return of a response is sum_t w_t log pi(y_t) - c: the identity of section 2 of the method (arXiv 2601.11865),
+    which is what keeps the teacher out of the training job.
+    """
+    logps = scored_logprobs(config, params, batch, compute)
+    weighted = per_response(logps * batch.weight, batch)
+    plain = per_response(logps, batch)
+    counts = per_response(jnp.ones_like(logps), batch)
+    returns = weighted - batch.constant
+    out = preference_loss(
+        returns[:, CHOSEN],
+        returns[:, REJECTED],
+        beta=objective.beta,
+        label_smoothing=objective.label_smoothing,
+        loss=objective.loss,
+    )
+    nll = -plain[:, CHOSEN] / jnp.maximum(counts[:, CHOSEN], 1)
+    real = batch.real
+    total = jnp.sum((out.loss + objective.sft_weight * nll) * real)
+
+    pairs = jnp.sum(real)
+    moved = weighted - batch.start  # against the model's own start
+    margin = out.chosen_rewards - out.rejected_rewards
+    means = {
+        "loss": out.loss + objective.sft_weight * nll,
+        "rewards/chosen": out.chosen_rewards,
+        "rewards/rejected": out.rejected_rewards,
+        "rewards/margins": margin,
+        "rewards/accuracies": (margin > 0) + 0.5 * (margin == 0),
+        "rewards/margin_from_start": objective.beta * (moved[:, CHOSEN] - moved[:, REJECTED]),
+        "logps/chosen": plain[:, CHOSEN],
+        "logps/rejected": plain[:, REJECTED],
+        "weights/chosen": per_response(batch.weight, batch)[:, CHOSEN] / jnp.maximum(counts[:, CHOSEN], 1),
+        "weights/rejected": per_response(batch.weight, batch)[:, REJECTED] / jnp.maximum(counts[:, REJECTED], 1),
+    }
+    sums = {name: jnp.stack([jnp.sum(jnp.where(real > 0, value, 0.0)), pairs]) for name, value in means.items()}
+    sums |= {
+        f"lambda/{name}": jnp.stack([part, count])
+        for name, (part, count) in lambda_diagnostics(out.lam, real > 0).items()
+    }
+    return total, sums | token_sums(batch)
+
+
+def sft_sums(config: DecoderConfig, compute: Compute, params: Params, batch: Batch) -> tuple[Array, Sums]:
+    """Returns the summed negative log-likelihood of the scored tokens; its count is the number of tokens."""
+    logps = scored_logprobs(config, params, batch, compute)
+    total = -jnp.sum(logps * batch.weight)
+    count = jnp.sum(batch.weight)
+    return total, {"loss": jnp.stack([total, count]).astype(jnp.float32)} | token_sums(batch)
+
+
+def token_sums(batch: Batch) -> Sums:
+    """Tokens of the batch, scored tokens, and the share of the rows that is padding."""
+    used = jnp.sum(batch.layout.segment > 0).astype(jnp.float32)
+    one = jnp.ones((), jnp.float32)
+    return {
+        "num_tokens": jnp.stack([used, one * 0]),  # count 0: a total, not a mean
+        "num_scored_tokens": jnp.stack([jnp.sum(batch.pair >= 0).astype(jnp.float32), one * 0]),
+        "padding": jnp.stack([batch.tokens.size - used, one * batch.tokens.size]),
+    }
+
+
+def make_steps(
+    sums_of: Callable[[Params, Batch], tuple[Array, Sums]], optimizer: optax.GradientTransformation
+) -> tuple[Callable, Callable]:
+    """Returns (accumulate, update).
+
+    accumulate(params, gradient, batch) -> (gradient + this batch's, sums); the gradient's buffer is reused.
+    update(state, gradient, count) -> (state, norm of gradient / count before clipping); the state's buffers are reused.
+    """
+
+    @partial(jax.jit, donate_argnums=(1,))
+    def accumulate(params: Params, gradient: Params, batch: Batch) -> tuple[Params, Sums]:
+        (_, sums), new = jax.value_and_grad(sums_of, has_aux=True)(params, batch)
+        return jax.tree.map(jnp.add, gradient, new), sums
+
+    @partial(jax.jit, donate_argnums=(0,))
+    def update(state: TrainState, gradient: Params, count: Array) -> tuple[TrainState, Array]:
+        mean = jax.tree.map(lambda g: g / count, gradient)
+        changes, opt_state = optimizer.update(mean, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        return TrainState(state.step + 1, params, opt_state), optax.global_norm(mean)
+
+    return accumulate, update
+
+
+def add_sums(total: dict[str, Any], new: Sums) -> dict[str, Any]:
+    return {name: value + total.get(name, 0.0) for name, value in new.items()}
+
+
+def mean_of(sums: dict[str, Any]) -> dict[str, float]:
+    """Divides once, at the very end; a count of zero marks a total."""
+    return {name: float(part if count == 0 else part / count) for name, (part, count) in sums.items()}

@@ -1,0 +1,46 @@
+"""Packaging of ctpd-jax: names, versions and extras. Tool settings stand in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ctpd-jax",
+    version="0.1.0",
+    description="Cross-tokenizer preference distillation (CTPD) in JAX and Flax, TPU first",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ctpd_jax", "ctpd_jax.*"]),
+    entry_points={"console_scripts": ["ctpd = ctpd_jax.cli:main"]},
+    install_requires=[
+        # jax and flax are a pair: flax up to 0.12.8 breaks with jax 0.11.1, so both ranges move together.
+        "jax>=0.10.2,<0.11.1",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "jinja2>=3.1",  # chat templates
+        "tensorflow-datasets>=4.9.10,<5",
+        "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
+        "array_record>=0.8",
+        "ml-collections>=1.1,<2",
+        "absl-py>=2",
+        "huggingface_hub>=1.0",
+        "numpy>=2.0",
+        "rich>=13",
+        "tqdm>=4.66",
+        "tensorboardX>=2.6",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.18"],
+        "dev": ["ruff>=0.12", "mypy>=1.15"],
+        "hub": ["datasets>=4", "huggingface_hub>=1.0"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.11.1"],
+        "eval": ["lm-eval==0.4.13"],
+        "parity": ["torch==2.13.0", "accelerate>=1.0"],
+    },
+)

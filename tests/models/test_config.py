@@ -1,0 +1,103 @@
+"""config.json: both spellings, round trips, and refusals by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny import HF_CONFIGS
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.models.config import from_hf, read_config, to_hf
+
+LLAMA, GEMMA = HF_CONFIGS["llama"], HF_CONFIGS["gemma3"]
+
+
+@pytest.mark.parametrize("name", sorted(HF_CONFIGS))
+def test_round_trip(name):
+    config = from_hf(HF_CONFIGS[name])
+    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+    assert hash(config) == hash(from_hf(HF_CONFIGS[name]))
+
+
+def test_old_and_new_spelling_of_rope_agree():
+    scaling = HF_CONFIGS["llama_llama3_tied"]["rope_scaling"]
+    old = from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": scaling})
+    new = from_hf({**LLAMA, "rope_parameters": {"rope_theta": 5e5, **scaling}})
+    assert old == new and old.kinds[0].rope.theta == 5e5 and old.kinds[0].rope.factor == 8.0
+    without = {k: v for k, v in GEMMA.items() if not k.startswith("rope")}
+    parameters = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+    assert from_hf(GEMMA) == from_hf({**without, "rope_parameters": parameters})
+
+
+def test_each_spelling_alone_survives_what_to_hf_writes():
+    """A loader of either era that reads its own fields only gets the same model."""
+    for name, config in ((name, from_hf(raw)) for name, raw in HF_CONFIGS.items()):
+        written = to_hf(config)
+        new = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling", "rope_local_base_freq")}
+        old = {k: v for k, v in written.items() if k != "rope_parameters"}
+        assert from_hf(new) == config and from_hf(old) == config, name
+
+
+def test_gemma_layer_pattern():
+    config = from_hf({**GEMMA, "num_hidden_layers": 7, "sliding_window_pattern": 3})
+    assert [config.kinds[kind].window for kind in config.layer_kinds] == [5, 5, None, 5, 5, None, 5]
+
+
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        ({**LLAMA, "model_type": "mamba"}, ["mamba", "not supported", "llama"]),
+        ({k: v for k, v in LLAMA.items() if k != "model_type"}, ["model_type"]),
+        ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ["vocab_size"]),
+        ({"model_type": "gemma3", "vision_config": {}, "text_config": {}}, ["gemma3", "vision_config"]),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
+        ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn"]),
+        ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["dynamic"]),
+        ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, ["factor"]),
+        ({**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.5}}, ["mscale"]),
+        ({**LLAMA, "hidden_act": "relu2"}, ["hidden_act", "relu2"]),
+        ({**LLAMA, "attention_dropout": 0.1}, ["attention_dropout"]),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({**LLAMA, "num_experts": 8}, ["num_experts"]),
+        ({**LLAMA, "num_key_value_heads": 3}, ["num_key_value_heads"]),
+        ({**GEMMA, "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ({**GEMMA, "layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
+        ({**GEMMA, "layer_types": ["full_attention"]}, ["1 layer types", "4 layers"]),
+    ],
+)
+def test_refusals_name_the_field(raw, words):
+    with pytest.raises(UserError) as error:
+        from_hf(raw, where="some/config.json")
+    assert all(word in str(error.value) for word in words)
+
+
+def test_harmless_fields_are_accepted():
+    extras = {
+        "use_cache": True,
+        "torch_dtype": "bfloat16",
+        "_name_or_path": "x",
+        "transformers_version": "4.40",
+        "new": None,
+    }
+    assert from_hf({**LLAMA, **extras}) == from_hf(LLAMA)
+
+
+def test_read_config_adds_the_stop_tokens_of_the_generation_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA))
+    assert read_config(tmp_path).eos_ids == (1,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106]}))
+    config = read_config(tmp_path)
+    assert config.eos_ids == (1, 106)
+    assert to_hf(config)["eos_token_id"] == [1, 106]
+
+
+def test_read_config_names_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_config(tmp_path)

@@ -1,0 +1,257 @@
+"""Model folders: round trips to the bit, shards, dtypes, and refusals that say which tensor or file."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import HF_CONFIGS, random_model
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.models import safetensors
+from ctpd_jax.models.decoder import apply
+from ctpd_jax.models.hf import load_hf, save_hf
+
+
+def _same(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        assert a.dtype == b.dtype and np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+def _write(file, tensors):
+    entries = [(name, array.shape, lambda array=array: array) for name, array in tensors.items()]
+    safetensors.write(file, entries, lambda name: tensors[name].dtype)
+
+
+def _tensors(folder):
+    header = safetensors.read_header(folder / "model.safetensors")
+    out = {}
+    for name, tensor in header.items():
+        out[name] = np.empty(tensor.shape, safetensors.DTYPES[tensor.code])
+        safetensors.read_into(tensor, name, out[name])
+    return out
+
+
+@pytest.mark.parametrize("name", sorted(HF_CONFIGS))
+def test_round_trip_is_bit_identical(name, tmp_path):
+    config, params = random_model(name)
+    save_hf(tmp_path / "model", config, params)
+    loaded_config, loaded = load_hf(tmp_path / "model")
+    assert loaded_config == config
+    _same(params, loaded)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]  # nothing is left beside it
+
+
+def test_the_official_reader_sees_the_names_and_values(tmp_path):
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    official = load_file(tmp_path / "m" / "model.safetensors")
+    layers = params["model"]["layers"]
+    assert len(official) == 3 * 9 + 3
+    np.testing.assert_array_equal(
+        official["model.layers.2.mlp.down_proj.weight"], layers["mlp"]["down_proj"]["weight"][2]
+    )
+    np.testing.assert_array_equal(official["lm_head.weight"], params["lm_head"]["weight"])
+    with open(tmp_path / "m" / "model.safetensors", "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        assert json.loads(stream.read(length))["__metadata__"] == {"format": "pt"} and length % 8 == 0
+
+
+def test_bfloat16_is_read_and_written_exactly(tmp_path):
+    config, params = random_model("gemma3")
+    save_hf(tmp_path / "m", config, params, dtype="bfloat16")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    _same(load_hf(tmp_path / "m", dtype="bfloat16")[1], rounded)
+    wide = load_hf(tmp_path / "m")[1]
+    _same(wide, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
+    save_hf(tmp_path / "again", config, wide, dtype="bfloat16")
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("m", "again"))
+    assert first == second
+
+
+@pytest.mark.parametrize("code", ["F64", "F16"])
+def test_other_float_dtypes_convert(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "_PIECE", 24)  # so that a tensor takes several pieces
+    values = np.random.default_rng(0).normal(size=(5, 7)).astype(safetensors.DTYPES[code])
+    _write(tmp_path / "x.safetensors", {"x": values})
+    out = np.empty((5, 7), np.float32)
+    safetensors.read_into(safetensors.read_header(tmp_path / "x.safetensors")["x"], "x", out)
+    np.testing.assert_array_equal(out, values.astype(np.float32))
+
+
+def test_shards_are_read_through_their_index(tmp_path):
+    config, params = random_model("gemma3")
+    folder = tmp_path / "m"
+    save_hf(folder, config, params)
+    tensors = _tensors(folder)
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        _write(folder / file, {name: tensors[name] for name in names if files[name] == file})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": files}))
+    _same(load_hf(folder)[1], params)
+
+    (folder / "model-00002-of-00003.safetensors").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match="model-00002-of-00003"):
+        load_hf(folder)
+    index.write_text(json.dumps({"weight_map": {"x": "../outside.safetensors"}}))
+    with pytest.raises(UserError, match="outside"):
+        load_hf(folder)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
+    config, params = random_model("llama")
+    folder = tmp_path / "m"
+    save_hf(folder, config, params)
+    file, good = folder / "model.safetensors", _tensors(folder)
+
+    _write(file, {k: v for k, v in good.items() if k != "model.layers.1.mlp.up_proj.weight"})
+    with pytest.raises(UserError, match=r"lacks.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_hf(folder)
+    _write(file, {**good, "model.layers.0.mlp.experts.0.weight": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=r"not imply.*experts\.0\.weight"):
+        load_hf(folder)
+    _write(file, {**good, "model.norm.weight": np.zeros(31, np.float32)})
+    with pytest.raises(UserError, match=r"model\.norm\.weight has shape \(31,\).*\(32,\)"):
+        load_hf(folder)
+    _write(file, {**good, "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)})
+    _same(load_hf(folder)[1], params)  # old checkpoints store what the config determines
+
+
+def test_a_tied_model_may_store_its_head_only_if_it_is_the_embedding(tmp_path):
+    config, params = random_model("llama_llama3_tied")
+    folder = tmp_path / "m"
+    save_hf(folder, config, params)
+    good = _tensors(folder)
+    assert "lm_head.weight" not in good
+    _write(folder / "model.safetensors", {**good, "lm_head.weight": good["model.embed_tokens.weight"]})
+    _same(load_hf(folder)[1], params)
+    _write(folder / "model.safetensors", {**good, "lm_head.weight": good["model.embed_tokens.weight"] + 1})
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        load_hf(folder)
+
+
+def test_broken_files_are_refused(tmp_path):
+    config, params = random_model("llama")
+    folder = tmp_path / "m"
+    save_hf(folder, config, params)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="cut short"):
+        load_hf(folder)
+    file.write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_hf(folder)
+    header = json.dumps({"x": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    tensor = safetensors.read_header(file)["x"]
+    with pytest.raises(UserError, match="x has dtype I8"):
+        safetensors.read_into(tensor, "x", np.empty(2, np.float32))
+
+
+def test_folders_without_a_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match="not a folder"):
+        load_hf(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIGS["llama"]))
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
+        load_hf(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="only safetensors are read"):
+        load_hf(tmp_path)
+    with pytest.raises(UserError, match="int8"):
+        load_hf(tmp_path, dtype="int8")
+
+
+def test_an_unreachable_hub_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Name or service not known\nlong trace")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(UserError, match=r"owner/name.*hub \(ConnectionError: Name or service not known\)"):
+        load_hf("owner/name")
+
+
+def test_a_hub_name_loads_the_downloaded_snapshot(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    config, params = random_model("llama")
+    save_hf(tmp_path / "snapshot", config, params)
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    _same(load_hf("owner/some-model")[1], params)
+    assert asked["name"] == "owner/some-model" and "*.safetensors" in asked["patterns"]
+    assert not any("bin" in pattern for pattern in asked["patterns"])
+
+
+def test_saving_replaces_a_model_and_nothing_else(tmp_path):
+    config, params = random_model("llama")
+    target = tmp_path / "deep" / "m"
+    save_hf(target, config, params)
+    (target / "stale.txt").write_text("of the earlier export")
+    other, other_params = random_model("gemma3")
+    save_hf(target, other, other_params)
+    assert load_hf(target)[0] == other and not (target / "stale.txt").exists()
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not a model folder"):
+        save_hf(tmp_path / "notes", config, params)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
+
+
+def test_a_failed_save_leaves_the_earlier_model(tmp_path):
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    broken = {**params, "lm_head": {"weight": np.zeros((3, 3), ml_dtypes.float8_e4m3fn)}}
+    with pytest.raises(KeyError):
+        save_hf(tmp_path / "m", config, broken)
+    _same(load_hf(tmp_path / "m")[1], params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_tokenizer_files_are_copied_byte_for_byte(tmp_path):
+    config, params = random_model("llama")
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(UserError, match="no tokenizer files"):
+        save_hf(tmp_path / "m", config, params, tokenizer=source)
+    (source / "tokenizer.json").write_bytes(b'{"odd":   "spacing"}\r\n')
+    (source / "chat_template.jinja").write_text("{{ x }}")
+    (source / "unrelated.bin").write_text("no")
+    save_hf(tmp_path / "m", config, params, tokenizer=source)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "m" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "m" / "unrelated.bin").exists()
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    save_hf(tmp_path / "m", config, params, tokenizer=Tokenizer())
+    assert (tmp_path / "m" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_loaded_model_computes_the_same(tmp_path):
+    config, params = random_model("gemma3")
+    save_hf(tmp_path / "m", config, params)
+    tokens = np.arange(12)[None]
+    np.testing.assert_array_equal(apply(*load_hf(tmp_path / "m"), tokens), apply(config, params, tokens))

@@ -1,0 +1,125 @@
+"""What a terminal is shown: token texts, the aligned pair, the end table."""
+
+from __future__ import annotations
+
+import made_up
+import numpy as np
+from rich.cells import cell_len
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ctpd_jax.report import show
+from ctpd_jax.schema import TokenSide
+from ctpd_jax.text.tokens import TextTokenizer, encode, load_tokenizer
+
+
+def byte_tokenizer() -> TextTokenizer:
+    """Every byte a token, and "ab"."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*letters, "ab"])}, [("a", "b")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.add_special_tokens(["<|im_end|>"])
+    return load_tokenizer(PreTrainedTokenizerFast(tokenizer_object=core))
+
+
+def piece_tokenizer() -> TextTokenizer:
+    """Pieces with a space marker and a dummy space; other characters as <0xNN>."""
+    vocabulary = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abc", "\u2581a", "é"]
+    core = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(vocabulary)}, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="always", split=False)
+    core.add_special_tokens(["<unk>", "</s>"])
+    return load_tokenizer(PreTrainedTokenizerFast(tokenizer_object=core))
+
+
+def test_pieces_are_the_tokens_own_text():
+    tok = byte_tokenizer()
+    ids = np.append(encode(tok, "ab é"), tok.hf.convert_tokens_to_ids("<|im_end|>")).astype(np.int32)
+    side = TokenSide(ids, np.array([0, 1, 1, 1, 2], np.int32))
+    assert show.pieces(tok, side, 0) == ["ab"]
+    assert show.pieces(tok, side, 1) == [" ", "<0xC3>", "<0xA9>"]
+    assert show.pieces(tok, side, 2) == ["<|im_end|>"]
+    assert show.pieces(tok, side, 3) == []
+
+
+def test_pieces_of_a_tokenizer_with_a_space_marker():
+    tok = piece_tokenizer()
+    ids = np.append(encode(tok, "ab 客é"), tok.hf.convert_tokens_to_ids("</s>")).astype(np.int32)
+    side = TokenSide(ids, np.zeros(len(ids), np.int32))
+    assert show.pieces(tok, side, 0) == [" a", "b", " ", "<0xE5>", "<0xAE>", "<0xA2>", "é", "</s>"]
+
+
+def columns_of(text: str) -> list[list[int]]:
+    """The cell positions at which the m:n and weight columns end, of every line of the tables' bodies."""
+    rows = [line for line in text.split("\n") if line.rstrip().endswith(tuple("0123456789")) and ":" in line]
+    return [[cell_len(line[: line.rindex(":") + 2]), cell_len(line)] for line in rows]
+
+
+def test_broken_utf8_is_shown_byte_by_byte():
+    assert show.decode("aé".encode()) == "aé"
+    assert show.decode(b"\xf0\x9f\x98") == "<0xF0><0x9F><0x98>"
+    assert show.decode(b"ok \xff\xe5\xae\xa2 \x80end") == "ok <0xFF>客 <0x80>end"
+    assert show.decode(b"") == ""
+
+
+def test_what_cannot_be_seen_is_made_visible():
+    assert show.visible(" a\n\tb") == "␣a↵⇥b"
+    assert show.visible("\u200b\u00a0\u202e") == "<U+200B><U+00A0><U+202E>"
+    assert show.visible("\u0301a") == "◌\u0301a"
+    assert "\x1b" not in show.visible("\x1b[31m") + show.harmless("\x1b[31m")
+    assert show.harmless("two\nlines\u202e") == "two\nlines<U+202E>"
+
+
+def test_columns_stay_aligned_beside_wide_characters():
+    text = show.example_text(made_up.example())
+    chosen = text[: text.index("rejected:")]
+    ends = columns_of("\n".join(line for line in chosen.split("\n") if "不客气" in line or "Green" in line))
+    assert len(ends) == 2 and ends[0] == ends[1]
+    assert max(cell_len(line) for line in text.split("\n")) <= show.WIDTH
+
+
+def test_an_example_is_cut_and_says_so():
+    text = show.example_text(made_up.example())
+    assert "and 10 more spans" in text and "word37" in text and "word38" not in text
+    assert "rejected: 50 spans" in text and "cut to the length limit" in text
+    assert "(end of turn)" in text and "<|im_end|>" in text
+    assert "[31m" in text and "\x1b" not in text  # neither swallowed as markup nor passed on to the terminal
+
+
+def test_an_example_without_weights_says_na():
+    assert show.example_text(made_up.example(weighted=False)).count(show.NONE) == 5 + show.MAX_SPANS
+
+
+def test_the_table_fits_and_holds_every_figure():
+    text = show.table(made_up.evaluation())
+    assert max(cell_len(line) for line in text.split("\n")) <= 120
+    names = [line.split()[0] for line in text.split("\n") if line.strip().startswith(("student", "ctpd", "teacher"))]
+    assert names == 2 * ["student_start", "student_dpo", "ctpd", "teacher", "teacher_dpo"]
+    for expected in ("78.0 [71.0, 84.0]", "0.734", "31.0 %", "27.5 %", "1.414", "+1.44 ± 0.21", "n = 43", "0.812"):
+        assert expected in text
+
+
+def test_the_table_without_matched_pairs_and_true_rewards():
+    evaluation = made_up.evaluation()
+    evaluation["longer_is_better"]["length_matched"] = None
+    for row in evaluation["models"].values():
+        row["length_matched"] = made_up.senses(None)
+        row["true_reward"] = None
+        row["bits_per_byte"] = None
+    text = show.table(evaluation)
+    assert "true reward" not in text
+    assert "n = 0" in text
+    matched = [line for line in text.split("\n") if line.strip().startswith("length-matched") and "n =" not in line]
+    assert len(matched) == 5 and all(line.count(show.NONE) == 3 for line in matched)
+
+
+def test_figures():
+    assert show.figure(None, 2) == show.NONE
+    assert show.figure(0.0, 2) == "0.00"
+    assert show.figure(0.0012, 2) == "0.0012"  # never a 0.00 that is not zero
+    assert show.figure(-1.234, 2, sign=True) == "-1.23"
+    assert show.mean_error({"mean": 1.0, "error": None, "count": 1}) == "+1.00"
+    assert show.percent(0.5) == "50.0 %"

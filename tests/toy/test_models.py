@@ -1,0 +1,115 @@
+"""The toy models: small, made once, and with tokenizers that disagree."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctpd_jax.models.decoder import apply
+from ctpd_jax.models.hf import load_hf
+from ctpd_jax.schema import Message
+from ctpd_jax.text.spans import align_batch
+from ctpd_jax.text.templates import end_of_turn_id, load_template, prompt_ids
+from ctpd_jax.text.tokens import encode, load_tokenizer
+from ctpd_jax.toy.models import STAMP, make_toy_models, student_tokenizer, teacher_tokenizer
+from ctpd_jax.toy.world import corpus, generate_pairs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_toy_models(tmp_path_factory.mktemp("toy"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders):
+    return [load_tokenizer(str(folder)) for folder in folders]
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_sizes_and_vocabularies(folders, tokenizers):
+    for folder, tokenizer, low, high in zip(folders, tokenizers, (0.7e6, 0.3e6), (1.2e6, 0.5e6)):
+        config, params = load_hf(folder)
+        count = sum(leaf.size for leaf in _leaves(params))
+        assert low < count < high
+        assert config.vocab_size == len(tokenizer.hf)
+        ids = prompt_ids(tokenizer, load_template(tokenizer), [Message("user", "请谈谈 tea.")])
+        logits = np.asarray(apply(config, params, ids[None]))
+        assert logits.shape == (1, len(ids), config.vocab_size) and np.isfinite(logits).all()
+
+
+def _leaves(tree):
+    return [leaf for value in tree.values() for leaf in _leaves(value)] if isinstance(tree, dict) else [tree]
+
+
+def test_the_teacher_alternates_windows_and_the_student_does_not(folders):
+    teacher, student = (load_hf(folder)[0] for folder in folders)
+    assert len(set(teacher.layer_kinds)) == 2 and any(kind.window for kind in teacher.kinds)
+    assert [kind.window for kind in student.kinds] == [None]
+
+
+def test_the_tokenizers_differ_in_kind(tokenizers):
+    teacher, student = tokenizers
+    assert (teacher.byte_level, student.byte_level) == (False, True)
+    assert teacher.bos_id is not None and student.bos_id is None
+    assert teacher.prefix.present and not student.prefix.present
+    assert end_of_turn_id(student, load_template(student)) == student.hf.pad_token_id
+
+
+def test_responses_are_short_and_spans_are_of_every_shape(tokenizers):
+    teacher, student = tokenizers
+    texts = [pair.chosen for pair in generate_pairs("train", 200)]
+    shapes, sizes = set(), np.zeros(2, int)
+    for aligned in align_batch(texts, teacher, student):
+        assert 12 <= len(aligned.student.ids) <= 100
+        sizes += [len(aligned.teacher.ids), len(aligned.student.ids)]
+        counts = (
+            np.bincount(side.span_ids, minlength=aligned.num_spans) for side in (aligned.teacher, aligned.student)
+        )
+        shapes |= {(min(int(m), 2), min(int(n), 2)) for m, n in zip(*counts)}
+    assert shapes == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    assert sizes[0] < 0.9 * sizes[1]
+
+
+def test_every_text_of_the_world_is_spelled_without_loss(tokenizers):
+    for tokenizer in tokenizers:
+        for text in [*corpus(number=100), "ΔΨ 漢字 👩‍🔬 <|im_end|> <end_of_turn>"]:
+            assert tokenizer.hf.decode(encode(tokenizer, text)) == text
+
+
+def test_made_once_and_again_the_same(folders, tmp_path):
+    directory = folders[0].parent
+    times = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    assert make_toy_models(directory, seed=0) == folders
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == times
+    make_toy_models(tmp_path / "again", seed=0)
+    assert digests(tmp_path / "again") == digests(directory)
+    make_toy_models(tmp_path / "other", seed=1)
+    assert digests(tmp_path / "other")["student/model.safetensors"] != digests(directory)["student/model.safetensors"]
+
+
+def test_unfinished_or_older_folders_are_made_again(folders, tmp_path):
+    expected = digests(folders[0].parent)
+    make_toy_models(tmp_path, seed=1)
+    (tmp_path / STAMP).write_text(json.dumps({"format": 0, "seed": 0}))
+    make_toy_models(tmp_path, seed=0)
+    assert digests(tmp_path) == expected
+    (tmp_path / STAMP).write_text("{")  # killed while writing
+    make_toy_models(tmp_path, seed=0)
+    assert digests(tmp_path) == expected
+    (tmp_path / "teacher" / "config.json").unlink()
+    for file in (tmp_path / "teacher").iterdir():
+        file.unlink()
+    make_toy_models(tmp_path, seed=0)
+    assert digests(tmp_path) == expected
+
+
+def test_training_a_tokenizer_twice_gives_the_same():
+    texts = list(corpus(number=200))
+    for make in (teacher_tokenizer, student_tokenizer):
+        assert make(texts).backend_tokenizer.to_str() == make(texts).backend_tokenizer.to_str()
