@@ -33,7 +33,6 @@ setup(
         "rich>=13",
         "tqdm>=4.66",
         "tensorboardX>=2.6",
-        "matplotlib>=3.9",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.18"],

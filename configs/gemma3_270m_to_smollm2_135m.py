@@ -26,5 +26,4 @@ def get_config() -> ConfigDict:
     config.teacher.remat = False
     config.student.remat = False
     config.annotate.micro_batch = 2
-    config.evaluate.micro_batch = 2
     return config

@@ -1,6 +1,6 @@
-"""The whole chain as small as it gets, for the tests: a few pairs and a few updates of every stage, in well under a minute.
+"""The whole chain as small as it gets, for the tests: a few pairs, and a few updates of every stage.
 
-    ctpd run --config configs/micro.py --workdir runs/micro
+ctpd run --config configs/micro.py --workdir runs/micro
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The stages that look at what was trained: evaluate and export; and two looks at single things, inspect and generate."""
+"""The stages that look at what was trained, evaluate and export; and the commands inspect and generate."""
 
 from __future__ import annotations
 

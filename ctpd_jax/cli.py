@@ -59,9 +59,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "inspect":
             command.add_argument("--pair", type=int, default=0, metavar="N", help="the N-th pair of the training data")
         if name == "generate":
-            command.add_argument(
-                "--model", default="ctpd", help="a row of the evaluation's table (default: ctpd)"
-            )
+            command.add_argument("--model", default="ctpd", help="a row of the evaluation's table (default: ctpd)")
             command.add_argument("--prompt", required=True, help="what the user says")
             command.add_argument("--max-new-tokens", type=int, default=128)
             command.add_argument("--temperature", type=float, default=0.0, help="0: greedy")

@@ -10,9 +10,9 @@ import jax
 from ml_collections import ConfigDict
 
 from ctpd_jax import assess, stages
-from ctpd_jax.annotate.coefficients import check_options
 from ctpd_jax.files import write_json
-from ctpd_jax.run import Run, check_platform
+from ctpd_jax.run import Run, check_platform, check_sizes
+from ctpd_jax.settings import check_config
 from ctpd_jax.train.metrics import MetricLog
 
 # In order. Each one knows by itself whether it is finished, has to go on, or is left out.
@@ -31,8 +31,8 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
     """Carries out one command. Raises UserError for what the user can mend."""
+    check_config(config)
     check_platform(config)
-    check_options(config.weights, config.train)
     workdir = Path(arguments.workdir).expanduser().absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     if config.compile_cache:
@@ -47,6 +47,8 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
         elif arguments.command == "generate":
             assess.answer(run, arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature)
         else:
+            if arguments.command in ("run", "sft", "dpo", "annotate"):
+                check_sizes(run)
             for stage in chosen_stages(arguments):
                 STAGES[stage](run)
 

@@ -23,8 +23,8 @@ from ctpd_jax.models.config import DecoderConfig, read_config
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import load_hf, model_directory
 from ctpd_jax.schema import AlignedPair, Counters, PreferencePair
-from ctpd_jax.text.prepare import Limits, TextModel, load_text_model, prepare_pairs
 from ctpd_jax.text.preferences import load_preferences
+from ctpd_jax.text.prepare import Limits, TextModel, load_text_model, prepare_pairs
 from ctpd_jax.toy.builder import prepare_toy
 from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.train.checkpoint import load_params
@@ -34,18 +34,6 @@ from ctpd_jax.workdir import read_json
 
 Model = Literal["teacher", "student"]
 Split = Literal["train", "test"]
-
-STAGES = (
-    "teacher_sft",
-    "student_sft",
-    "positive",
-    "negative",
-    "annotate",
-    "student_dpo",
-    "train",
-    "evaluate",
-    "export",
-)
 
 
 @dataclass(frozen=True)
@@ -104,8 +92,6 @@ class Run:
         dtype = self.config.compute_dtype
         if dtype == "auto":
             dtype = "bfloat16" if jax.default_backend() == "tpu" else "float32"
-        if dtype not in ("float32", "bfloat16"):
-            raise UserError(f"config.compute_dtype is {dtype!r}; choose auto, float32 or bfloat16.")
         return Compute(dtype, self.config[model].remat)
 
     def start_params(self, model: Model) -> Params:
@@ -157,8 +143,6 @@ class Run:
     @cached_property
     def limits(self) -> Limits:
         data = self.config.data
-        if data.unit not in ("character", "byte"):
-            raise UserError(f"config.data.unit is {data.unit!r}; choose character or byte.")
         return Limits(data.max_prompt_tokens, data.max_response_tokens, data.unit, data.end_of_turn)
 
     def _load(self, split: Split) -> tuple[list[PreferencePair], list[AlignedPair]]:
@@ -218,6 +202,16 @@ def params_digest(params: Params) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
         digest.update(np.ascontiguousarray(value).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def check_sizes(run: Run) -> None:
+    """Refuses swapped folders: a teacher with fewer parameters than its student is seldom meant."""
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(run.abstract(name))) for name in ("teacher", "student")}
+    if sizes["teacher"] < sizes["student"] and not run.config.smaller_teacher:
+        raise UserError(
+            f"The teacher {run.folder('teacher')} has {sizes['teacher']:,} parameters, the student "
+            f"{run.folder('student')} {sizes['student']:,}: are they swapped? If not, --config.smaller_teacher=True."
+        )
 
 
 def check_platform(config: ConfigDict) -> None:

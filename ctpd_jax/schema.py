@@ -114,7 +114,7 @@ class Batch(NamedTuple):
     """Rows of tokens, and the tokens in them that are scored. A JAX pytree of static shapes.
 
     Slot k of row r says: the hidden state at row position predictor[r, k] is scored against target[r, k], the token
-    belongs to answer side[r, k] of pair[r, k] and its log-probability counts weight[r, k] times in that answer's return.
+    belongs to answer side[r, k] of pair[r, k] and its log-probability counts weight[r, k] times in the return.
     """
 
     tokens: Array  # int32 [R, L]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from ctpd_jax.errors import UserError
+
 
 def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 16, **changes) -> ConfigDict:
     """Settings that every stage which trains shares."""
@@ -51,6 +53,7 @@ def default_config() -> ConfigDict:
             "seed": 0,
             "compute_dtype": "auto",  # "float32", "bfloat16"; auto: bfloat16 on TPU, float32 elsewhere
             "platform": "auto",  # "cpu", "tpu", "gpu": fail where JAX finds another one
+            "smaller_teacher": False,  # allow a teacher with fewer parameters than the student
             "data": {
                 "train": "",  # FILE.jsonl, tfds:NAME, hf:NAME
                 "test": "",
@@ -101,7 +104,6 @@ def default_config() -> ConfigDict:
             ),
             "student_dpo": preference(lr=1e-6, beta=0.1, steps=-1),  # the plain DPO student, for comparison
             "evaluate": {
-                "micro_batch": 4,
                 "samples": 2,  # answers to draw from every model; shown in the report
                 "temperature": 0.7,
                 "max_new_tokens": 128,
@@ -119,3 +121,66 @@ def default_config() -> ConfigDict:
     )
     config.lock()
     return config
+
+
+CHOICES = {
+    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "platform": ("auto", "cpu", "gpu", "tpu"),
+    "data.unit": ("character", "byte"),
+    "rows.layout": ("response", "pair", "shared"),
+    "weights.source": ("dpo", "sft", "prompts", "uniform", "random"),
+    "weights.transform": ("none", "threshold", "scale", "rank", "binary"),
+    "weights.positive_scorer": ("teacher", "student"),
+    "weights.negative_scorer": ("teacher", "student"),
+    "train.reference": ("teacher", "student", "none"),
+    "train.span_logprob": ("sum", "mean"),
+    "train.normalize": ("none", "span", "byte", "start"),
+    "export.dtype": ("float32", "bfloat16", "float16"),
+}
+TRAINED = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses, by name and before anything long has run, what cannot be.
+
+    Raises:
+      UserError: a value that is no choice, a number out of its range, or a combination that means nothing.
+    """
+
+    def value(name: str) -> object:
+        found: object = config
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found
+
+    def require(holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise UserError(f"config.{name} is {value(name)!r}; {what}.")
+
+    for name, choices in CHOICES.items():
+        require(value(name) in choices, name, f"choose one of {', '.join(choices)}")
+    for stage in TRAINED:
+        settings = config[stage]
+        for name in ("lr", "epochs", "batch_size", "micro_batch", "clip", "save_every"):
+            require(settings[name] > 0, f"{stage}.{name}", "it has to be positive")
+        require(settings.steps >= -1, f"{stage}.steps", "0 means as many as the epochs give, -1 leaves the stage out")
+        require(0 <= settings.warmup <= 1, f"{stage}.warmup", "it is a share of the steps, from 0 to 1")
+        if "beta" in settings:
+            require(settings.loss in ("sigmoid", "ipo", "hinge"), f"{stage}.loss", "choose one of sigmoid, ipo, hinge")
+            require(settings.beta > 0, f"{stage}.beta", "it has to be positive")
+            require(0 <= settings.label_smoothing < 0.5, f"{stage}.label_smoothing", "it lies in [0, 0.5)")
+            smoothed = settings.loss == "sigmoid" or settings.label_smoothing == 0
+            require(smoothed, f"{stage}.label_smoothing", f"the {settings.loss} loss has none, set it to 0")
+            require(settings.sft_weight >= 0, f"{stage}.sft_weight", "it cannot be negative")
+    counts = ("data.max_prompt_tokens", "data.max_response_tokens", "rows.buckets", "rows.multiple")
+    for name in (*counts, "annotate.micro_batch", "annotate.pairs_per_shard", "evaluate.max_new_tokens", "log_every"):
+        require(value(name) > 0, name, "it has to be positive")  # type: ignore[operator]
+    for name in ("data.limit", "data.test_limit", "evaluate.samples", "evaluate.temperature"):
+        require(value(name) >= 0, name, "it cannot be negative")  # type: ignore[operator]
+    require(config.weights.lower < config.weights.upper, "weights.lower", "it has to lie below weights.upper")
+    require(0 < config.weights.top_share <= 1, "weights.top_share", "it lies in (0, 1]")
+    if config.train.normalize == "start" and config.train.reference == "none":
+        raise UserError(
+            "config.train.normalize 'start' measures against the student's start, so config.train.reference "
+            "cannot be 'none'."
+        )

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctpd_jax.annotate.coefficients import check_options, training_items
+from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.annotate.store import Column, open_store, shard_ranges, to_record, write_store
 from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
 from ctpd_jax.data.loader import steps_per_epoch, update_batches
@@ -93,9 +93,7 @@ def sft_items(pairs: Sequence[AlignedPair], model: Model, side: int = CHOSEN) ->
     return [item(pair) for pair in pairs]
 
 
-def dpo_items(
-    pairs: Sequence[AlignedPair], model: Model, reference: Measured, swapped: bool = False
-) -> list[PairItem]:
+def dpo_items(pairs: Sequence[AlignedPair], model: Model, reference: Measured, swapped: bool = False) -> list[PairItem]:
     """Pairs for plain DPO: weights of one, c the reference's log-probability of the whole response."""
 
     def item(pair: AlignedPair, scores: tuple[np.ndarray, np.ndarray]) -> PairItem:
@@ -173,7 +171,9 @@ def score_column(
         with Progress(len(pairs), f"{split}/{name}", done, unit="pair") as progress:
             for shard in missing:
                 places = ranges[shard]
-                spans = [tuple(pairs[i].tokens(model, side).span_ids for side in (CHOSEN, REJECTED)) for i in places]
+                spans = [
+                    (pairs[i].tokens(model, CHOSEN).span_ids, pairs[i].tokens(model, REJECTED).span_ids) for i in places
+                ]
                 found = score_pairs(
                     scorer,
                     params,
@@ -233,7 +233,6 @@ def manifest(run: Run) -> dict:
 
 
 def annotate(run: Run) -> None:
-    check_options(run.config.weights, run.config.train)
     columns = {
         name: score_column(run, "train", name, stage, model, instruction)
         for name, (stage, model, instruction) in scorers(run).items()
@@ -255,9 +254,11 @@ def train_student(run: Run) -> None:
         run.say("train: left out (config.train.steps = -1).")
         return
     config = run.config
-    check_options(config.weights, config.train)
     store = open_store(run.workdir / "annotations", known_without_teacher(run))
     examples = [store[i] for i in range(len(store))]
     items, figures = training_items(examples, config.weights, config.train, config.seed)
-    inputs = {"weights": config.weights.to_dict(), "annotations": hashlib.sha256(canonical_json(store.manifest)).hexdigest()}
+    inputs = {
+        "weights": config.weights.to_dict(),
+        "annotations": hashlib.sha256(canonical_json(store.manifest)).hexdigest(),
+    }
     train_stage(run, "train", "student", "student_sft", "pairs", items, inputs, figures)

@@ -123,13 +123,7 @@ def _equally_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _varying_axes(array: jax.Array) -> frozenset[Any]:
-    return getattr(jax.typeof(array), "vma", frozenset())
-
-
-def _constant_like(shape: tuple[int, ...], value: float, dtype: Any, like: jax.Array) -> jax.Array:
-    axes = tuple(sorted(_varying_axes(like)))
-    full = jnp.full(shape, value, dtype)
-    return lax.pcast(full, axes, to="varying") if axes else full
+    return jax.typeof(array).manual_axis_type.varying
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -192,7 +186,7 @@ def _score_forward(
         return (new_top, total, jnp.where(column >= 0, picked, at_target)), None
 
     def constant(value: float) -> jax.Array:
-        return _constant_like(targets.shape, value, dtype, hidden)
+        return jnp.full_like(hidden, value, dtype, targets.shape)  # like hidden: varies over the same mesh axes
 
     start = (constant(-jnp.inf), constant(0.0), constant(jnp.nan))
     (top, total, at_target), _ = lax.scan(step, start, jnp.arange(groups))
@@ -221,10 +215,7 @@ def _score_backward(
         rows_gradient = matmul("nc,nd->cd", slope, hidden).astype(grouped.dtype)
         return (hidden_gradient, lax.dynamic_update_index_in_dim(grouped_gradient, rows_gradient, group, 1)), None
 
-    start = (
-        _constant_like(hidden.shape, 0, dtype, hidden),
-        _constant_like(grouped.shape, 0, grouped.dtype, hidden),
-    )
+    start = (jnp.zeros_like(hidden, dtype), jnp.zeros_like(grouped))
     (hidden_gradient, grouped_gradient), _ = lax.scan(step, start, jnp.arange(groups))
     return hidden_gradient.astype(hidden.dtype), grouped_gradient, None
 

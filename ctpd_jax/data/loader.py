@@ -14,9 +14,7 @@ from ctpd_jax.schema import Batch
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """Returns the whole batches of an epoch; what is left over waits for the next epoch's order."""
     if examples < batch_size:
-        raise UserError(
-            f"{examples} examples do not fill one batch of {batch_size}: lower batch_size or add data."
-        )
+        raise UserError(f"{examples} examples do not fill one batch of {batch_size}: lower batch_size or add data.")
     return examples // batch_size
 
 

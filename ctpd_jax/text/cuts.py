@@ -14,6 +14,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,16 @@ def utf8_lengths(points: np.ndarray) -> np.ndarray:
     return 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
 
 
+def per_character(points: np.ndarray, function: Callable[[str], Any], dtype: Any) -> np.ndarray:
+    """function(character) for each code point, [n] of dtype; called once per distinct character, without sorting."""
+    present = np.zeros(int(points.max(initial=0)) + 1, bool)
+    present[points] = True
+    distinct = np.flatnonzero(present)
+    table = np.empty(len(present), dtype)
+    table[distinct] = np.fromiter((function(chr(point)) for point in distinct.tolist()), dtype, len(distinct))
+    return table[points]
+
+
 def clean_cuts(text: str, normalise: Normaliser, plain: Normaliser) -> np.ndarray:
     """Byte offset in N(text) of every clean cut, int64 [n + 1]; UNCLEAN (-1) where the position is none.
 
@@ -47,25 +58,25 @@ def clean_cuts(text: str, normalise: Normaliser, plain: Normaliser) -> np.ndarra
     if normalise(text) == plain(text):
         # A normalised text has normalised prefixes and suffixes: every position is clean.
         return _offsets(_lengths_by_character(points, plain))
-    distinct, index = np.unique(points, return_inverse=True)
-    opens = np.fromiter((_opens(chr(point)) for point in distinct.tolist()), bool, len(distinct))[index]
+    opens = per_character(points, _opens, bool)
     opens[0] = True
     offsets = _offsets(_lengths_by_character(points, normalise))  # right inside stretches of one character
     starts = np.flatnonzero(opens)
     ends = np.append(starts[1:], len(points))
-    known: dict[str, np.ndarray] = {}
+    several = ends - starts > 1
+    places: dict[str, list[int]] = {}  # a text has few distinct stretches
+    for start, end in zip(starts[several].tolist(), ends[several].tolist()):
+        places.setdefault(text[start:end], []).append(start)
     clean = np.ones(len(points) + 1, bool)
     change = np.zeros(len(points) + 1, np.int64)  # what to add to the offsets from each position on
-    for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist()):
-        stretch = text[start:end]
-        if stretch not in known:
-            known[stretch] = _cuts_of_stretch(stretch, normalise, plain)
-        cuts = known[stretch]
-        assumed = offsets[start : end + 1] - offsets[start]
+    for stretch, begins in places.items():
+        cuts = _cuts_of_stretch(stretch, normalise, plain)
         inner = cuts != UNCLEAN
-        clean[start + 1 : end] = inner[1:-1]
+        assumed = offsets[begins[0] : begins[0] + len(cuts)] - offsets[begins[0]]
+        at = np.array(begins)[:, None] + np.arange(1, len(cuts))
+        clean[at] = inner[1:]
         # Telescoping differences: at each position of the stretch the sum of `change` is cuts - assumed.
-        change[start + 1 : end + 1] += np.diff(np.where(inner, cuts - assumed, 0))
+        change[at] = np.diff(np.where(inner, cuts - assumed, 0))
     return np.where(clean, offsets + np.cumsum(change), UNCLEAN)
 
 
@@ -74,10 +85,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _lengths_by_character(points: np.ndarray, normalise: Normaliser) -> np.ndarray:
-    """Bytes of N(character) for each character, int64 [n]; N is asked once per distinct one."""
-    distinct, index = np.unique(points, return_inverse=True)
-    lengths = np.fromiter((len(normalise(chr(p)).encode()) for p in distinct.tolist()), np.int64, len(distinct))
-    return lengths[index]
+    """Bytes of N(character) for each character, int64 [n]."""
+    return per_character(points, lambda character: len(normalise(character).encode()), np.int64)
 
 
 # ------------------------------------------------------------------------------------------------ Unicode
@@ -131,8 +140,8 @@ def _cuts_by_definition(stretch: str, normalise: Normaliser) -> np.ndarray:
 def _cuts_incrementally(stretch: str, normalise: Normaliser) -> np.ndarray:
     """The same as `_cuts_by_definition` in linear time, for stretches such as a letter under a thousand marks.
 
-    Only the text since the last clean cut matters on the left, and only the marks that follow on the right (or the
-    one starter that follows); of marks of one combining class only the first few matter on either side.
+    Only the text since the last clean cut matters on the left, and only what follows up to the next starter on the
+    right; of marks of one combining class only the first few matter on either side.
     """
     following = _following_marks(stretch)
     cuts = np.full(len(stretch) + 1, UNCLEAN, np.int64)
@@ -173,7 +182,7 @@ class _Reduced:
 
 
 def _following_marks(stretch: str) -> list[str]:
-    """For each position the marks that follow up to the next starter, reduced; or that starter if it comes first."""
+    """For each position the marks that follow up to the next starter, reduced, and that starter."""
     following = [""] * (len(stretch) + 1)
     marks: list[str] = []
     for position in range(len(stretch) - 1, -1, -1):
@@ -182,8 +191,6 @@ def _following_marks(stretch: str) -> list[str]:
             if combining == 0:
                 marks = [part]
                 continue
-            if marks and unicodedata.combining(marks[0]) == 0:
-                marks = []  # a starter ends the run of marks to its left
             marks.insert(0, part)
             same = [i for i, mark in enumerate(marks) if unicodedata.combining(mark) == combining]
             if len(same) > MARKS_PER_CLASS:

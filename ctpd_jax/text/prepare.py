@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -17,9 +18,11 @@ from ctpd_jax.text.templates import (
     fit_prompt,
     load_template,
     prompt_ids,
+    render_text,
 )
-from ctpd_jax.text.tokens import TextTokenizer, load_tokenizer
+from ctpd_jax.text.tokens import TextTokenizer, can_spell, load_tokenizer, merges_across
 
+BORDER = 64  # characters before a response that decide whether it would merge with its prompt
 BATCH = 1024  # pairs tokenized at a time: enough for the tokenizer's threads, small enough for memory
 
 
@@ -41,7 +44,7 @@ class Limits:
 
     prompt: int
     response: int  # end-of-turn included
-    unit: str = "character"
+    unit: Literal["character", "byte"] = "character"
     end_of_turn: bool = True
 
 
@@ -62,8 +65,11 @@ def prepare_pairs(
     """
     counters = Counters()
     prepared: list[AlignedPair] = []
-    for first in range(0, len(pairs), BATCH):
-        part = pairs[first : first + BATCH]
+    spelt = [pair for pair in pairs if _can_spell(pair, teacher) and _can_spell(pair, student)]
+    if len(spelt) < len(pairs):
+        counters.add("left out: characters that a vocabulary lacks", len(pairs) - len(spelt))
+    for first in range(0, len(spelt), BATCH):
+        part = spelt[first : first + BATCH]
         texts = [text for pair in part for text in (pair.chosen, pair.rejected)]
         aligned = align_batch(texts, teacher.tokenizer, student.tokenizer, unit=limits.unit)
         for number, pair in enumerate(part):
@@ -78,6 +84,11 @@ def prepare_pairs(
         )
     counters.add("pairs", len(prepared))
     return prepared, counters
+
+
+def _can_spell(pair: PreferencePair, model: TextModel) -> bool:
+    texts = [pair.chosen, pair.rejected, *(message.content for message in pair.prompt)]
+    return all(can_spell(model.tokenizer, text) for text in texts)
 
 
 def _prepare(
@@ -115,6 +126,10 @@ def _prepare(
         counters.add("teacher tokens", len(short.teacher.ids))
         counters.add("student tokens", len(short.student.ids))
         counters.add("bytes kept", short.bounds[-1])
+    for name, model in (("teacher", teacher), ("student", student)):
+        before = render_text(model.template, pair.prompt)[-BORDER:]
+        merged = sum(merges_across(model.tokenizer, before, text) for text in (pair.chosen, pair.rejected))
+        counters.add(f"{name} tokens that would merge across the prompt's border", merged)
     if dropped:
         counters.add("prompts cut")
         counters.add("prompt characters cut", dropped)

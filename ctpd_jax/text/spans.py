@@ -16,7 +16,7 @@ import numpy as np
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Aligned, Counters, TokenSide
-from ctpd_jax.text.cuts import code_points, utf8_lengths
+from ctpd_jax.text.cuts import code_points, per_character, utf8_lengths
 from ctpd_jax.text.tokens import (
     TextTokenizer,
     byte_ends,
@@ -161,9 +161,7 @@ def _shared_positions(
 
 def _unchanged_at(text: str, cuts: np.ndarray, tok: TextTokenizer) -> np.ndarray:
     """For each character its offset in the normalised text if its bytes stand there unchanged, else -1: [n]."""
-    points = code_points(text)
-    distinct, index = np.unique(points, return_inverse=True)
-    unchanged = np.fromiter((normalize(tok, chr(p)) == chr(p) for p in distinct.tolist()), bool, len(distinct))[index]
+    unchanged = per_character(code_points(text), lambda character: normalize(tok, character) == character, bool)
     clean = (cuts[:-1] >= 0) & (cuts[1:] >= 0)
     return np.where(clean & unchanged, cuts[:-1], -1)
 

@@ -259,8 +259,8 @@ def byte_ends(tok: TextTokenizer, ids: np.ndarray, normalized: str, whole: bool 
         place = int(differs[0]) if len(differs) else shared
         if place < len(data) and int(data[place]) in tok.vocabulary.missing:
             raise UserError(
-                f"The tokenizer {tok.name!r} has no token for the byte 0x{data[place]:02X}, which stands at byte {place} "
-                f"of the text, near {_near(data, place)}; remove that character from the text or leave the example out."
+                f"The tokenizer {tok.name!r} has no token for the byte 0x{data[place]:02X}, at byte {place} of "
+                f"the text, near {_near(data, place)}; remove that character from the text or leave the example out."
             )
         raise UserError(
             f"The tokens of {tok.name!r} do not spell the text: at byte {place}, near {_near(data, place)}, they say "

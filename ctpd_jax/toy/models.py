@@ -64,7 +64,7 @@ def make_toy_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[P
         return teacher, student
     directory.mkdir(parents=True, exist_ok=True)
     (directory / STAMP).unlink(missing_ok=True)  # from here until the end the folder vouches for nothing
-    texts = list(corpus(seed))
+    texts = list(corpus(seed)) + 1000 * ["user\n", "model\n", "assistant\n"]  # words of the chat templates are frequent
     keys = jax.random.split(jax.random.key(seed), 2)
     for folder, tokenizer, raw, key in (
         (teacher, teacher_tokenizer(texts), teacher_config(), keys[0]),
@@ -136,7 +136,9 @@ def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     counts = Counter(letter for letter in "".join(texts) if not letter.isascii())
     frequent = sorted(counts, key=lambda letter: (-counts[letter], letter))[:FREQUENT_LETTERS]
     # Said in full, because the trainer breaks ties between letters at random.
-    alphabet = sorted({letter for text in texts for letter in text if letter.isascii()} - {" "} | {"▁", *frequent})
+    alphabet = sorted(
+        {letter for text in texts for letter in text if letter.isascii()} - {" "} | {"▁", "\n", *frequent}
+    )
     tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     # Words and punctuation are kept apart in training. Merges then keep them apart, so encoding need not split.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

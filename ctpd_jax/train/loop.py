@@ -67,7 +67,6 @@ def train(
                     "lr": float(schedule(step)),
                     "seconds": seconds,
                     "tokens_per_second": metrics["num_tokens"] / seconds,
-                    "compiled": float(accumulate._cache_size()),
                 }
                 if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
                     raise UserError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ctpd_jax.core.logprobs import token_logprobs
-from ctpd_jax.core.losses import lambda_diagnostics, preference_loss
+from ctpd_jax.core.losses import Link, lambda_diagnostics, preference_loss
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import hidden_states, unembedding
 from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch
@@ -33,7 +33,7 @@ class Objective:
 
     beta: float
     label_smoothing: float = 0.0
-    loss: str = "sigmoid"
+    loss: Link = "sigmoid"
     sft_weight: float = 0.0
 
 

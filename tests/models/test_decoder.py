@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import HF_CONFIGS, layout, random_model
 
-from ctpd_jax.models import attention
+from ctpd_jax.models import attention, decoder
 from ctpd_jax.models.config import Rope
-from ctpd_jax.models.decoder import apply, hidden_states, init_params, layer_graph, param_shapes, unembedding
+from ctpd_jax.models.decoder import hidden_states, init_params, layer_graph, param_shapes, unembedding
 
 NAMES = sorted(HF_CONFIGS)
+apply = jax.jit(decoder.apply, static_argnums=0)
 
 
 def _tokens(config, count, seed=0):
@@ -66,12 +69,15 @@ def test_rows_do_not_touch_each_other_and_gradients_agree(name):
     config, params = random_model(name)
     tokens = _tokens(config, 3 * 10).reshape(3, 10)
 
-    def loss(params, tokens, remat):
-        return jnp.sum(jnp.sin(hidden_states(config, params, tokens, remat=remat)))
+    @partial(jax.jit, static_argnums=2)
+    def run(params, tokens, remat):
+        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(hidden_states(config, params, tokens, remat=remat))))(
+            params
+        )
 
-    value, grad = jax.value_and_grad(loss)(params, tokens, False)
-    value_remat, grad_remat = jax.value_and_grad(loss)(params, tokens, True)
-    singles = [jax.value_and_grad(loss)(params, tokens[i : i + 1], False) for i in range(3)]
+    value, grad = run(params, tokens, False)
+    value_remat, grad_remat = run(params, tokens, True)
+    singles = [run(params, tokens[i : i + 1], False) for i in range(3)]
     np.testing.assert_allclose(value, sum(single[0] for single in singles), rtol=1e-5)
     np.testing.assert_allclose(value, value_remat, rtol=1e-5)
     for whole, remat, *parts in zip(*(jax.tree.leaves(g) for g in (grad, grad_remat, *(s[1] for s in singles)))):

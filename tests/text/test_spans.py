@@ -6,23 +6,24 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import FORMS, HARD_TEXTS, KINDS, core, small
+from small_tokenizers import FORMS, HARD_TEXTS, KINDS, core, fast, small
 from span_oracle import Reference, check_against_oracle, check_aligned
+from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Aligned, Counters, TokenSide
 from ctpd_jax.text import cuts
 from ctpd_jax.text.spans import align, align_batch, align_ids, truncate, with_end_of_turn
-from ctpd_jax.text.tokens import encode, encode_batch
+from ctpd_jax.text.tokens import encode, encode_batch, load_tokenizer
 
 # Assigned characters: about the others Python's Unicode version and the tokenizer's may disagree.
 UNICODE = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=24)
 NASTY = st.text(
     st.sampled_from(
-        "ae zsq\u0301\u0302\u0323\u0327\u0331\u0334\u0344\u0345\u0f73\u1100\u1161\u11a8\uac00\uac01\u09c7\u09be\u09d7"
-        "\u2581 \n\U0001f600\u00e9\u1ec7\u2126\u0958\u0dd9\u0dcf\u0dca"
+        "aeu zsq\u0304\u0308\u0301\u0302\u0323\u0327\u0331\u0334\u0344\u0345\u0f73\u1100\u1161\u11a8"
+        "\uac00\uac01\u09c7\u09be\u09d7\u2581 \n\U0001f600\u00e9\u1ec7\u2126\u0958\u0dd9\u0dcf\u0dca"
     ),
     max_size=24,
 )
@@ -106,6 +107,16 @@ def test_an_emoji_in_four_tokens_is_one_span_by_character_and_four_by_byte():
     assert by_byte.teacher.span_ids.tolist() == [0, 0, 1, 2, 3]  # the token without bytes joins what follows
 
 
+def test_a_dummy_space_in_the_middle_joins_what_follows():
+    with_word = Tokenizer.from_str(core("bpe-prepend").to_str())
+    with_word.add_tokens([AddedToken("[word]", normalized=False)])
+    tok = load_tokenizer(fast(with_word))
+    aligned = align("[word]\U0001f680", tok, small("byte"))
+    assert [tok.token_bytes(i) for i in aligned.teacher.ids[:3]] == [b"[word]", b" ", b"\xf0"]
+    start = aligned.bounds.tolist().index(6)  # the span of the emoji
+    assert aligned.teacher.span_ids[1:].tolist() == [start] * 5
+
+
 def test_no_boundary_where_a_normaliser_composes_across_it():
     decomposed = "fe\u0301e"  # bytes: f e 0xcc 0x81 e
     assert align(decomposed, small("byte-nfd"), small("byte-nfd"), "byte").bounds.tolist() == [0, 1, 2, 4, 5]
@@ -114,6 +125,8 @@ def test_no_boundary_where_a_normaliser_composes_across_it():
 
 @settings(max_examples=400, deadline=None)
 @given(st.one_of(NASTY, UNICODE), st.sampled_from(["byte-nfc", "byte-nfd"]))
+@example("u\u0308\u0301\u0304", "byte-nfc")  # two marks of one class compose, the third does not
+@example("a\u0302\u0331\u0323\u0302\u0302", "byte-nfc")
 def test_long_stretches_are_cut_as_short_ones(text, kind):
     """The incremental rule for long runs of marks, forced onto every stretch, equals the definition."""
     tok, ref = small(kind), REFERENCES[kind]
@@ -128,8 +141,12 @@ def test_long_stretches_are_cut_as_short_ones(text, kind):
     assert found.tolist() == expected
 
 
-def test_a_long_run_of_marks_is_linear_work():
-    """Counted, not timed: characters given to the normaliser grow with the text, not with its square."""
+@pytest.mark.parametrize("run", ["\u0301\u0323", "\u0301\u0301", "\u1161\u1161"], ids=ascii)
+def test_a_long_run_of_marks_is_linear_work(run):
+    """Counted, not timed: characters given to the normaliser grow with the text, not with its square.
+
+    Of the runs the first has no clean cut and the others have one everywhere.
+    """
     seen = [0, 0]
     for round_, length in enumerate((1000, 4000)):
         normal = small("byte-nfc")._normalizer.normalize_str
@@ -138,7 +155,7 @@ def test_a_long_run_of_marks_is_linear_work():
             seen[round_] += len(text)
             return normal(text)
 
-        cuts.clean_cuts("e" + "\u0301\u0323" * length + "!", counted, lambda t: t)
+        cuts.clean_cuts("e\u0301\u1100" + run * length + "!", counted, lambda t: t)
     assert seen[1] < 4.5 * seen[0]
 
 

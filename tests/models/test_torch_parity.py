@@ -1,0 +1,147 @@
+"""Against transformers and torch in float32: the real models, and tiny ones with every feature, in both directions.
+
+Slow: torch runs in an environment of its own, and the real models are made from packages the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import real_assets
+from tiny import HF_CONFIGS, layout, random_model
+from tokenizers import Tokenizer
+
+from ctpd_jax.models.decoder import apply, hidden_states, logits_of
+from ctpd_jax.models.generate import generate
+from ctpd_jax.models.hf import load_hf, save_hf
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).with_name("torch_reference.py")
+NAMES = sorted(HF_CONFIGS)
+REAL = ["smollm2-135m-instruct", "gemma3-270m"]
+LENGTHS = (23, 31)  # longer than the tiny windows
+TINY_TOLERANCE = 1e-4  # on logits of a size of about 10
+LOGPROB_TOLERANCE = 1e-3
+GREEDY = (40, 64)  # prompt, new tokens
+
+
+def _run(jobs, folder):
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    real_assets.run_in_assets_venv(SCRIPT, file)
+
+
+def _sequences(vocab):
+    random = np.random.default_rng(1)
+    return [random.integers(0, vocab, length).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folders written by us and by transformers for each config, and torch's logits for both."""
+    root = tmp_path_factory.mktemp("parity")
+    jobs = []
+    for name in NAMES:
+        config, params = random_model(name)
+        save_hf(root / f"ours-{name}", config, params)
+        jobs.append({"create": str(root / f"theirs-{name}"), "config": HF_CONFIGS[name]})
+        jobs += [
+            {
+                "logits": str(root / f"{who}-{name}"),
+                "tokens": _sequences(config.vocab_size),
+                "out": str(root / f"{who}-{name}.npz"),
+            }
+            for who in ("ours", "theirs")
+        ]
+    _run(jobs, root)
+    return root
+
+
+@pytest.mark.parametrize("who", ["ours", "theirs"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_models_agree_with_torch(tiny, name, who):
+    """`ours`: transformers opens our export. `theirs`: we open what transformers saved."""
+    config, params = load_hf(tiny / f"{who}-{name}")
+    expected = np.load(tiny / f"{who}-{name}.npz")
+    first, second = _sequences(config.vocab_size)
+    for i, tokens in enumerate((first, second)):
+        np.testing.assert_allclose(apply(config, params, np.array([tokens]))[0], expected[str(i)], atol=TINY_TOLERANCE)
+    assert np.abs(expected["0"]).max() > 1  # the models are no constants
+    segment = [1] * len(first) + [2] * len(second)
+    row = layout(segment, segment, [*range(len(first)), *range(len(second))])
+    together = apply(config, params, np.array([first + second]), row)[0]
+    np.testing.assert_allclose(together[: len(first)], expected["0"], atol=TINY_TOLERANCE)
+    np.testing.assert_allclose(together[len(first) :], expected["1"], atol=TINY_TOLERANCE)
+
+
+def _text_ids(folder):
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids[:2048]
+
+
+@pytest.fixture(scope="module")
+def scored(real_models, tmp_path_factory):
+    root = tmp_path_factory.mktemp("scored")
+    jobs = [
+        {
+            "score": str(real_models[name]),
+            "tokens": _text_ids(real_models[name]),
+            "greedy": GREEDY,
+            "out": str(root / f"{name}.npz"),
+        }
+        for name in REAL
+    ]
+    _run(jobs, root)
+    return root
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_agree_with_torch(real_models, scored, name):
+    config, params = load_hf(real_models[name])
+    ids = np.array(_text_ids(real_models[name]), np.int32)
+    expected = np.load(scored / f"{name}.npz")
+    hidden = jax.jit(partial(hidden_states, config))(params, ids[None])[0, :-1]
+    logprobs = jax.jit(lambda params, part: jax.nn.log_softmax(logits_of(config, params, part)))
+    got = np.concatenate(
+        [
+            np.take_along_axis(np.asarray(logprobs(params, hidden[i : i + 256])), ids[i + 1 : i + 257, None], 1)[:, 0]
+            for i in range(0, len(ids) - 1, 256)
+        ]
+    )
+    print(f"{name}: largest difference of a log-probability {np.abs(got - expected['logprobs']).max():.1e}")
+    assert len(got) == 2047
+    np.testing.assert_allclose(got, expected["logprobs"], atol=LOGPROB_TOLERANCE)
+    prompt, new = GREEDY
+    # A second, shorter prompt in the batch: padding must not change the first answer.
+    answers = generate(config, params, [ids[:prompt].tolist(), ids[:7].tolist()], new, stop_ids=())
+    assert answers[0] == expected["greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_export_of_a_real_model_is_the_original(real_models, tmp_path, name):
+    """bfloat16 weights read, widened, written in bfloat16 again: every byte of every tensor as it was."""
+    from ctpd_jax.models import safetensors
+
+    config, params = load_hf(real_models[name])
+    save_hf(tmp_path / "export", config, params, tokenizer=real_models[name], dtype="bfloat16")
+    before = safetensors.read_header(real_models[name] / "model.safetensors")
+    after = safetensors.read_header(tmp_path / "export" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert (tensor.code, tensor.shape) == (after[key].code, after[key].shape)
+        first, second = (np.empty(tensor.shape, safetensors.DTYPES[tensor.code]) for _ in range(2))
+        safetensors.read_into(tensor, key, first)
+        safetensors.read_into(after[key], key, second)
+        assert np.array_equal(first.view(np.uint16), second.view(np.uint16)), key
+    tokens = np.array([_text_ids(real_models[name])[:24]])
+    _run(
+        [{"logits": str(tmp_path / "export"), "tokens": tokens.tolist(), "out": str(tmp_path / "logits.npz")}], tmp_path
+    )
+    ours = apply(config, params, tokens)[0]
+    np.testing.assert_allclose(ours, np.load(tmp_path / "logits.npz")["0"], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,115 @@
+"""Bad input ends in one sentence that says what to do, with exit code 2 and nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ctpd_jax.cli import load_config, main
+from ctpd_jax.errors import UserError
+from ctpd_jax.settings import default_config
+from ctpd_jax.workdir import begin, finish
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MICRO = str(CONFIGS / "micro.py")
+
+
+def run(tmp_path, *arguments: str, command: str = "run") -> int:
+    return main([command, "--config", MICRO, "--workdir", str(tmp_path / "run"), *arguments])
+
+
+def jsonl(path: Path, *rows: object) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+GOOD = {"prompt": "Tell me about tea.", "chosen": "green leaves", "rejected": "who cares"}
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_has_only_known_keys_and_says_its_command(config):
+    loaded = load_config(str(config), [])
+    assert set(loaded.to_dict()) == set(default_config().to_dict())
+    assert f"--config configs/{config.name}" in config.read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.train.bta=1", "bta"),
+        ("--config.train.beta=much", "beta"),
+        ("--config.nothing.x=1", "nothing"),
+        ("--confg.seed=1", "confg"),
+        ("seed=1", "Settings are written --config.key=value"),
+        ("--config.weights.transform=softmax", "weights.transform is 'softmax'"),
+        ("--config.weights.source=oracle", "weights.source is 'oracle'"),
+        ("--config.train.loss=kto", "train.loss is 'kto'"),
+        ("--config.train.reference=teachers", "train.reference is 'teachers'"),
+        ("--config.rows.layout=packed", "rows.layout is 'packed'"),
+        ("--config.data.unit=word", "data.unit is 'word'"),
+        ("--config.compute_dtype=float8", "compute_dtype is 'float8'"),
+        ("--config.platform=tpu", "tpu"),
+        ("--config.train.label_smoothing=0.7", "label_smoothing"),
+        ("--config.data.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("--config.data.train=", "data.train is empty"),
+        ("--config.teacher.path=nowhere", "nowhere"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(tmp_path, capsys, override, message):
+    assert run(tmp_path, override) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_no_such_config(tmp_path, capsys):
+    assert main(["run", "--config", "configs/none.py", "--workdir", str(tmp_path)]) == 2
+    assert "no config file configs/none.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, "{not json"], "pairs.jsonl:2"),
+        ([GOOD, {"prompt": "x", "chosen": "y"}], "rejected"),
+        ([GOOD, {"prompt": "x", "chosen": [1, 2], "rejected": [3]}], "pairs.jsonl:2"),
+        ([GOOD | {"rejected": GOOD["chosen"]}], "identical"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, capsys, rows, message):
+    path = jsonl(tmp_path / "pairs.jsonl", *rows)
+    assert run(tmp_path, f"--config.data.train={path}", command="inspect") == 2
+    # The toy's models are made for data.train = "toy" alone, so the folders are asked for first; then the data.
+    folders = tmp_path / "models"
+    from ctpd_jax.toy.models import make_toy_models
+
+    teacher, student = make_toy_models(folders)
+    arguments = [f"--config.teacher.path={teacher}", f"--config.student.path={student}", f"--config.data.train={path}"]
+    capsys.readouterr()
+    assert run(tmp_path, *arguments, command="inspect") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_swapped_folders_are_noticed(tmp_path, capsys):
+    from ctpd_jax.toy.models import make_toy_models
+
+    teacher, student = make_toy_models(tmp_path / "models")
+    path = jsonl(tmp_path / "pairs.jsonl", GOOD)
+    swapped = [f"--config.teacher.path={student}", f"--config.student.path={teacher}", f"--config.data.train={path}"]
+    assert run(tmp_path, *swapped) == 2
+    assert "are they swapped?" in capsys.readouterr().err
+
+
+def test_a_stage_names_the_one_that_it_waits_for(tmp_path, capsys):
+    assert run(tmp_path, command="train") == 2
+    assert "ctpd sft --model student" in capsys.readouterr().err
+    assert run(tmp_path, command="dpo") == 2
+    assert "ctpd sft --model teacher" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_inputs_is_refused_with_the_field(tmp_path):
+    assert begin(tmp_path / "stage", {"settings": {"lr": 1.0}}) is None
+    finish(tmp_path / "stage", {"params": "abc"})
+    assert begin(tmp_path / "stage", {"settings": {"lr": 1.0}}) == {"params": "abc"}
+    with pytest.raises(UserError, match=r"settings\.lr is 1\.0 there and 2\.0 here"):
+        begin(tmp_path / "stage", {"settings": {"lr": 2.0}})

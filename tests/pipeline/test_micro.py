@@ -1,0 +1,90 @@
+"""The whole chain on the micro configuration: what it leaves, and that a second call finds nothing to do."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ctpd_jax.cli import main
+from ctpd_jax.models.hf import load_hf
+from ctpd_jax.run import params_digest
+from ctpd_jax.train.checkpoint import load_params
+from ctpd_jax.train.metrics import read_metrics
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("micro")
+    assert main(["run", "--config", CONFIG, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def test_every_stage_logs_each_update_once(finished):
+    for stage in ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train"):
+        lines = read_metrics(finished, stage)
+        assert [line["step"] for line in lines] == [0, 1, 2, 3]
+        assert all(np.isfinite(line["loss"]) and line["num_tokens"] > 0 for line in lines)
+
+
+def test_preference_stages_start_where_their_reference_says(finished):
+    for stage in ("positive", "negative", "student_dpo"):
+        first = read_metrics(finished, stage)[0]
+        assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)  # the reference is the start itself
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    first = read_metrics(finished, "train")[0]
+    assert abs(first["rewards/margins"]) > 1e-2  # the reference is another model
+    assert first["rewards/margin_from_start"] == pytest.approx(0, abs=1e-3)
+
+
+def test_evaluation_and_report(finished):
+    found = json.loads((finished / "evaluation.json").read_text())
+    assert set(found["models"]) == {"student_start", "student_dpo", "ctpd", "teacher", "teacher_dpo"}
+    assert found["models"]["student_start"]["all"]["vs_start"] is None
+    accuracy = found["models"]["ctpd"]["all"]["per_byte"]
+    assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1 and accuracy["count"] == 16
+    assert len(found["samples"]["ctpd"]) == 2
+    assert (finished / "report.html").stat().st_size > 10_000
+
+
+def test_export_is_the_trained_student(finished):
+    _, exported = load_hf(finished / "export")
+    trained, _ = load_params(finished / "train" / "params")
+    assert jax.tree.structure(exported) == jax.tree.structure(trained)
+    jax.tree.map(np.testing.assert_array_equal, exported, trained)
+    assert params_digest(trained) == json.loads((finished / "train" / "done.json").read_text())["params"]
+
+
+def test_a_second_call_changes_nothing(finished):
+    def state() -> dict[str, int]:
+        return {str(f): f.stat().st_mtime_ns for f in finished.rglob("*") if f.is_file() and "params" in f.parts}
+
+    before, metrics = state(), (finished / "metrics.jsonl").read_bytes()
+    assert main(["run", "--config", CONFIG, "--workdir", str(finished)]) == 0
+    assert state() == before
+    assert (finished / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_another_setting_in_the_same_folder_is_named(finished, capsys):
+    assert main(["sft", "--config", CONFIG, "--workdir", str(finished), "--config.teacher_sft.lr=0.5"]) == 2
+    assert "settings.lr is 0.001 there and 0.5 here" in capsys.readouterr().err
+
+
+def test_a_store_made_otherwise_is_named(finished, capsys):
+    arguments = ["train", "--config", CONFIG, "--workdir", str(finished), "--config.data.max_response_tokens=32"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "settings.data.max_response_tokens" in error and "64" in error and "32" in error
+
+
+def test_inspect_and_generate(finished, capsys):
+    assert main(["inspect", "--config", CONFIG, "--workdir", str(finished), "--pair", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "teacher tokens" in shown and "weight" in shown and "(end of turn)" in shown
+    arguments = ["generate", "--config", CONFIG, "--workdir", str(finished), "--prompt", "Tell me about tea."]
+    assert main([*arguments, "--max-new-tokens", "4"]) == 0
+    assert main([*arguments, "--model", "nobody"]) == 2
+    assert "no model 'nobody'" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""The steps: the same numbers for every layout and every split, the identity inside the model, no [B, T, V]."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctpd_jax.core.losses import ctpd_loss
+from ctpd_jax.core.projection import span_sums
+from ctpd_jax.data.loader import micro_batches
+from ctpd_jax.data.rows import LAYOUTS, PairItem, RowShape, ScoredResponse, build_batch, choose_shapes
+from ctpd_jax.models.config import from_hf
+from ctpd_jax.models.decoder import apply, init_params
+from ctpd_jax.settings import preference
+from ctpd_jax.toy.models import student_config, teacher_config
+from ctpd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
+from ctpd_jax.train.step import (
+    Compute,
+    Objective,
+    add_sums,
+    init_state,
+    make_steps,
+    mean_of,
+    preference_sums,
+    sft_sums,
+)
+
+VOCABULARY = 512
+IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def model(raw: dict, seed: int = 0):
+    config = from_hf(raw | IDS)
+    return config, init_params(config, jax.random.key(seed))
+
+
+def random_items(count: int, seed: int = 0) -> list[PairItem]:
+    rng = np.random.default_rng(seed)
+
+    def response() -> ScoredResponse:
+        n = int(rng.integers(3, 20))
+        ids, weights = rng.integers(3, VOCABULARY, n).astype(np.int32), rng.uniform(0.5, 2, n).astype(np.float32)
+        return ScoredResponse(ids, weights, float(rng.normal(-80, 5)), float(rng.normal(-80, 5)))
+
+    prompts = [rng.integers(3, VOCABULARY, int(rng.integers(2, 12))).astype(np.int32) for _ in range(count)]
+    return [PairItem(prompt, response(), response()) for prompt in prompts]
+
+
+def relative(a, b) -> float:
+    """The largest difference, relative to the largest entry."""
+    return float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-12))
+
+
+@pytest.mark.parametrize("raw", [student_config(), teacher_config()], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_layouts_and_splits_give_the_same_update(raw, remat):
+    config, params = model(raw)
+    items = random_items(4)
+    compute, objective = Compute(remat=remat), Objective(0.1, label_smoothing=0.1, sft_weight=0.3)
+    results = {}
+    for layout in LAYOUTS:
+        for micro in (4, 2, 3) if layout == "shared" else (4,):
+            shapes = choose_shapes(items, layout, buckets=2, multiple=8)
+            accumulate, _ = make_steps(
+                partial(preference_sums, config, objective, compute), make_optimizer(preference(1e-3, 0.1), 10)
+            )
+            gradient, sums = jax.tree.map(jnp.zeros_like, params), {}
+            for batch, _ in micro_batches(items, layout, shapes, micro):
+                gradient, new = accumulate(params, gradient, batch)
+                sums = add_sums(sums, new)
+            results[layout, micro] = gradient, mean_of(sums)
+    gradient, metrics = results.pop(("response", 4))
+    for other_gradient, other in results.values():
+        for a, b in zip(jax.tree.leaves(other_gradient), jax.tree.leaves(gradient)):
+            assert relative(a, b) < 1e-4
+        for name in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected", "lambda/mean", "num_scored_tokens"):
+            assert other[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
+
+
+def test_the_step_agrees_with_the_span_form_on_plain_logits():
+    """r by one weight a token and one constant a response is r over spans, in value and gradient."""
+    config, params = model(student_config())
+    rng = np.random.default_rng(1)
+    spans = [np.sort(rng.integers(0, 5, n)) for n in (9, 12)]
+    spans = [np.unique(s, return_inverse=True)[1].astype(np.int32) for s in spans]  # 0..S-1, none empty
+    counts = [int(s.max()) + 1 for s in spans]
+    weights = [rng.uniform(0.3, 2, n).astype(np.float32) for n in counts]
+    reference = [rng.normal(-8, 1, n).astype(np.float32) for n in counts]
+    prompt = rng.integers(3, VOCABULARY, 6).astype(np.int32)
+    tokens = [rng.integers(3, VOCABULARY, len(s)).astype(np.int32) for s in spans]
+    responses = [
+        ScoredResponse(t, w[s], float(w @ r)) for t, w, s, r in zip(tokens, weights, spans, reference, strict=True)
+    ]
+    batch = build_batch([PairItem(prompt, *responses)], "shared", RowShape(32, 24), 1)
+
+    def by_step(p):
+        return preference_sums(config, Objective(0.1), Compute(), p, batch)[0]
+
+    def by_spans(p):
+        def policy(t, s, n):
+            logits = apply(config, p, jnp.concatenate([prompt, t])[None])[0]
+            logps = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+            return span_sums(jnp.take_along_axis(logps, t[:, None], 1)[:, 0], s, n)[None]
+
+        policies = [policy(t, s, n) for t, s, n in zip(tokens, spans, counts)]
+        return ctpd_loss(*policies, *(r[None] for r in reference), *(w[None] for w in weights)).loss[0]
+
+    a, gradient_a = jax.value_and_grad(by_step)(params)
+    b, gradient_b = jax.value_and_grad(by_spans)(params)
+    assert relative(a, b) < 1e-5
+    for x, y in zip(jax.tree.leaves(gradient_a), jax.tree.leaves(gradient_b)):
+        assert relative(x, y) < 1e-4
+
+
+def test_padding_pairs_change_nothing():
+    config, params = model(student_config())
+    items, shape = random_items(2), RowShape(64, 40)
+    whole = preference_sums(config, Objective(0.1), Compute(), params, build_batch(items, "shared", shape, 2))
+    padded = preference_sums(config, Objective(0.1), Compute(), params, build_batch(items, "shared", shape, 5))
+    assert relative(padded[0], whole[0]) < 1e-6
+    for name, value in whole[1].items():
+        if name != "padding":
+            np.testing.assert_allclose(padded[1][name], value, rtol=1e-5, err_msg=name)
+
+
+def test_sft_counts_tokens_and_update_moves_every_matrix():
+    config, params = model(teacher_config())
+    items = [PairItem(i.prompt, ScoredResponse(i.chosen.tokens, np.ones(len(i.chosen.tokens), np.float32)), None)
+             for i in random_items(3)]  # fmt: skip
+    batch = build_batch(items, "response", RowShape(32, 24), 3)
+    optimizer = make_optimizer(preference(1e-3, 0.1), 10)
+    accumulate, update = make_steps(partial(sft_sums, config, Compute()), optimizer)
+    before = jax.tree.map(np.asarray, params)
+    gradient, sums = accumulate(params, jax.tree.map(jnp.zeros_like, params), batch)
+    assert float(sums["loss"][1]) == sum(len(i.chosen.tokens) for i in items)
+    state, norm = update(init_state(jax.tree.map(jnp.array, before), optimizer), gradient, sums["loss"][1])
+    assert int(state.step) == 1 and float(norm) > 0
+    for path, value in jax.tree_util.tree_leaves_with_path(state.params):
+        old = before
+        for key in path:
+            old = old[key.key]
+        assert np.any(np.asarray(value) != old), jax.tree_util.keystr(path)
+
+
+def test_learning_rate_and_decay_mask():
+    settings = preference(1e-3, 0.1, warmup=0.1)
+    schedule = learning_rate(settings, 100)
+    rates = [float(schedule(step)) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and max(rates) == pytest.approx(1e-3) and rates[9] == pytest.approx(1e-3)
+    assert rates[99] < 1e-5 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    _, params = model(teacher_config())
+    kept = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    assert {jax.tree_util.keystr(path) for path, decays in kept if not decays} == {
+        jax.tree_util.keystr(path) for path, _ in kept if "norm" in jax.tree_util.keystr(path)
+    }
