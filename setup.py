@@ -22,7 +22,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
-        "jinja2>=3.1",  # chat templates
+        "jinja2>=3.1.6",  # chat templates
         "tensorflow-datasets>=4.9.10,<5",
         "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
         "array_record>=0.8",

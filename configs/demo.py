@@ -11,17 +11,18 @@ from ctpd_jax.settings import default_config
 def get_config() -> ConfigDict:
     config = default_config()
     config.data.update({"train": "toy", "test": "toy", "max_prompt_tokens": 64, "max_response_tokens": 96})
-    config.toy.update({"pairs": 2000, "test_pairs": 300, "noise": 0.2})
-    config.rows.update({"layout": "shared", "buckets": 2})
-    config.teacher_sft.update({"lr": 3e-3, "epochs": 3.0, "batch_size": 32, "micro_batch": 32, "clip": 1.0})
-    config.student_sft.update({"lr": 3e-3, "epochs": 3.0, "batch_size": 32, "micro_batch": 32, "clip": 1.0})
+    config.toy.update({"pairs": 2000, "test_pairs": 300, "noise": 0.25})
+    config.rows.update({"layout": "shared", "buckets": 2, "multiple": 16})
+    for stage in ("teacher_sft", "student_sft"):
+        config[stage].update({"lr": 3e-3, "steps": 0, "epochs": 4.0, "batch_size": 16, "micro_batch": 16, "clip": 1.0})
+    # The SFT term keeps the fluency of models this small, which a bare preference loss would spend.
     for stage in ("positive", "negative"):
-        config[stage].update({"lr": 5e-4, "beta": 0.1, "batch_size": 32, "micro_batch": 32})
+        config[stage].update({"lr": 5e-4, "beta": 0.1, "sft_weight": 2.0, "batch_size": 16, "micro_batch": 16})
     for stage in ("student_dpo", "train"):
-        config[stage].update({"lr": 5e-4, "beta": 0.1, "batch_size": 32, "micro_batch": 32})
+        config[stage].update({"lr": 3e-4, "beta": 0.1, "sft_weight": 2.0, "batch_size": 16, "micro_batch": 16})
     config.student_dpo.steps = 0
-    config.annotate.update({"micro_batch": 32})
-    config.evaluate.update({"samples": 48, "max_new_tokens": 80, "temperature": 1.0})
+    config.annotate.micro_batch = 16
+    config.evaluate.update({"samples": 200, "max_new_tokens": 80, "temperature": 1.0})
     config.teacher.remat = False
     config.student.remat = False
     return config

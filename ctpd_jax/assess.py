@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import jax
@@ -20,13 +21,15 @@ from ctpd_jax.report import show
 from ctpd_jax.report.html import write_report
 from ctpd_jax.run import Model, Run
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message
-from ctpd_jax.stages import score_column
+from ctpd_jax.stages import score_column, scorers
+from ctpd_jax.toy.recovery import recovery
 from ctpd_jax.toy.world import true_reward
 from ctpd_jax.train.metrics import read_metrics
 from ctpd_jax.train.step import Params
 from ctpd_jax.workdir import begin, finish, read_json
 
-STUDENTS = {"student_start", "student_dpo", "ctpd"}
+STARTS = {"student_dpo": "student_start", "ctpd": "student_start", "teacher_dpo": "teacher"}
+SHOWN = 6  # answers of each model in the report; the others are in evaluation/samples/
 
 
 def rows(run: Run) -> dict[str, tuple[str, Model]]:
@@ -57,19 +60,23 @@ def evaluate(run: Run) -> None:
     result: dict[str, Any] = compare(
         logps,
         lengths,
-        STUDENTS,
-        start="student_start",
+        {row: start for row, start in STARTS.items() if row in table},
+        [row for row, (_, model) in table.items() if model == "student"],
         teacher="teacher",
         beta=run.config.train.beta,
         tolerance=run.config.evaluate.length_tolerance,
     )
     result["pairs"] = len(pairs)
-    result["samples"] = {name: samples(run, name) for name in table}
+    drawn = {name: samples(run, name) for name in table}
+    result["samples"] = {name: answers[:SHOWN] for name, answers in drawn.items()}
     if run.config.data.test == "toy":
-        for name, drawn in result["samples"].items():
+        for name, answers in drawn.items():
             result["models"][name]["true_reward"] = mean_and_error(
-                [true_reward(sample["answer"], sample["prompt"]) for sample in drawn]
+                [true_reward(sample["answer"], sample["prompt"]) for sample in answers]
             )
+    if run.config.data.train == "toy" and "positive" in scorers(run):
+        store = open_store(run.workdir / "annotations", verify=False)
+        result["pieces"] = recovery((store[i] for i in range(len(store))), run.raw("train"))
     result["training"] = {
         stage: {"first": lines[0], "last": lines[-1]}
         for stage in ("positive", "negative", "student_dpo", "train")
@@ -104,7 +111,7 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float]:
 
 
 def samples(run: Run, row: str) -> list[dict[str, str]]:
-    """Answers of one model to the first held-out prompts; kept until the model or the settings change."""
+    """Answers of one model to the held-out prompts in turn; kept until the model or the settings change."""
     stage, model = rows(run)[row]
     settings = run.config.evaluate
     inputs = {
@@ -124,7 +131,7 @@ def samples(run: Run, row: str) -> list[dict[str, str]]:
     for pair in run.pairs("test"):
         if not pair.dropped:
             prompts.setdefault(raw[pair.id].prompt, pair.id)
-    asked = list(prompts)[: settings.samples]
+    asked = list(islice(cycle(prompts), settings.samples))
     answers = sample(run, model, run.params_of(stage, model), asked, settings.max_new_tokens, settings.temperature)
     drawn = [{"prompt": prompt[-1].content, "answer": answer} for prompt, answer in zip(asked, answers)]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,8 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
     with MetricLog(workdir) as log:
         run = Run(config, workdir, log)
         run.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
+        if jax.device_count() > 1:
+            run.say(f"The stages run on one device; {jax.device_count() - 1} others stay idle.")
         if arguments.command == "inspect":
             assess.inspect(run, arguments.pair)
         elif arguments.command == "generate":

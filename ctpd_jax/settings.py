@@ -104,7 +104,7 @@ def default_config() -> ConfigDict:
             ),
             "student_dpo": preference(lr=1e-6, beta=0.1, steps=-1),  # the plain DPO student, for comparison
             "evaluate": {
-                "samples": 2,  # answers to draw from every model; shown in the report
+                "samples": 2,  # answers to draw from every model, from one held-out prompt after the other
                 "temperature": 0.7,
                 "max_new_tokens": 128,
                 "length_tolerance": 0.2,  # the length-matched subset: lengths differ by at most this share

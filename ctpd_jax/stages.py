@@ -48,6 +48,7 @@ def train_stage(
         **inputs,
     }
     if begin(directory, inputs) is not None:
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         run.say(f"{stage}: finished before.")
         return
     decoder, compute = run.decoder(model), run.compute(model)

@@ -6,6 +6,7 @@ them would grade itself. Ties count one half.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,18 +67,19 @@ def lambda_shares(margins: np.ndarray, beta: float) -> dict[str, float]:
 def compare(
     logps: dict[str, np.ndarray],
     lengths: np.ndarray,
-    students: set[str],
-    start: str,
+    starts: Mapping[str, str],
+    students: Collection[str],
     teacher: str,
     beta: float,
     tolerance: float,
 ) -> dict:
     """Returns a row of figures for each model, and the baseline.
 
-    `logps[model]` are summed response log-probabilities, float64 [N, 2]; `lengths` covered bytes, [N, 2]; `start` and
-    `teacher` name the rows that are the references. Figures, each on all pairs and on the length-matched ones:
+    `logps[model]` are summed response log-probabilities, float64 [N, 2]; `lengths` covered bytes, [N, 2]; `starts` names
+    the row that a model was trained from, `students` and `teacher` the rows that are such. Figures, each on all pairs
+    and on the length-matched ones:
       per_byte  log-probability per byte of text: comparable across tokenizers
-      vs_start  implicit reward against the student's own start; None for the start itself and for teachers
+      vs_start  implicit reward against the model's own start; None for what was not trained here
       vs_teacher  implicit reward against the teacher, as in training; None for teachers
     """
     subsets = {"all": np.ones(len(lengths), bool), "length_matched": length_matched(lengths, tolerance)}
@@ -85,7 +87,7 @@ def compare(
     for name, values in logps.items():
         margins: dict[str, np.ndarray | None] = {
             "per_byte": difference(values / np.maximum(lengths, 1)),
-            "vs_start": difference(values - logps[start]) if name in students and name != start else None,
+            "vs_start": difference(values - logps[starts[name]]) if name in starts else None,
             "vs_teacher": difference(values - logps[teacher]) if name in students else None,
         }
         rows[name] = {

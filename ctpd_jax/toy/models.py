@@ -7,7 +7,7 @@
     chat      <start_of_turn> ... <end_of_turn>                   <|im_start|> ... <|im_end|>
 
 The teacher's vocabulary holds most words whole, the student's their parts; rare accents, CJK and emoji are bytes, which
-the two group differently. About 84 % of the aligned spans face one token with one.
+the two group differently. About 80 % of the aligned spans face one token with one.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import real_assets
 from tiny import HF_CONFIGS, layout, random_model
 from tokenizers import Tokenizer
 
+from ctpd_jax.models import safetensors
 from ctpd_jax.models.decoder import apply, hidden_states, logits_of
 from ctpd_jax.models.generate import generate
 from ctpd_jax.models.hf import load_hf, save_hf
@@ -126,8 +127,6 @@ def test_real_models_agree_with_torch(real_models, scored, name):
 @pytest.mark.parametrize("name", REAL)
 def test_the_export_of_a_real_model_is_the_original(real_models, tmp_path, name):
     """bfloat16 weights read, widened, written in bfloat16 again: every byte of every tensor as it was."""
-    from ctpd_jax.models import safetensors
-
     config, params = load_hf(real_models[name])
     save_hf(tmp_path / "export", config, params, tokenizer=real_models[name], dtype="bfloat16")
     before = safetensors.read_header(real_models[name] / "model.safetensors")
@@ -144,4 +143,6 @@ def test_the_export_of_a_real_model_is_the_original(real_models, tmp_path, name)
         [{"logits": str(tmp_path / "export"), "tokens": tokens.tolist(), "out": str(tmp_path / "logits.npz")}], tmp_path
     )
     ours = apply(config, params, tokens)[0]
-    np.testing.assert_allclose(ours, np.load(tmp_path / "logits.npz")["0"], atol=1e-4, rtol=1e-4)
+    # Relative to the largest logit, about 25: torch's own float32 is 2e-4 away from its float64 here.
+    theirs = np.load(tmp_path / "logits.npz")["0"]
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
