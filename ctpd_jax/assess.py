@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ctpd_jax.annotate.coefficients import span_values
-from ctpd_jax.annotate.store import open_store
+from ctpd_jax.annotate.store import MANIFEST, open_store
 from ctpd_jax.errors import UserError
 from ctpd_jax.evaluate.preferences import compare
 from ctpd_jax.files import canonical_json, write_json
@@ -19,16 +19,17 @@ from ctpd_jax.models.generate import generate
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.report import show
 from ctpd_jax.report.html import write_report
-from ctpd_jax.run import Model, Run
-from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message
+from ctpd_jax.run import Run
+from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message, Model
 from ctpd_jax.stages import score_column, scorers
 from ctpd_jax.toy.recovery import recovery
 from ctpd_jax.toy.world import true_reward
 from ctpd_jax.train.metrics import read_metrics
 from ctpd_jax.train.step import Params
-from ctpd_jax.workdir import begin, finish, read_json
+from ctpd_jax.workdir import read_json
 
 STARTS = {"student_dpo": "student_start", "ctpd": "student_start", "teacher_dpo": "teacher"}
+SAMPLED_TOGETHER = 64  # prompts in one batch: what the cache of keys and values has room for
 SHOWN = 6  # answers of each model in the report; the others are in evaluation/samples/
 
 
@@ -40,7 +41,8 @@ def rows(run: Run) -> dict[str, tuple[str, Model]]:
     if not run.left_out("train"):
         table["ctpd"] = ("train", "student")
     table["teacher"] = ("teacher_sft", "teacher")
-    if not run.left_out("positive") and run.config.weights.positive_scorer == "teacher":
+    weights = run.config.weights
+    if not run.left_out("positive") and weights.source == "dpo" and weights.positive_scorer == "teacher":
         table["teacher_dpo"] = ("positive", "teacher")
     return table
 
@@ -56,14 +58,14 @@ def evaluate(run: Run) -> None:
         name: np.array([[scores.sum(dtype=np.float64) for scores in both] for both in column])
         for name, column in columns.items()
     }
-    lengths = np.array([[pair.response(side).bounds[-1] for side in (CHOSEN, REJECTED)] for pair in pairs])
     result: dict[str, Any] = compare(
         logps,
-        lengths,
-        {row: start for row, start in STARTS.items() if row in table},
-        [row for row, (_, model) in table.items() if model == "student"],
+        covered=np.array([[pair.response(side).bounds[-1] for side in (CHOSEN, REJECTED)] for pair in pairs]),
+        lengths=np.array([[pair.chosen_bytes, pair.rejected_bytes] for pair in pairs]),
+        starts={row: start for row, start in STARTS.items() if row in table},
+        students=[row for row, (_, model) in table.items() if model == "student"],
         teacher="teacher",
-        beta=run.config.train.beta,
+        betas={row: beta_of(run, stage) for row, (stage, _) in table.items()},
         tolerance=run.config.evaluate.length_tolerance,
     )
     result["pairs"] = len(pairs)
@@ -89,6 +91,12 @@ def evaluate(run: Run) -> None:
     run.say(show.example_text(plain["example"]))
     run.say(show.table(plain))
     run.say(f"{run.workdir / 'evaluation.json'}, {run.workdir / 'report.html'}")
+
+
+def beta_of(run: Run, stage: str) -> float:
+    """The beta that a stage was trained with; that of the config for a stage that was not."""
+    trained = read_json(run.workdir / stage / "inputs.json") or {}
+    return trained.get("settings", {}).get("beta", run.config.train.beta)
 
 
 def as_plain(value: Any) -> Any:
@@ -143,17 +151,21 @@ def sample(
     run: Run, model: Model, params: Params, prompts: Sequence[Sequence[Message]], max_new: int, temperature: float
 ) -> list[str]:
     """Draws one answer to each prompt, as text."""
-    text = run.text(model)
-    found = generate(
-        run.decoder(model),
-        params,
-        [text.prompt(prompt).tolist() for prompt in prompts],
-        max_new_tokens=max_new,
-        temperature=temperature,
-        key=jax.random.key(run.config.seed),
-        stop_ids=(text.end_of_turn,),
-    )
-    return [text.tokenizer.hf.decode(ids, skip_special_tokens=True) for ids in found]
+    text, decoder = run.text(model), run.decoder(model)
+    key = jax.random.key(run.config.seed)
+    answers: list[str] = []
+    for first in range(0, len(prompts), SAMPLED_TOGETHER):
+        found = generate(
+            decoder,
+            params,
+            [text.prompt(prompt).tolist() for prompt in prompts[first : first + SAMPLED_TOGETHER]],
+            max_new_tokens=max_new,
+            temperature=temperature,
+            key=jax.random.fold_in(key, first),
+            stop_ids=(text.end_of_turn, *decoder.eos_ids),
+        )
+        answers += [text.tokenizer.hf.decode(ids, skip_special_tokens=True) for ids in found]
+    return answers
 
 
 # ------------------------------------------------------------------------------------------------ single things
@@ -161,16 +173,13 @@ def sample(
 
 def example(run: Run, number: int) -> dict[str, Any]:
     """One training pair: the text of every span, both sides' tokens in it, and its weight where it was annotated."""
-    config = run.config
-    try:
-        store = open_store(run.workdir / "annotations", verify=False)
-        pair, scores = store[number]
-        weights = span_values([(pair, scores)], config.weights, config.train, config.seed)[0][0]
-    except UserError:  # nothing is annotated yet: the alignment alone
-        pairs = run.pairs("train")
-        if not 0 <= number < len(pairs):
-            raise UserError(f"There is no pair {number}; the training data has {len(pairs)}.") from None
-        pair, weights = pairs[number], None
+    config, pairs = run.config, run.pairs("train")
+    if not 0 <= number < len(pairs):
+        raise UserError(f"There is no pair {number}; the training data has {len(pairs)}, counted from 0.")
+    pair, weights = pairs[number], None
+    if (run.workdir / "annotations" / MANIFEST).exists():
+        store = open_store(run.workdir / "annotations", {"data": run.data_identity("train")}, verify=False)
+        weights = span_values([store[number]], config.weights, config.train, config.seed, first=number)[0][0]
     raw = run.raw("train")[pair.id]
     sides = {}
     for side, name in enumerate(SIDES):
@@ -210,10 +219,11 @@ def export(run: Run) -> None:
     stage, model = rows(run).get("ctpd", rows(run)["student_start"])
     directory = run.workdir / "export"
     inputs = {"params": run.identity(stage, model), "dtype": run.config.export.dtype}
-    marker = run.workdir / "export_stage"
-    if begin(marker, inputs) is None or not directory.is_dir():
-        save_hf(
-            directory, run.decoder(model), run.params_of(stage, model), run.folder(model), dtype=run.config.export.dtype
-        )
-        finish(marker, {"params": inputs["params"]})
+    marker = run.workdir / "export.json"  # beside the folder, which holds a model and nothing else
+    if read_json(marker) != inputs or not directory.is_dir():
+        decoder, stop = run.decoder(model), run.text(model).end_of_turn
+        # Who serves the model must stop where it was trained to stop.
+        decoder = dataclasses.replace(decoder, eos_ids=tuple(dict.fromkeys((*decoder.eos_ids, stop))))
+        save_hf(directory, decoder, run.params_of(stage, model), run.folder(model), dtype=run.config.export.dtype)
+        write_json(marker, inputs)
     run.say(f"The student in Hugging Face format: {directory}")

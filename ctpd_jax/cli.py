@@ -82,16 +82,17 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
         if left[1:]:
             raise UserError(f"What does {left[1]!r} mean? Settings are written --config.key=value.")
         return values[holder.name].value
+    except UserError:
+        raise
     except (AttributeError, KeyError) as error:
         raise UserError(f"{path}: {str(error).strip(chr(34))} All keys stand in ctpd_jax/settings.py.") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # a config file is code: whatever it raises is told, not traced
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser().parse_known_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     try:
         config = load_config(known.config, overrides)
         if config.platform != "auto":

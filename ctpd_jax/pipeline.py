@@ -10,9 +10,12 @@ import jax
 from ml_collections import ConfigDict
 
 from ctpd_jax import assess, stages
+from ctpd_jax.data.loader import steps_per_epoch
+from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
-from ctpd_jax.run import Run, check_platform, check_sizes
-from ctpd_jax.settings import check_config
+from ctpd_jax.models.hf import check_weights
+from ctpd_jax.run import MODELS, Run, check_platform, check_sizes
+from ctpd_jax.settings import TRAINED, check_config
 from ctpd_jax.train.metrics import MetricLog
 
 # In order. Each one knows by itself whether it is finished, has to go on, or is left out.
@@ -34,11 +37,13 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
     check_config(config)
     check_platform(config)
     workdir = Path(arguments.workdir).expanduser().absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    write_json(workdir / "config.json", config.to_dict())
     with MetricLog(workdir) as log:
         run = Run(config, workdir, log)
         run.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
@@ -51,8 +56,23 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
         else:
             if arguments.command in ("run", "sft", "dpo", "annotate"):
                 check_sizes(run)
+            if arguments.command == "run":
+                preflight(run)
+            write_json(workdir / "config.json", config.to_dict())
             for stage in chosen_stages(arguments):
                 STAGES[stage](run)
+
+
+def preflight(run: Run) -> None:
+    """Meets now what a late stage would meet after hours: broken weights, a missing test set, too few pairs."""
+    for model in MODELS:
+        run.weights_digest(model)
+        check_weights(run.folder(model), run.decoder(model))
+    for split in ("train", "test"):
+        run.pairs(split)
+    for stage in TRAINED:
+        if not run.left_out(stage):
+            steps_per_epoch(len(run.pairs("train")), run.config[stage].batch_size)
 
 
 def chosen_stages(arguments: argparse.Namespace) -> list[str]:

@@ -22,7 +22,7 @@ from ctpd_jax.files import sha256_file, write_json
 from ctpd_jax.models.config import DecoderConfig, read_config
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import load_hf, model_directory
-from ctpd_jax.schema import AlignedPair, Counters, PreferencePair
+from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
 from ctpd_jax.text.preferences import load_preferences
 from ctpd_jax.text.prepare import Limits, TextModel, load_text_model, prepare_pairs
 from ctpd_jax.toy.builder import prepare_toy
@@ -32,8 +32,9 @@ from ctpd_jax.train.metrics import MetricLog
 from ctpd_jax.train.step import Compute, Params
 from ctpd_jax.workdir import read_json
 
-Model = Literal["teacher", "student"]
 Split = Literal["train", "test"]
+RULES = 1  # raise it when ctpd_jax/text/ makes other tokens or spans of the same pairs
+MODELS: tuple[Model, Model] = ("teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Run:
         if model not in self._folders:
             path = self.config[model].path
             if self.config.data.train == "toy" and not path:
-                made = make_toy_models(self.workdir / "toy" / "models", self.config.seed)
-                self._folders.update(zip(("teacher", "student"), made))
+                teacher, student = make_toy_models(self.workdir / "toy" / "models", self.config.seed)
+                self._folders[model] = teacher if model == "teacher" else student
             elif not path:
                 raise UserError(f"config.{model}.path is empty; give a folder in Hugging Face format or a hub id.")
             else:
@@ -83,10 +84,14 @@ class Run:
             write_json(self.workdir / "models.json", known)
         return known[model]["weights"]
 
-    def text_digest(self, model: Model) -> dict[str, str]:
-        """What identifies a model's text side: SHA-256 of its tokenizer and of its template."""
+    def text_digest(self, model: Model) -> dict[str, Any]:
+        """What identifies a model's text side: SHA-256 of its tokenizer and of its template, and what ends a turn."""
         text = self.text(model)
-        return {"tokenizer": text.tokenizer.fingerprint, "template": text.template.fingerprint}
+        return {
+            "tokenizer": text.tokenizer.fingerprint,
+            "template": text.template.fingerprint,
+            "end_of_turn": text.end_of_turn,
+        }
 
     def compute(self, model: Model) -> Compute:
         dtype = self.config.compute_dtype
@@ -99,7 +104,7 @@ class Run:
         return load_hf(self.folder(model), dtype="float32")[1]
 
     def params_of(self, stage: str, model: Model) -> Params:
-        """The parameters that a training stage left; the model's own checkpoint where the stage is left out."""
+        """The parameters that a training stage left; the model's own checkpoint where its SFT is left out."""
         if self.left_out(stage):
             return self.start_params(model)
         self.require(stage)
@@ -111,10 +116,10 @@ class Run:
     # ------------------------------------------------------------------------------------------ stages
 
     def left_out(self, stage: str) -> bool:
-        settings = self.config.get(stage)
+        """Whether the config leaves a training stage out."""
         if stage in ("positive", "negative") and self.config.weights.source not in ("dpo", "sft"):
             return True
-        return settings is not None and settings.get("steps", 0) == -1
+        return self.config[stage].steps == -1
 
     def result(self, stage: str) -> dict | None:
         """What a finished stage says of itself; None before it is finished."""
@@ -133,6 +138,12 @@ class Run:
             }.get(stage, f"ctpd {stage}")
             raise UserError(f"{self.workdir / stage} is not finished; run `{command}` or `ctpd run` first.")
         return found
+
+    def fingerprint(self, stage: str) -> dict[str, Any]:
+        """The settings of a stage that decide its numbers."""
+        if self.left_out(stage):
+            return {"left_out": True}
+        return {name: value for name, value in self.config[stage].to_dict().items() if name != "save_every"}
 
     def identity(self, stage: str, model: Model) -> str:
         """What identifies the parameters of a stage: their SHA-256, or the checkpoint's where the stage is left out."""
@@ -160,12 +171,33 @@ class Run:
             aligned, counters = prepare_pairs(raw, self.text("teacher"), self.text("student"), self.limits)
             report.merge(counters)
             self._report(split, spec, report)
+            for model in MODELS:
+                self._check_ids(split, model, aligned)
             self._loaded[split] = raw, aligned
         return self._loaded[split]
 
+    def _check_ids(self, split: Split, model: Model, pairs: list[AlignedPair]) -> None:
+        """Holds the token ids against the model: JAX would read past the end of a table without a word."""
+        decoder = self.decoder(model)
+        for pair in pairs:
+            prompt, sides = pair.prompt(model), [pair.tokens(model, side).ids for side in (CHOSEN, REJECTED)]
+            largest = max(int(ids.max()) for ids in (prompt, *sides))
+            length = len(prompt) + max(map(len, sides))
+            if largest >= decoder.vocab_size:
+                raise UserError(
+                    f"The {model}'s tokenizer gives id {largest}, its model in {self.folder(model)} has "
+                    f"{decoder.vocab_size} embeddings: tokenizer and weights do not belong together."
+                )
+            if length > decoder.max_positions:
+                raise UserError(
+                    f"{split} pair {pair.id} has {length} {model} tokens, the model takes {decoder.max_positions}: "
+                    "lower config.data.max_prompt_tokens or config.data.max_response_tokens."
+                )
+
     def _report(self, split: str, spec: str, counters: Counters) -> None:
         write_json(self.workdir / f"data_{split}.json", {"source": spec, **counters.counts})
-        self.say(f"{split}: {spec}: " + ", ".join(f"{name} {count}" for name, count in counters.counts.items()))
+        told = {name: count for name, count in counters.counts.items() if count and name not in ("rows", "kept")}
+        self.say(f"{split}: {spec}\n  " + "; ".join(f"{name} {count:,}" for name, count in told.items()))
 
     def raw(self, split: Split) -> dict[str, PreferencePair]:
         """The pairs as they came, by id."""
@@ -185,6 +217,7 @@ class Run:
             "max_response_tokens": self.limits.response,
             "unit": self.limits.unit,
             "end_of_turn": self.limits.end_of_turn,
+            "rules": RULES,
             "teacher": self.text_digest("teacher"),
             "student": self.text_digest("student"),
         }
@@ -206,7 +239,7 @@ def params_digest(params: Params) -> str:
 
 def check_sizes(run: Run) -> None:
     """Refuses swapped folders: a teacher with fewer parameters than its student is seldom meant."""
-    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(run.abstract(name))) for name in ("teacher", "student")}
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(run.abstract(name))) for name in MODELS}
     if sizes["teacher"] < sizes["student"] and not run.config.smaller_teacher:
         raise UserError(
             f"The teacher {run.folder('teacher')} has {sizes['teacher']:,} parameters, the student "
@@ -216,7 +249,12 @@ def check_sizes(run: Run) -> None:
 
 def check_platform(config: ConfigDict) -> None:
     """Refuses to fall back to the CPU silently, as JAX does where an accelerator is there but busy."""
-    backend = jax.default_backend()
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:
+        raise UserError(
+            f"JAX cannot start: {str(error).splitlines()[0]} (config.platform = {config.platform!r})"
+        ) from error
     if config.platform not in ("auto", backend):
         raise UserError(f"config.platform asks for {config.platform}, JAX found {backend}.")
     seen = importlib.util.find_spec("libtpu") is not None and any(

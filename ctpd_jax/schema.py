@@ -12,6 +12,8 @@ import numpy as np
 
 Array = Any  # a jax.Array or a numpy.ndarray: the records below travel on the host and on devices alike
 
+Model = Literal["teacher", "student"]
+
 CHOSEN, REJECTED = 0, 1
 SIDES = ("chosen", "rejected")
 
@@ -86,10 +88,10 @@ class AlignedPair:
     def response(self, side: int) -> Aligned:
         return self.chosen if side == CHOSEN else self.rejected
 
-    def prompt(self, model: Literal["teacher", "student"]) -> np.ndarray:
+    def prompt(self, model: Model) -> np.ndarray:
         return self.teacher_prompt if model == "teacher" else self.student_prompt
 
-    def tokens(self, model: Literal["teacher", "student"], side: int) -> TokenSide:
+    def tokens(self, model: Model, side: int) -> TokenSide:
         aligned = self.response(side)
         return aligned.teacher if model == "teacher" else aligned.student
 

@@ -5,6 +5,8 @@ The names are ml_collections keys: `ctpd run --config configs/demo.py --config.t
 
 from __future__ import annotations
 
+import math
+
 from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
@@ -40,7 +42,7 @@ def model() -> ConfigDict:
     return ConfigDict(
         {
             "path": "",  # folder in Hugging Face format, or a hub id
-            "template": "auto",  # "chat", "plain", or "auto": chat where the tokenizer brings a template
+            "template": "auto",  # "chat", "plain", FILE.jinja, or "auto": chat where the tokenizer brings a template
             "remat": True,  # recompute activations in the backward pass, layer by layer
         }
     )
@@ -113,7 +115,7 @@ def default_config() -> ConfigDict:
             "toy": {  # data.train = "toy": the demo's world and its two small models, made on the spot
                 "pairs": 2000,
                 "test_pairs": 300,
-                "noise": 0.2,
+                "noise": 0.25,
             },
             "log_every": 1,  # updates between lines of metrics.jsonl
             "compile_cache": True,  # keep compiled programs in WORKDIR/compile_cache
@@ -157,12 +159,21 @@ def check_config(config: ConfigDict) -> None:
         if not holds:
             raise UserError(f"config.{name} is {value(name)!r}; {what}.")
 
+    expected = default_config()
+    for section, keys in {"": expected, **{k: v for k, v in expected.items() if isinstance(v, ConfigDict)}}.items():
+        missing = [key for key in keys if key not in (config if not section else config.get(section, {}))]
+        if missing:
+            name = f"{section}.{missing[0]}" if section else missing[0]
+            raise UserError(f"config.{name} is missing; begin get_config() with ctpd_jax.settings.default_config().")
     for name, choices in CHOICES.items():
         require(value(name) in choices, name, f"choose one of {', '.join(choices)}")
     for stage in TRAINED:
         settings = config[stage]
         for name in ("lr", "epochs", "batch_size", "micro_batch", "clip", "save_every"):
-            require(settings[name] > 0, f"{stage}.{name}", "it has to be positive")
+            require(0 < settings[name] < math.inf, f"{stage}.{name}", "it has to be positive and finite")
+        for name in ("adam_b1", "adam_b2"):
+            require(0 <= settings[name] < 1, f"{stage}.{name}", "it lies in [0, 1)")
+        require(settings.weight_decay >= 0, f"{stage}.weight_decay", "it cannot be negative")
         require(settings.steps >= -1, f"{stage}.steps", "0 means as many as the epochs give, -1 leaves the stage out")
         require(0 <= settings.warmup <= 1, f"{stage}.warmup", "it is a share of the steps, from 0 to 1")
         if "beta" in settings:
@@ -177,7 +188,19 @@ def check_config(config: ConfigDict) -> None:
         require(value(name) > 0, name, "it has to be positive")  # type: ignore[operator]
     for name in ("data.limit", "data.test_limit", "evaluate.samples", "evaluate.temperature"):
         require(value(name) >= 0, name, "it cannot be negative")  # type: ignore[operator]
-    require(config.weights.lower < config.weights.upper, "weights.lower", "it has to lie below weights.upper")
+    weights = config.weights
+    for name in ("mu", "k", "lower", "upper"):
+        require(
+            math.isfinite(weights[name]), f"weights.{name}", "it has to be finite; 1e9 as a bound switches it off"
+        )
+    require(weights.k > 0, "weights.k", "it has to be positive")
+    require(weights.lower < weights.upper, "weights.lower", "it has to lie below weights.upper")
+    if weights.source in ("dpo", "sft"):
+        for stage in ("positive", "negative"):
+            require(config[stage].steps >= 0, f"{stage}.steps", f"weights.source {weights.source!r} needs that stage")
+    ranked = weights.source == "uniform" and weights.transform != "none"
+    require(not ranked, "weights.transform", "uniform weights have nothing to transform, set it to none")
+    require(0 <= config.evaluate.length_tolerance < 1, "evaluate.length_tolerance", "it lies in [0, 1)")
     require(0 < config.weights.top_share <= 1, "weights.top_share", "it lies in (0, 1]")
     if config.train.normalize == "start" and config.train.reference == "none":
         raise UserError(

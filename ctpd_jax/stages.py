@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,9 +16,10 @@ from ctpd_jax.annotate.store import Column, open_store, shard_ranges, to_record,
 from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
 from ctpd_jax.data.loader import steps_per_epoch, update_batches
 from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.errors import UserError
 from ctpd_jax.files import canonical_json
-from ctpd_jax.run import Model, Run, Split, params_digest
-from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, AlignedPair
+from ctpd_jax.run import Run, Split, params_digest
+from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, AlignedPair, Model
 from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.loop import train
@@ -40,7 +42,7 @@ def train_stage(
     epoch = steps_per_epoch(len(items), settings.batch_size)
     steps = settings.steps or max(1, round(settings.epochs * epoch))
     inputs = {
-        "settings": settings.to_dict() | {"steps": steps},
+        "settings": run.fingerprint(stage) | {"steps": steps},
         "seed": run.config.seed,
         "layout": run.config.rows.to_dict(),
         "compute": run.compute(model).dtype,
@@ -152,7 +154,9 @@ def score_column(
         "compute": run.compute(model).dtype,
         "pairs_per_shard": run.config.annotate.pairs_per_shard,
     }
-    column = Column(run.workdir / ("annotations" if split == "train" else "evaluation"), name, identity)
+    # Held-out scores are cheap and follow whatever was trained last; annotations are not thrown away unasked.
+    home = run.workdir / ("annotations" if split == "train" else "evaluation")
+    column = Column(home, name, identity, replace=split == "test")
     ranges = shard_ranges(len(pairs), run.config.annotate.pairs_per_shard)
     missing = column.missing_shards(len(ranges))
     if missing:
@@ -185,6 +189,12 @@ def score_column(
                     run.config.annotate.micro_batch,
                     progress.update,
                 )
+                for place, both in zip(places, found):
+                    if not all(np.isfinite(values).all() for values in both):
+                        raise UserError(
+                            f"{name}: a log-probability of pair {pairs[place].id} is not finite. Look at the model in "
+                            f"{run.workdir / stage}; a training that diverged wants a lower config.{stage}.lr."
+                        )
                 column.write(shard, [values for both in found for values in both])
     values = [array for shard in range(len(ranges)) for array in column.read(shard)]
     return list(zip(values[::2], values[1::2], strict=True))
@@ -209,28 +219,41 @@ def scorers(run: Run) -> dict[str, tuple[str, Model, str | None]]:
 
 def known_without_teacher(run: Run) -> dict:
     """The part of the manifest that training can check with the student and the config alone."""
-    data, weights = run.config.data, run.config.weights
+    data = run.config.data
     return {
         "settings": {
-            "data": {k: data[k] for k in ("train", "train_split", "limit", "max_prompt_tokens", "max_response_tokens")}
-            | {"unit": data.unit, "end_of_turn": data.end_of_turn},
-            "weights": {"source": weights.source, "instructions": [weights.good_prompt, weights.bad_prompt]},
-            "scorers": {name: model for name, (_, model, _) in scorers(run).items()},
-            "teacher_sft": run.config.teacher_sft.to_dict(),
-            "positive": run.config.positive.to_dict(),
-            "negative": run.config.negative.to_dict(),
+            "seed": run.config.seed,
+            "data": {
+                name: data[name]
+                for name in ("limit", "max_prompt_tokens", "max_response_tokens", "unit", "end_of_turn")
+            },
+            "weights_source": run.config.weights.source,
+            "scorers": {
+                name: {"tokens": model, "instruction": instruction}
+                for name, (_, model, instruction) in scorers(run).items()
+            },
+            **{stage: run.fingerprint(stage) for stage in ("teacher_sft", "student_sft", "positive", "negative")},
         },
-        "student": {"params": run.identity("student_sft", "student"), **run.text_digest("student")},
+        "compute": run.compute("teacher").dtype,
+        "student": run.text_digest("student") | {"start": run.identity("student_sft", "student")},
     }
+
+
+def teacher_identity(run: Run) -> dict:
+    """The teacher's part of the manifest: checked wherever the teacher's folder can be read."""
+    return {"teacher": run.text_digest("teacher") | {"weights": run.weights_digest("teacher")}}
 
 
 def manifest(run: Run) -> dict:
     """What the annotations were made from: training refuses a store where any of it differs."""
-    return known_without_teacher(run) | {
-        "data": run.data_identity("train"),
-        "scorers": {name: run.identity(stage, model) for name, (stage, model, _) in scorers(run).items()},
-        "compute": run.compute("teacher").dtype,
-    }
+    return (
+        known_without_teacher(run)
+        | teacher_identity(run)
+        | {
+            "data": run.data_identity("train"),
+            "measured_by": {name: run.identity(stage, model) for name, (stage, model, _) in scorers(run).items()},
+        }
+    )
 
 
 def annotate(run: Run) -> None:
@@ -250,12 +273,15 @@ def annotate(run: Run) -> None:
 
 
 def train_student(run: Run) -> None:
-    """CTPD. Reads the store alone: no teacher is loaded here."""
+    """CTPD. Reads the store alone: no teacher is loaded here, and its folder need not be on this machine."""
     if run.left_out("train"):
         run.say("train: left out (config.train.steps = -1).")
         return
     config = run.config
-    store = open_store(run.workdir / "annotations", known_without_teacher(run))
+    expected = known_without_teacher(run)
+    if config.data.train == "toy" or Path(config.teacher.path).expanduser().is_dir():
+        expected |= teacher_identity(run)
+    store = open_store(run.workdir / "annotations", expected)
     examples = [store[i] for i in range(len(store))]
     items, figures = training_items(examples, config.weights, config.train, config.seed)
     inputs = {

@@ -15,50 +15,58 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
 
 
-def read_json(path: Path) -> Any | None:
-    """Returns the content, or None where there is no such file."""
+def read_json(path: Path) -> Any:
+    """Returns the content, or None where there is no such file. Raises UserError where it is not JSON."""
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it and run the stage again.") from error
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove that folder and run the stage again.") from None
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, so that a difference has a name."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {k: v for key, part in value.items() for k, v in flatten(part, f"{prefix}.{key}" if prefix else key).items()}
+def first_difference(expected: Any, found: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted field, expected, found) of the first field of `expected` that `found` does not have or has otherwise.
+
+    Fields that only `found` has are no difference. Both are compared as JSON would hold them (a tuple is a list).
+    """
+    if isinstance(expected, Mapping):
+        for key, value in expected.items():
+            inner = f"{field}.{key}" if field else str(key)
+            if not isinstance(found, Mapping) or key not in found:
+                return inner, value, "nothing"
+            if difference := first_difference(value, found[key], inner):
+                return difference
+        return None
+    plain = json.loads(json.dumps(expected))
+    same = plain == found and isinstance(plain, bool) == isinstance(found, bool)  # else True would equal 1
+    return None if same else (field, expected, found)
 
 
-def first_difference(stored: Mapping, wanted: Mapping) -> str | None:
-    """Returns 'name is A there and B here' for the first entry that differs."""
-    there, here = flatten(stored), flatten(json.loads(json.dumps(wanted)))
-    for name in sorted(there.keys() | here.keys()):
-        if there.get(name) != here.get(name):
-            return f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-    return None
+def require_same(expected: Mapping[str, Any], found: Any, where: Path, advice: str) -> None:
+    """Raises UserError naming the first field of `expected` that `found`, read from `where`, has otherwise."""
+    if difference := first_difference(expected, found):
+        field, wanted, there = difference
+        raise UserError(f"{where} was made otherwise: {field} is {there!r} there and {wanted!r} here. {advice}")
 
 
-def begin(directory: Path, inputs: Mapping) -> dict | None:
+def begin(directory: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """Opens a stage's folder. Returns what its `done.json` holds, or None where the stage has work left.
 
     Raises UserError where the folder was made from other inputs.
     """
-    stored = read_json(directory / "inputs.json")
+    path = directory / "inputs.json"
+    stored = read_json(path)
     if stored is None:
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "inputs.json", inputs)
+        write_json(path, dict(inputs))
     else:
-        difference = first_difference(stored, inputs)
-        if difference:
-            raise UserError(
-                f"{directory} was made with other settings: {difference}. "
-                "Go back to those settings, take another --workdir, or delete that folder to make the stage again."
-            )
+        advice = f"Go back to those settings, take another --workdir, or delete {directory} to make the stage again."
+        require_same(inputs, stored, path, advice)
+        if gone := first_difference(stored, inputs):
+            raise UserError(f"{path} was made otherwise: {gone[0]} is {gone[1]!r} there and nothing here. {advice}")
     return read_json(directory / "done.json")
 
 
-def finish(directory: Path, result: Mapping) -> None:
+def finish(directory: Path, result: Mapping[str, Any]) -> None:
     write_json(directory / "done.json", dict(result))

@@ -83,9 +83,11 @@ class SpanValues:
 
 
 def span_values(
-    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int
+    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int, first: int = 0
 ) -> tuple[list[tuple[SpanValues, SpanValues]], dict[str, float]]:
     """Returns the values of every pair's chosen and rejected spans, and the diagnostics of the weights.
+
+    `first` is the place of the first example in the data: random weights are drawn by place.
 
     `train.normalize = "start"` (margin relative to the student's start) is the student's start as reference: the other
     reference cancels from that margin.
@@ -93,13 +95,14 @@ def span_values(
     reference = "start" if train.normalize == "start" else REFERENCES[train.reference]
     normalize: Normalize = "none" if train.normalize == "start" else train.normalize
 
+    contrastive = weights.source not in ("uniform", "random")
+
     @jax.jit
     def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, mu: Array, keys: Array) -> tuple:
         mask = student > 0
         zeros = jnp.zeros(mask.shape)
-        w, diagnostics = span_weights(
-            scores.get("positive", zeros), scores.get("negative", zeros), mask, mu, keys, weights
-        )
+        positive, negative = (scores["positive"], scores["negative"]) if contrastive else (zeros, zeros)
+        w, diagnostics = span_weights(positive, negative, mask, mu, keys, weights)
 
         def against(name: str | None) -> tuple[Array, Array]:
             counts = teacher if name == "reference" else student
@@ -122,7 +125,7 @@ def span_values(
             padded([np.bincount(aligned.teacher.span_ids) for aligned, _, _ in part], size, np.int32),
             padded([np.diff(aligned.bounds) for aligned, _, _ in part], size, np.int32),
             np.array([weights.mu if side == CHOSEN else -weights.mu for _, _, side in part], np.float32),
-            jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.array(places, jnp.uint32)),
+            jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.array(places, jnp.uint32) + 2 * first),
         )
         w, a, constant, start = jax.device_get(found)
         for row, place in enumerate(places):

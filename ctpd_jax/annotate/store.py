@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ import numpy as np
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import PARTIAL, local_path, sha256_file, write_bytes, write_json
 from ctpd_jax.schema import SIDES, Aligned, AlignedPair, TokenSide
+from ctpd_jax.workdir import first_difference, read_json, require_same
 
 NAME = "ctpd_annotations"  # of the TFDS data set
 SPLIT = "train"
@@ -44,40 +46,6 @@ def shard_ranges(num_pairs: int, pairs_per_shard: int) -> list[range]:
     return [range(start, min(start + pairs_per_shard, num_pairs)) for start in range(0, num_pairs, pairs_per_shard)]
 
 
-# ---------------------------------------------------------------------------------------------- manifests
-
-
-def first_difference(expected: Any, found: Any, field: str = "") -> tuple[str, Any, Any] | None:
-    """(dotted field, expected, found) of the first field of `expected` that `found` does not have or has otherwise.
-
-    Fields that only `found` has are no difference. Both are compared as JSON would hold them (a tuple is a list).
-    """
-    if isinstance(expected, Mapping):
-        for key, value in expected.items():
-            inner = f"{field}.{key}" if field else str(key)
-            if not isinstance(found, Mapping) or key not in found:
-                return inner, value, "nothing"
-            if difference := first_difference(value, found[key], inner):
-                return difference
-        return None
-    plain = json.loads(json.dumps(expected))
-    same = plain == found and isinstance(plain, bool) == isinstance(found, bool)  # else True would equal 1
-    return None if same else (field, expected, found)
-
-
-def _require_same(expected: Mapping[str, Any], found: Mapping[str, Any], where: Path, advice: str) -> None:
-    if difference := first_difference(expected, found):
-        field, wanted, there = difference
-        raise UserError(f"{where} does not match: {field} is {there!r} there, but {wanted!r} is expected. {advice}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove the folder and annotate again.") from None
-
-
 # ---------------------------------------------------------------------------------------------- columns
 
 
@@ -87,16 +55,21 @@ class Column:
     A shard is a list of float32 arrays of any lengths (by convention chosen, rejected, chosen, ...: two per pair).
     The file: SHA-256 of the rest (32 bytes), n, n+1 offsets (int64), the values (float32); all little-endian.
     `identity` says what was measured (model, tokenizers, lengths, ...): going on with another one is a UserError that
-    names the first field that differs. Several processes may write different shards.
+    names the first field that differs, unless `replace` says that the old one is not worth keeping. Several processes
+    may write different shards.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], scorer: str, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], scorer: str, identity: Mapping[str, Any], replace: bool = False
+    ) -> None:
         self.directory = local_path(directory) / "columns" / scorer
+        if replace and first_difference(identity, read_json(self.directory / "identity.json")):
+            shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "identity.json"
         advice = f"Remove {self.directory} to measure it again, or annotate in another folder."
         if path.exists():
-            _require_same(identity, _read_json(path), path, advice)
+            require_same(identity, read_json(path), path, advice)
         else:
             write_json(path, dict(identity))
 
@@ -243,6 +216,9 @@ def write_store(
     folder = local_path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     features = _features(scorers)
+    own = ("format", "num_pairs", "shard_pairs", "scorers", "shards", "metadata", "written_with")
+    if taken := [key for key in own if key in manifest]:
+        raise ValueError(f"A manifest cannot have a field {taken[0]!r}: the store writes one of that name itself.")
     made_from = {
         **manifest,
         "format": _FORMAT,
@@ -253,12 +229,12 @@ def write_store(
     final, progress = folder / MANIFEST, folder / (MANIFEST + ".progress")
     advice = "Remove that folder to make it again, or choose another."
     if final.exists():
-        _require_same(made_from, _read_json(final), final, advice)
+        require_same(made_from, read_json(final), final, advice)
         return
     done: list[dict[str, Any]] = []
     if progress.exists():
-        found = _read_json(progress)
-        _require_same(made_from, found, progress, advice)
+        found = read_json(progress)
+        require_same(made_from, found, progress, advice)
         done = found["shards"]
     for shard, pairs in enumerate(ranges):
         path = folder / f"{NAME}-{SPLIT}.array_record-{shard:05d}-of-{len(ranges):05d}"
@@ -271,7 +247,8 @@ def write_store(
         done[shard : shard + 1] = [entry]
         write_json(progress, {**made_from, "shards": done})
     metadata = _write_tfds_metadata(folder, features, made_from["shard_pairs"], sum(e["bytes"] for e in done))
-    write_json(final, {**made_from, "shards": done, "metadata": metadata})
+    written_with = {name: version(name) for name in ("ctpd-jax", "jax", "tensorflow-datasets")}  # told, not compared
+    write_json(final, {**made_from, "shards": done, "metadata": metadata, "written_with": written_with})
     progress.unlink(missing_ok=True)
 
 
@@ -357,8 +334,8 @@ def open_store(
         started = (folder / (MANIFEST + ".progress")).exists()
         state = "an unfinished annotated store" if started else "no annotated store"
         raise UserError(f"There is {state} at {folder}; run `ctpd annotate` first.")
-    manifest = _read_json(path)
-    _require_same({"format": _FORMAT, **(expect or {})}, manifest, path, "Annotate again with these settings.")
+    manifest = read_json(path)
+    require_same({"format": _FORMAT, **(expect or {})}, manifest, path, "Annotate again with these settings.")
     files = {entry["file"]: entry["sha256"] for entry in manifest["shards"]} | manifest["metadata"]
     for name, sha256 in files.items():
         file = folder / name

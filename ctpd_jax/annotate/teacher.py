@@ -6,7 +6,6 @@ Letters: R rows, K scored tokens of a row, S spans of a response.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import jax
 import numpy as np
@@ -15,10 +14,8 @@ from ctpd_jax.core.projection import span_sums
 from ctpd_jax.data.loader import micro_batches
 from ctpd_jax.data.rows import PairItem, RowShape, ScoredResponse
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch
+from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
 from ctpd_jax.train.step import Compute, Params, scored_logprobs
-
-Model = Literal["teacher", "student"]
 
 
 def plain_item(pair: AlignedPair, model: Model, prompt: np.ndarray | None = None) -> PairItem:

@@ -11,7 +11,7 @@ Three layouts, exact to rounding for one another:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -146,9 +146,3 @@ def build_batch(items: Sequence[PairItem], layout: str, shape: RowShape, pairs: 
         real=real,
         **slot_ints,
     )
-
-
-def unweighted(item: PairItem) -> PairItem:
-    """Returns the item with weight one everywhere and no constant: for plain log-probabilities."""
-    plain = [replace(r, weights=np.ones(len(r.tokens), np.float32), constant=0.0) for r in item.responses]
-    return PairItem(item.prompt, plain[0], plain[1] if len(plain) > 1 else None)

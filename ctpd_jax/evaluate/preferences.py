@@ -65,19 +65,21 @@ def lambda_shares(margins: np.ndarray, beta: float) -> dict[str, float]:
 
 
 def compare(
-    logps: dict[str, np.ndarray],
+    logps: Mapping[str, np.ndarray],
+    covered: np.ndarray,
     lengths: np.ndarray,
     starts: Mapping[str, str],
     students: Collection[str],
     teacher: str,
-    beta: float,
+    betas: Mapping[str, float],
     tolerance: float,
 ) -> dict:
     """Returns a row of figures for each model, and the baseline.
 
-    `logps[model]` are summed response log-probabilities, float64 [N, 2]; `lengths` covered bytes, [N, 2]; `starts` names
-    the row that a model was trained from, `students` and `teacher` the rows that are such. Figures, each on all pairs
-    and on the length-matched ones:
+    `logps[model]` are summed response log-probabilities, float64 [N, 2], over the `covered` bytes [N, 2] of responses
+    of `lengths` bytes [N, 2]; `starts` names the row that a model was trained from, `students` and `teacher` the rows
+    that are such, `betas` what their margins and lambdas are scaled by. Figures, each on all pairs and on those of
+    about the same length:
       per_byte  log-probability per byte of text: comparable across tokenizers
       vs_start  implicit reward against the model's own start; None for what was not trained here
       vs_teacher  implicit reward against the teacher, as in training; None for teachers
@@ -86,7 +88,7 @@ def compare(
     rows: dict[str, dict] = {}
     for name, values in logps.items():
         margins: dict[str, np.ndarray | None] = {
-            "per_byte": difference(values / np.maximum(lengths, 1)),
+            "per_byte": difference(values / covered),
             "vs_start": difference(values - logps[starts[name]]) if name in starts else None,
             "vs_teacher": difference(values - logps[teacher]) if name in students else None,
         }
@@ -95,8 +97,8 @@ def compare(
             for subset, keep in subsets.items()
         }
         vs_start, vs_teacher = margins["vs_start"], margins["vs_teacher"]
-        rows[name]["margin_vs_start"] = None if vs_start is None else float(beta * vs_start.mean())
-        rows[name]["lambda"] = None if vs_teacher is None else lambda_shares(vs_teacher, beta)
-        rows[name]["bits_per_byte"] = float(-values[:, CHOSEN].sum() / lengths[:, CHOSEN].sum() / np.log(2))
+        rows[name]["margin_vs_start"] = None if vs_start is None else float(betas[name] * vs_start.mean())
+        rows[name]["lambda"] = None if vs_teacher is None else lambda_shares(vs_teacher, betas[name])
+        rows[name]["bits_per_byte"] = float(-values[:, CHOSEN].sum() / covered[:, CHOSEN].sum() / np.log(2))
     longer = {subset: accuracy(difference(lengths)[keep].astype(float)) for subset, keep in subsets.items()}
     return {"models": rows, "longer_is_better": longer}

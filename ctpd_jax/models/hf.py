@@ -99,23 +99,34 @@ def model_directory(path_or_repo: str | Path) -> Path:
 
 def read_params(directory: Path, config: DecoderConfig, dtype: Any) -> Params:
     """Read a folder's weights into arrays of `dtype`, with at most one stacked parameter held on the host besides."""
-    stored = _stored_tensors(directory)
-    shapes = param_shapes(config)
-    table = tensor_table(config)
-    _check_names(directory, config, stored, [name for entry in table.values() for name in _names(config, entry)])
+    stored, shapes = check_weights(directory, config), param_shapes(config)
     params: Params = {}
-    for path, entry in table.items():
-        shape = _at(shapes, path).shape
-        host = np.empty(shape, jnp.dtype(dtype))
+    for path, entry in tensor_table(config).items():
+        host = np.empty(_at(shapes, path).shape, jnp.dtype(dtype))
         for part, name in zip(host if "{}" in entry else host[None], _names(config, entry)):
-            if stored[name].shape != part.shape:
-                raise UserError(
-                    f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, but config.json implies "
-                    f"{part.shape}."
-                )
             safetensors.read_into(stored[name], name, part)
         _put(params, path, jnp.asarray(host))
     return params
+
+
+def check_weights(directory: Path, config: DecoderConfig) -> dict[str, safetensors.Tensor]:
+    """Read only the headers of a folder's weights: every tensor by name, all there and of the right shape.
+
+    Raises:
+        UserError: a file or a tensor that is missing, unexpected or of the wrong shape.
+    """
+    stored, shapes, table = _stored_tensors(directory), param_shapes(config), tensor_table(config)
+    _check_names(directory, config, stored, [name for entry in table.values() for name in _names(config, entry)])
+    for path, entry in table.items():
+        whole = _at(shapes, path).shape
+        expected = whole[1:] if "{}" in entry else whole
+        for name in _names(config, entry):
+            if stored[name].shape != expected:
+                raise UserError(
+                    f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, but config.json implies "
+                    f"{expected}."
+                )
+    return stored
 
 
 def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:

@@ -52,8 +52,8 @@ def align(
     """
     teacher, student = load_tokenizer(teacher_tokenizer), load_tokenizer(student_tokenizer)
     if counters is not None:
-        counters.add("teacher_border_merges", merges_across(teacher, teacher_context, response))
-        counters.add("student_border_merges", merges_across(student, student_context, response))
+        counters.add("teacher_border_merges", merges_across(teacher, [teacher_context], [response]))
+        counters.add("student_border_merges", merges_across(student, [student_context], [response]))
     return align_batch([response], teacher, student, unit)[0]
 
 

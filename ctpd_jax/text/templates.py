@@ -1,4 +1,4 @@
-"""Each model's own prompt text around the same messages, and its token ids.
+"""Each model's own prompt text around the same messages.
 
 A prompt is a list of pieces: the template's own text, in which `<|im_end|>` is a special token, and the text of the
 messages, in which it is nine ordinary characters. The response is never rendered: it follows the prompt verbatim, for
@@ -13,27 +13,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
 import jinja2.ext
-import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import Message, PreferencePair
-from ctpd_jax.text import tokens
+from ctpd_jax.schema import Message
 from ctpd_jax.text.tokens import TextTokenizer
 
 # Templates that print today's date would make another prompt of the same messages tomorrow; this is the date that
 # Llama 3's own template falls back to.
 TEMPLATE_DATE = datetime(2024, 7, 26)
 DEFAULT_SEPARATOR = "\n\n"
-
-
-class PromptTooLong(UserError):
-    """A prompt that exceeds a limit even without its last user message."""
 
 
 class Piece(NamedTuple):
@@ -108,30 +103,27 @@ def load_template(tokenizer: TextTokenizer, choice: str = "auto", separator: str
 def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list[Piece]:
     """The pieces of a prompt, up to where the response starts.
 
-    A chat template may trim or edit what it is given. So each message is also rendered for real amid placeholders,
-    which shows what becomes of it; the whole, rendered for real, must then be the pieces joined.
+    The template's own text is found with placeholders in place of the messages, once for each sequence of roles. A
+    template may trim or edit what it is given; then each message is also rendered for real amid placeholders, which
+    shows what becomes of it. In every case the whole, rendered for real, must be the pieces joined.
 
     Raises:
       UserError: the template refuses the messages, leaves one out, repeats one, or changes its own text with them.
     """
     if template.kind == "plain":
         return _plain_pieces(template.source, messages)
+    whole = render_chat(template, messages)
     if not messages:
-        return _pieces([_render(template, [])], [])
-    # Letters from the private use area: no template looks for them and no trim removes them.
-    marks = [f"\ue0f1{index}\ue0f2" for index in range(len(messages))]
-    masked = [Message(message.role, mark) for message, mark in zip(messages, marks)]
-    around = _render(template, masked)
-    frame, order = _split_at_marks(around, marks)
-    contents = {}
-    for index, message in enumerate(messages):
-        before, after = around.split(marks[index])
-        text = _render(template, [*masked[:index], message, *masked[index + 1 :]])
-        if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
-            raise UserError(f"The chat template changes its own text with message {index + 1}; give another template.")
-        contents[index] = text[len(before) : len(text) - len(after)]
+        return _pieces([whole], [])
+    frame, order = _frame(template, tuple(message.role for message in messages))
+    # Nearly every template leaves a message as it is, or trims it: then this one rendering is enough.
+    for edit in (str, str.strip):
+        pieces = _pieces(frame, [edit(messages[index].content) for index in order])
+        if "".join(piece.text for piece in pieces) == whole:
+            return pieces
+    contents = _edited(template, messages)
     pieces = _pieces(frame, [contents[index] for index in order])
-    if "".join(piece.text for piece in pieces) != _render(template, messages):
+    if "".join(piece.text for piece in pieces) != whole:
         raise UserError("The chat template changes one message with another; give another template.")
     return pieces
 
@@ -151,6 +143,39 @@ def _plain_pieces(separator: str, messages: Sequence[Message]) -> list[Piece]:
     return _pieces(frame, [message.content for message in messages])
 
 
+@lru_cache(maxsize=1024)
+def _frame(template: PromptTemplate, roles: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """A template's own text around and between messages of these roles, and which message stands in each gap."""
+    masked, marks = _masked(roles)
+    around = render_chat(template, masked)
+    for index, mark in enumerate(marks):
+        if around.count(mark) != 1:
+            what = "leaves out" if mark not in around else "repeats"
+            raise UserError(f"The chat template {what} message {index + 1} of the prompt; give another template.")
+    parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", around)
+    return parts[::2], [marks.index(mark) for mark in parts[1::2]]
+
+
+def _masked(roles: Sequence[str]) -> tuple[list[Message], list[str]]:
+    """Messages with a mark for their content: letters of the private use area, which no template looks for or trims."""
+    marks = [f"\ue0f1{index}\ue0f2" for index in range(len(roles))]
+    return [Message(role, mark) for role, mark in zip(roles, marks)], marks
+
+
+def _edited(template: PromptTemplate, messages: Sequence[Message]) -> list[str]:
+    """What a template makes of each message, each rendered for real amid marks."""
+    masked, marks = _masked([message.role for message in messages])
+    around = render_chat(template, masked)
+    contents = []
+    for index, message in enumerate(messages):
+        before, after = around.split(marks[index])
+        text = render_chat(template, [*masked[:index], message, *masked[index + 1 :]])
+        if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+            raise UserError(f"The chat template changes its own text with message {index + 1}; give another template.")
+        contents.append(text[len(before) : len(text) - len(after)])
+    return contents
+
+
 def _pieces(frame: Sequence[str], contents: Sequence[str]) -> list[Piece]:
     """frame[0] contents[0] frame[1] contents[1] ... frame[-1], without what is empty."""
     pieces = [Piece(frame[0], True)]
@@ -159,16 +184,8 @@ def _pieces(frame: Sequence[str], contents: Sequence[str]) -> list[Piece]:
     return [piece for piece in pieces if piece.text]
 
 
-def _split_at_marks(text: str, marks: Sequence[str]) -> tuple[list[str], list[int]]:
-    for index, mark in enumerate(marks):
-        if text.count(mark) != 1:
-            what = "leaves out" if mark not in text else "repeats"
-            raise UserError(f"The chat template {what} message {index + 1} of the prompt; give another template.")
-    parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", text)
-    return parts[::2], [marks.index(mark) for mark in parts[1::2]]
-
-
-def _render(template: PromptTemplate, messages: Sequence[Message], ask: bool = True) -> str:
+def render_chat(template: PromptTemplate, messages: Sequence[Message], ask: bool = True) -> str:
+    """A chat template's own rendering, with the opening of an answer at its end if `ask`."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return _compiled(template.source).render(messages=turns, add_generation_prompt=ask, **dict(template.variables))
@@ -209,102 +226,3 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-# ------------------------------------------------------------------------------------------------ token ids
-
-
-def prompt_ids(tokenizer: TextTokenizer, template: PromptTemplate, messages: Sequence[Message]) -> np.ndarray:
-    """Token ids of a prompt: int32 [T], T >= 1, with exactly one BOS where the tokenizer wants one.
-
-    BOS is put in front only if the tokenizer's own post-processor adds one and the rendered template does not begin
-    with it. Special tokens in the messages are ordinary text.
-
-    Raises:
-      UserError: the template refuses the messages, or nothing predicts the response's first token (an empty prompt and
-        no BOS).
-    """
-    ids = tokens.prompt_ids(tokenizer, render_prompt(template, messages))
-    if not len(ids):
-        raise UserError(
-            f'the prompt is empty and the tokenizer "{tokenizer.name}" adds no BOS, so nothing predicts the first '
-            "token of the response; give the pair a prompt or the model a template."
-        )
-    return ids
-
-
-def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
-    """The token with which an assistant ends its turn: the special token that the chat template puts after the answer,
-    white space aside, else EOS.
-
-    Raises:
-      UserError: neither is there.
-    """
-    if template.kind == "chat":
-        mark = "\ue0f1"
-        text = _render(template, [Message("user", "\ue0f2"), Message("assistant", mark)], ask=False)
-        after = text.rpartition(mark)[2] if mark in text else ""
-        added = tokenizer.template_backend.get_added_tokens_decoder()
-        for number in tokenizer.template_backend.encode(after, add_special_tokens=False).ids:
-            if number in added and added[number].special:
-                if not after.partition(added[number].content)[0].strip():
-                    return int(number)
-                break
-    if tokenizer.hf.eos_token_id is None:
-        raise UserError(
-            f'Neither the template nor the tokenizer "{tokenizer.name}" has a token for the end of a turn; set '
-            "eos_token in its tokenizer_config.json."
-        )
-    return int(tokenizer.hf.eos_token_id)
-
-
-def fit_prompt(
-    pair: PreferencePair,
-    teacher: tuple[TextTokenizer, PromptTemplate],
-    student: tuple[TextTokenizer, PromptTemplate],
-    max_teacher: int,
-    max_student: int,
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Both models' prompt ids, the last user message shortened from its left until both limits hold.
-
-    Both models lose the same characters, and the template loses none.
-
-    Args:
-      pair: its prompt is fitted.
-      teacher, student: tokenizer and template of each.
-      max_teacher, max_student: limits in tokens, BOS and template included.
-
-    Returns:
-      int32 [Tp], int32 [Tq], and how many characters were dropped.
-
-    Raises:
-      PromptTooLong: the rest of the prompt alone exceeds a limit.
-      UserError: a template refuses the messages, or nothing predicts the first token of the response.
-    """
-    last = max((index for index, message in enumerate(pair.prompt) if message.role == "user"), default=None)
-    length = len(pair.prompt[last].content) if last is not None else 0
-    tried: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def fits(dropped: int) -> bool:
-        messages = list(pair.prompt)
-        if last is not None:
-            messages[last] = Message(messages[last].role, messages[last].content[dropped:])
-        tried[dropped] = (prompt_ids(*teacher, messages), prompt_ids(*student, messages))
-        return len(tried[dropped][0]) <= max_teacher and len(tried[dropped][1]) <= max_student
-
-    try:
-        if fits(0):
-            return *tried[0], 0
-        if not fits(length):
-            counts = [len(ids) for ids in tried[length]]
-            raise PromptTooLong(
-                f"the prompt without its last user message has {counts[0]} teacher and {counts[1]} student tokens, the "
-                f"limits are {max_teacher} and {max_student}; raise max_prompt or leave the pair out."
-            )
-        low, high = 0, length  # fits(high), not fits(low)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-    except UserError as error:
-        raise type(error)(f"{pair.source or pair.id}: {error}") from None
-    return *tried[high], high

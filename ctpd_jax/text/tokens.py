@@ -1,4 +1,4 @@
-"""One tokenizer, probed: text -> ids, the bytes of every token, and prompts with exactly one BOS.
+"""One tokenizer, probed: text -> ids, and the bytes of every token.
 
 The bytes of a token come from the vocabulary and never from the offsets a tokenizer reports: starts lie (trimmed or
 borrowed spaces, one emoji as four tokens at the same place), and ends lie as soon as text is normalised. Every
@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -28,13 +28,7 @@ from ctpd_jax.text.cuts import clean_cuts, code_points, utf8_lengths
 from ctpd_jax.text.probe import CONTROL, Prefix, Vocabulary
 
 
-class Piece(Protocol):
-    """A part of a rendered prompt. `special`: text of the template itself, whose special tokens are meant as such."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def special(self) -> bool: ...
+BORDER = 64  # characters on either side of a border that decide whether a token reaches over it
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +47,7 @@ class TextTokenizer:
     vocabulary: Vocabulary = field(repr=False)  # the bytes of every token
     restarts: np.ndarray = field(repr=False)  # bool [V], added tokens after which a dummy space comes again
     _normalizer: Any = field(repr=False)  # of the tokenizers library, without the dummy space; None if no form
-    _special: dict[str, int] = field(repr=False)  # special token -> id
+    special: dict[str, int] = field(repr=False)  # special token -> id
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextTokenizer:
         return self  # nothing in it ever changes
@@ -72,7 +66,7 @@ class TextTokenizer:
         return backend
 
     @cached_property
-    def _middle_backend(self) -> Tokenizer:
+    def middle_backend(self) -> Tokenizer:
         """`backend` for text that does not stand at the start, where Metaspace "first" puts no dummy space."""
         if not self.prefix.first_only:
             return self.backend
@@ -84,9 +78,14 @@ class TextTokenizer:
         return Tokenizer.from_str(json.dumps(probe.split_byte_literals(json.loads(self.backend.to_str()))))
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
-        longest_first = sorted(self._special, key=len, reverse=True)
+    def special_pattern(self) -> re.Pattern[str] | None:
+        longest_first = sorted(self.special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @cached_property
+    def special_firsts(self) -> frozenset[str]:
+        """The characters with which special tokens begin: a text without any of them need not be searched."""
+        return frozenset(token[0] for token in self.special)
 
 
 def normalize(tok: TextTokenizer, text: str) -> str:
@@ -155,7 +154,7 @@ def _probed(hf: Any, name: str) -> TextTokenizer:
         vocabulary=vocabulary,
         restarts=restarts,
         _normalizer=probe.form_normalizer(facts.form),
-        _special=special,
+        special=special,
     )
     for text in (*probe.TEXTS, *list(special)[:16]):
         try:
@@ -198,7 +197,7 @@ def encode(tok: TextTokenizer, text: str) -> np.ndarray:
 def encode_batch(tok: TextTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """`encode` of several texts at once, on all cores: int32 [T] each."""
     for text in texts:
-        _require_unicode(tok, text)
+        require_unicode(tok, text)
     encodings = tok.backend.encode_batch_fast(list(texts), add_special_tokens=False)
     batch = [np.array(encoding.ids, np.int32) for encoding in encodings]
     for index, text in enumerate(texts):
@@ -216,7 +215,7 @@ def _encode_byte_literals(tok: TextTokenizer, text: str, ids: np.ndarray) -> np.
     return ids
 
 
-def _require_unicode(tok: TextTokenizer, text: str) -> None:
+def require_unicode(tok: TextTokenizer, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -306,86 +305,29 @@ def cut_offsets(tok: TextTokenizer, text: str) -> np.ndarray:
     return clean_cuts(text, lambda t: normalize(tok, t), lambda t: t.replace(marker, " ") if marker else t)
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------------------------------ questions
 
 
-def prompt_ids(tok: TextTokenizer, prompt: str | Sequence[Piece], add_bos: bool = True) -> np.ndarray:
-    """A rendered prompt -> int32 [T], with BOS exactly once if the tokenizer's own post-processor adds one.
+def special_literals(tok: TextTokenizer, text: str) -> int:
+    """How many special tokens' names stand in a text; as somebody's words they are encoded as ordinary text."""
+    if tok.special_pattern is None or not any(first in text for first in tok.special_firsts):
+        return 0
+    return sum(1 for _ in tok.special_pattern.finditer(text))
 
-    A string is template text throughout. In a list of pieces only those with `special` may hold special tokens: what
-    a user typed never becomes one, not even together with the template text beside it.
+
+def merges_across(tok: TextTokenizer, contexts: Sequence[str], responses: Sequence[str]) -> int:
+    """In how many places encoding context + response at once would give a token that reaches over their border.
+
+    contexts: ordinary text before each response. The two are always encoded apart; this only counts where it matters.
     """
-    parts = [(prompt, True)] if isinstance(prompt, str) else [(piece.text, piece.special) for piece in prompt]
-    whole = "".join(text for text, _ in parts)
-    _require_unicode(tok, whole)
-    if _only_template_specials(tok, whole, parts):
-        ids = tok.template_backend.encode(whole, add_special_tokens=False).ids
-    else:
-        ids = _encode_around_specials(tok, parts)
-    if add_bos and tok.bos_id is not None and (not ids or ids[0] != tok.bos_id):
-        ids = [tok.bos_id, *ids]
-    return np.array(ids, np.int32)
-
-
-def _only_template_specials(tok: TextTokenizer, whole: str, parts: list[tuple[str, bool]]) -> bool:
-    """Whether every special token that can be read in the whole prompt lies inside one piece of the template."""
-    if tok._special_pattern is None:
-        return True
-    edges = np.cumsum([0] + [len(text) for text, _ in parts])
-    for match in tok._special_pattern.finditer(whole):
-        part = int(np.searchsorted(edges, match.start(), side="right")) - 1
-        if not parts[part][1] or match.end() > edges[part + 1]:
-            return False
-    return True
-
-
-def _encode_around_specials(tok: TextTokenizer, parts: list[tuple[str, bool]]) -> list[int]:
-    """Special tokens of the template by id, all text between two of them as one ordinary text."""
-    assert tok._special_pattern is not None
-    ids: list[int] = []
-    pending = ""
-    at_start = True
-
-    def flush() -> None:
-        nonlocal pending, at_start
-        if pending:
-            backend = tok.backend if at_start else tok._middle_backend
-            ids.extend(backend.encode(pending, add_special_tokens=False).ids)
-        pending, at_start = "", False
-
-    for text, special in parts:
-        place = 0
-        for match in tok._special_pattern.finditer(text) if special else ():
-            pending += text[place : match.start()]
-            flush()
-            ids.append(tok._special[match.group()])
-            place = match.end()
-        pending += text[place:]
-    flush()
-    return ids
-
-
-def require_predictor(tok: TextTokenizer, prompt: np.ndarray, example: str) -> None:
-    """Raise if a response after this prompt would start at position 0, where no token predicts it."""
-    if len(prompt) == 0:
-        raise UserError(
-            f"Example {example!r} has an empty prompt, and the tokenizer {tok.name!r} adds no BOS token: nothing "
-            "predicts the first token of its response. Give the example a prompt, or use a template that writes one."
-        )
-
-
-def merges_across(tok: TextTokenizer, context: str, response: str) -> bool:
-    """Whether one encoding of context + response would have a token that reaches over the border between them.
-
-    context: ordinary text before the response. The two are always encoded apart; this only says where it matters.
-    """
-    if not context or not response:
-        return False
-    head = response[:64]  # a token that reaches over the border is decided long before
-    joint = encode(tok, context + head)
-    normalized = normalize(tok, context + head)
-    border = int(cut_offsets(tok, context + head)[len(context)])
-    return border < 0 or border not in byte_ends(tok, joint, normalized)
+    # A token that reaches over the border is decided long before the response ends.
+    heads = [(context, response[:BORDER]) for context, response in zip(contexts, responses) if context and response]
+    count = 0
+    for (context, head), ids in zip(heads, encode_batch(tok, [context + head for context, head in heads])):
+        text = context + head
+        border = int(cut_offsets(tok, text)[len(context)])
+        count += border < 0 or border not in byte_ends(tok, ids, normalize(tok, text))
+    return count
 
 
 def can_spell(tok: TextTokenizer, text: str) -> bool:

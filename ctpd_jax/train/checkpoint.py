@@ -375,14 +375,6 @@ def load_params(directory: str | os.PathLike[str], target: PyTree | None = None)
         return _nested(_restore_leaves(checkpointer, folder, empty)), record.meta
 
 
-def params_meta(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The meta of a finished `save_params`, or None where there is none: the cheap question whether a stage is done."""
-    try:
-        return _read_record(local_path(directory)).meta
-    except _Broken:
-        return None
-
-
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a/b": 1} -> {"a": {"b": 1}}"""
     tree: dict[str, Any] = {}

@@ -52,6 +52,8 @@ def train(
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
         with Progress(steps, name, first, unit="update") as progress:
+            if first < steps:
+                progress.write(f"{name}: compiling, which can take minutes for a large model ...")
             for step in range(first, steps):
                 began = time.perf_counter()
                 gradient = jax.tree.map(jnp.zeros_like, state.params)

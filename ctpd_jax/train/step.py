@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ctpd_jax.core.logprobs import token_logprobs
-from ctpd_jax.core.losses import Link, lambda_diagnostics, preference_loss
+from ctpd_jax.core.losses import Link, lambda_diagnostics, preference_loss, sft_loss
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import hidden_states, unembedding
 from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch
@@ -69,7 +69,10 @@ def scored_logprobs(config: DecoderConfig, params: Params, batch: Batch, compute
 
 
 def per_response(values: Array, batch: Batch) -> Array:
-    """Sums slot values [R, K] into their responses: [P, 2], chosen and rejected."""
+    """Sums slot values [R, K] into their responses: [P, 2], chosen and rejected.
+
+    This is core.losses.response_return where a batch's responses lie in rows of any layout.
+    """
     pairs = batch.real.shape[0]
     place = jnp.where(batch.pair >= 0, 2 * batch.pair + batch.side, 2 * pairs)  # padding falls into one slot too many
     return jax.ops.segment_sum(values.ravel(), place.ravel(), 2 * pairs + 1)[:-1].reshape(pairs, 2)
@@ -125,9 +128,8 @@ def preference_sums(
 def sft_sums(config: DecoderConfig, compute: Compute, params: Params, batch: Batch) -> tuple[Array, Sums]:
     """Returns the summed negative log-likelihood of the scored tokens; its count is the number of tokens."""
     logps = scored_logprobs(config, params, batch, compute)
-    total = -jnp.sum(logps * batch.weight)
-    count = jnp.sum(batch.weight)
-    return total, {"loss": jnp.stack([total, count]).astype(jnp.float32)} | token_sums(batch)
+    total, count = sft_loss(logps, batch.weight)
+    return total, {"loss": jnp.stack([total, count])} | token_sums(batch)
 
 
 def token_sums(batch: Batch) -> Sums:

@@ -16,7 +16,6 @@ from ctpd_jax.annotate.store import (
     MANIFEST,
     NAME,
     Column,
-    first_difference,
     from_record,
     open_store,
     shard_ranges,
@@ -25,6 +24,7 @@ from ctpd_jax.annotate.store import (
 )
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import SIDES, Aligned, AlignedPair, TokenSide
+from ctpd_jax.workdir import first_difference
 
 SCORERS = ("positive", "negative", "reference", "start")
 FEW = {"spans": "character", "models": {"teacher": "abc", "student": "def"}, "lengths": (512, 128)}
@@ -157,7 +157,7 @@ def test_a_column_of_something_else_is_refused_by_field(tmp_path):
     Column(tmp_path, "positive", FEW)
     Column(tmp_path, "positive", FEW)
     Column(tmp_path, "negative", {**FEW, "models": {}})
-    with pytest.raises(UserError, match=r"models\.student is 'def' there, but 'xyz' is expected"):
+    with pytest.raises(UserError, match=r"models\.student is 'def' there and 'xyz' here"):
         Column(tmp_path, "positive", {**FEW, "models": {"teacher": "abc", "student": "xyz"}})
 
 
@@ -258,16 +258,16 @@ def test_a_finished_store_is_not_made_again_and_another_one_is_refused(written):
 
     write_store(written, shard_ranges(11, 4), never, SCORERS, FEW)
     assert content(written) == before
-    with pytest.raises(UserError, match="spans is 'character' there, but 'byte' is expected"):
+    with pytest.raises(UserError, match="spans is 'character' there and 'byte' here"):
         write_store(written, shard_ranges(11, 4), never, SCORERS, {**FEW, "spans": "byte"})
     with pytest.raises(UserError, match="shard_pairs"):
         write_store(written, shard_ranges(11, 5), never, SCORERS, FEW)
 
 
 def test_a_store_that_does_not_match_is_refused_by_field_with_both_values(written):
-    with pytest.raises(UserError, match=r"models\.teacher is 'abc' there, but 'zzz' is expected"):
+    with pytest.raises(UserError, match=r"models\.teacher is 'abc' there and 'zzz' here"):
         open_store(written, {"models": {"teacher": "zzz"}})
-    with pytest.raises(UserError, match="precision is 'nothing' there, but 'float32' is expected"):
+    with pytest.raises(UserError, match="precision is 'nothing' there and 'float32' here"):
         open_store(written, {"precision": "float32"})
 
 
@@ -343,3 +343,14 @@ def test_a_shard_damaged_before_the_end_is_made_again(tmp_path, written):
     flip(tmp_path / f"{NAME}-train.array_record-00000-of-00003", 70_000)
     write_store(tmp_path, shard_ranges(11, 4), records, SCORERS, FEW)
     assert content(tmp_path) == content(written)
+
+
+def test_a_column_that_may_be_replaced_is(tmp_path):
+    Column(tmp_path, "ctpd", FEW).write(0, [np.ones(2, np.float32)])
+    assert Column(tmp_path, "ctpd", FEW, replace=True).missing_shards(1) == []
+    assert Column(tmp_path, "ctpd", {**FEW, "spans": "byte"}, replace=True).missing_shards(1) == [0]
+
+
+def test_a_manifest_cannot_take_the_stores_own_fields(tmp_path):
+    with pytest.raises(ValueError, match="scorers"):
+        write_store(tmp_path, shard_ranges(8, 4), records, SCORERS, {**FEW, "scorers": {"positive": "abc"}})

@@ -33,7 +33,8 @@ def test_compare_says_nothing_where_there_is_nothing_to_say():
     lengths = rng.integers(50, 100, (40, 2))
     logps = {name: -rng.uniform(0.5, 1.5, (40, 2)) * lengths for name in ("start", "ctpd", "teacher", "teacher_dpo")}
     starts = {"ctpd": "start", "teacher_dpo": "teacher"}
-    found = compare(logps, lengths, starts, ["start", "ctpd"], "teacher", beta=0.1, tolerance=0.2)
+    betas = {"start": 0.1, "ctpd": 0.1, "teacher": 0.1, "teacher_dpo": 0.3}
+    found = compare(logps, lengths, 2 * lengths, starts, ["start", "ctpd"], "teacher", betas, tolerance=0.2)
     models = found["models"]
     assert models["start"]["all"]["vs_start"] is None and models["start"]["margin_vs_start"] is None
     assert models["teacher"]["all"]["vs_teacher"] is None and models["teacher"]["lambda"] is None
@@ -42,6 +43,7 @@ def test_compare_says_nothing_where_there_is_nothing_to_say():
     assert models["ctpd"]["margin_vs_start"] == pytest.approx(0.1 * np.mean(margin[:, 0] - margin[:, 1]))
     margin = logps["teacher_dpo"] - logps["teacher"]
     assert models["teacher_dpo"]["all"]["vs_start"].value == np.mean(margin[:, 0] > margin[:, 1])
+    assert models["teacher_dpo"]["margin_vs_start"] == pytest.approx(0.3 * np.mean(margin[:, 0] - margin[:, 1]))
     per_byte = logps["start"] / lengths
     assert models["start"]["all"]["per_byte"].value == np.mean(per_byte[:, 0] > per_byte[:, 1])
     nats = -logps["start"][:, 0].sum() / lengths[:, 0].sum()

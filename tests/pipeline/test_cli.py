@@ -1,6 +1,9 @@
 """Bad input ends in one sentence that says what to do, with exit code 2 and nothing half-written."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
 from ctpd_jax.settings import default_config
+from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.workdir import begin, finish
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,6 +25,11 @@ def run(tmp_path, *arguments: str, command: str = "run") -> int:
 def jsonl(path: Path, *rows: object) -> str:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def toy_models(tmp_path_factory) -> tuple[Path, Path]:
+    return make_toy_models(tmp_path_factory.mktemp("models"))
 
 
 GOOD = {"prompt": "Tell me about tea.", "chosen": "green leaves", "rejected": "who cares"}
@@ -50,6 +59,10 @@ def test_every_config_has_only_known_keys_and_says_its_command(config):
         ("--config.compute_dtype=float8", "compute_dtype is 'float8'"),
         ("--config.platform=tpu", "tpu"),
         ("--config.train.label_smoothing=0.7", "label_smoothing"),
+        ("--config.weights.upper=inf", "weights.upper"),
+        ("--config.positive.steps=-1", "positive.steps"),
+        ("--config.toy.pairs=4", "do not fill one batch of 8"),
+        ("--config.data.test=nowhere.jsonl", "nowhere.jsonl"),
         ("--config.data.train=nowhere.jsonl", "nowhere.jsonl"),
         ("--config.data.train=", "data.train is empty"),
         ("--config.teacher.path=nowhere", "nowhere"),
@@ -76,24 +89,16 @@ def test_no_such_config(tmp_path, capsys):
         ([GOOD | {"rejected": GOOD["chosen"]}], "identical"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, capsys, rows, message):
+def test_a_bad_row_is_named(tmp_path, toy_models, capsys, rows, message):
     path = jsonl(tmp_path / "pairs.jsonl", *rows)
-    assert run(tmp_path, f"--config.data.train={path}", command="inspect") == 2
-    # The toy's models are made for data.train = "toy" alone, so the folders are asked for first; then the data.
-    folders = tmp_path / "models"
-    from ctpd_jax.toy.models import make_toy_models
-
-    teacher, student = make_toy_models(folders)
+    teacher, student = toy_models
     arguments = [f"--config.teacher.path={teacher}", f"--config.student.path={student}", f"--config.data.train={path}"]
-    capsys.readouterr()
     assert run(tmp_path, *arguments, command="inspect") == 2
     assert message in capsys.readouterr().err
 
 
-def test_swapped_folders_are_noticed(tmp_path, capsys):
-    from ctpd_jax.toy.models import make_toy_models
-
-    teacher, student = make_toy_models(tmp_path / "models")
+def test_swapped_folders_are_noticed(tmp_path, toy_models, capsys):
+    teacher, student = toy_models
     path = jsonl(tmp_path / "pairs.jsonl", GOOD)
     swapped = [f"--config.teacher.path={student}", f"--config.student.path={teacher}", f"--config.data.train={path}"]
     assert run(tmp_path, *swapped) == 2
@@ -113,3 +118,51 @@ def test_a_folder_of_other_inputs_is_refused_with_the_field(tmp_path):
     assert begin(tmp_path / "stage", {"settings": {"lr": 1.0}}) == {"params": "abc"}
     with pytest.raises(UserError, match=r"settings\.lr is 1\.0 there and 2\.0 here"):
         begin(tmp_path / "stage", {"settings": {"lr": 2.0}})
+
+
+def test_an_accelerator_that_is_not_there(tmp_path):
+    command = [sys.executable, "-m", "ctpd_jax.cli", "run", "--config", MICRO, "--workdir", str(tmp_path / "run")]
+    found = subprocess.run([*command, "--config.platform=tpu"], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "config.platform" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_config_file_that_does_not_load_is_told(tmp_path, capsys):
+    for source, message in {
+        "import nothing_of_that_name": "nothing_of_that_name",
+        "def get_config(": "SyntaxError",
+        "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 1})": "is missing",
+    }.items():
+        file = tmp_path / "config.py"
+        file.write_text(source)
+        assert main(["run", "--config", str(file), "--workdir", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_workdir_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    assert run(tmp_path) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [("model.safetensors", "neither model.safetensors"), ("tokenizer.json", "tokenizer")]
+)
+def test_a_model_folder_without_a_file_is_named_before_anything_runs(tmp_path, toy_models, capsys, missing, message):
+    student = tmp_path / "student"
+    shutil.copytree(toy_models[1], student)
+    (student / missing).unlink()
+    path = jsonl(tmp_path / "pairs.jsonl", *[GOOD | {"chosen": f"green leaves {i}"} for i in range(8)])
+    data = [f"--config.data.train={path}", f"--config.data.test={path}"]
+    assert run(tmp_path, f"--config.teacher.path={toy_models[0]}", f"--config.student.path={student}", *data) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(student) in error
+    assert not (tmp_path / "run" / "teacher_sft").exists()
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = ["--config.teacher.path=nobody/nothing", "--config.student.path=nobody/nothing"]
+    assert run(tmp_path, "--config.data.train=pairs.jsonl", *arguments) == 2
+    assert "could not be fetched from the Hugging Face hub" in capsys.readouterr().err

@@ -88,3 +88,18 @@ def test_inspect_and_generate(finished, capsys):
     assert main([*arguments, "--max-new-tokens", "4"]) == 0
     assert main([*arguments, "--model", "nobody"]) == 2
     assert "no model 'nobody'" in capsys.readouterr().err
+
+
+def test_what_decides_no_number_may_change(finished):
+    arguments = ["sft", "--config", CONFIG, "--workdir", str(finished)]
+    assert main([*arguments, "--config.teacher_sft.save_every=7", "--config.log_every=2"]) == 0
+
+
+def test_the_store_knows_who_measured_it(finished):
+    manifest = json.loads((finished / "annotations" / "manifest.json").read_text())
+    made = {
+        stage: json.loads((finished / stage / "done.json").read_text())["params"] for stage in ("positive", "negative")
+    }
+    assert manifest["measured_by"]["positive"] == made["positive"] != made["negative"]
+    assert manifest["scorers"] == ["reference", "start", "positive", "negative"]
+    assert {"weights", "tokenizer", "template", "end_of_turn"} <= set(manifest["teacher"])
