@@ -31,6 +31,18 @@ def write_bytes(path: Path, data: bytes) -> None:
     os.replace(beside, path)
 
 
+def read_json(path: Path, advice: str) -> Any:
+    """The content of a JSON file, or None where there is no such file. Raises UserError, with `advice`, if damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {advice}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, whole or not there. NaN and infinity are refused (ValueError): JSON has none."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from ctpd_jax.data.rows import PairItem, RowShape, choose_shapes
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import sha256_file, write_json
-from ctpd_jax.models.config import DecoderConfig, read_config
+from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import load_hf, model_directory
+from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
 from ctpd_jax.text.preferences import load_preferences
 from ctpd_jax.text.prepare import Limits, TextModel, load_text_model, prepare_pairs

@@ -190,9 +190,7 @@ def check_config(config: ConfigDict) -> None:
         require(value(name) >= 0, name, "it cannot be negative")  # type: ignore[operator]
     weights = config.weights
     for name in ("mu", "k", "lower", "upper"):
-        require(
-            math.isfinite(weights[name]), f"weights.{name}", "it has to be finite; 1e9 as a bound switches it off"
-        )
+        require(math.isfinite(weights[name]), f"weights.{name}", "it has to be finite; 1e9 as a bound switches it off")
     require(weights.k > 0, "weights.k", "it has to be positive")
     require(weights.lower < weights.upper, "weights.lower", "it has to lie below weights.upper")
     if weights.source in ("dpo", "sft"):

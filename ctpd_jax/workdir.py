@@ -11,18 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ctpd_jax import files
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
 
 
 def read_json(path: Path) -> Any:
     """Returns the content, or None where there is no such file. Raises UserError where it is not JSON."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove that folder and run the stage again.") from None
+    return files.read_json(path, "remove that folder and run the stage again")
 
 
 def first_difference(expected: Any, found: Any, field: str = "") -> tuple[str, Any, Any] | None:

@@ -27,18 +27,26 @@ def causal_layout(rows: int, length: int) -> RowLayout:
     return RowLayout(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length)), ones, ones)
 
 
-def visible(row: RowLayout, window: int | None) -> jax.Array:
-    """bool [R, T, T]: query i sees key j.
+def visible(row: RowLayout, window: int | None, keys: RowLayout | None = None) -> jax.Array:
+    """bool [R, T, S]: query i sees key j. The only place that says so.
 
-    That is, j is not after i in the row; j is no padding (segment 0); j is of i's segment or of its parent; and, with a
+    That is: j is not after i in the row; j is no padding (segment 0); j is of i's segment or of its parent; and, with a
     window, j lies less than `window` positions (not places in the row) before i.
+
+    Args:
+        row: the queries, int32 [R, T] each.
+        window: a sliding window in positions, or None.
+        keys: the keys, int32 [R, S] each, where they are a cache that holds nothing later than the queries; None: the
+            keys are the row itself.
     """
-    segment, length = row.segment, row.segment.shape[-1]
-    keys = segment[:, None, :]
-    seen = (keys == segment[:, :, None]) | (keys == row.parent[:, :, None])
-    seen &= (keys != 0) & jnp.tril(jnp.ones((length, length), bool))
+    seen_from = row if keys is None else keys
+    segment = seen_from.segment[:, None, :]
+    seen = ((segment == row.segment[:, :, None]) | (segment == row.parent[:, :, None])) & (segment != 0)
+    if keys is None:
+        length = row.segment.shape[-1]
+        seen &= jnp.tril(jnp.ones((length, length), bool))
     if window is not None:
-        seen &= row.positions[:, :, None] - row.positions[:, None, :] < window
+        seen &= row.positions[:, :, None] - seen_from.positions[:, None, :] < window
     return seen
 
 
@@ -46,40 +54,29 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    row: RowLayout,
-    window: int | None = None,
-    scale: float | None = None,
+    seen: jax.Array,
+    scale: float,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> jax.Array:
-    """Causal attention within the segments of a row.
+    """Attention of every query to the keys that it sees.
+
+    With `visible` this is the seam for another back end: the decoder computes `visible` once for each kind of layer,
+    outside the scan over layers, hands it here unread, and knows no other way to attend. A back end that would rather
+    have positions and segment ids (splash attention) changes what these two hand to each other, and nothing else.
 
     Args:
         q: [R, T, H, D], rotary positions applied.
-        k, v: [R, T, K, D]; H is a multiple of K, and query head h uses key-value head h // (H / K).
-        row: who sees whom, see `visible`.
-        window: a sliding window in positions, or None.
-        scale: multiplies the products; 1/sqrt(D) by default.
+        k, v: [R, S, K, D]; H is a multiple of K, and query head h uses key-value head h // (H / K).
+        seen: bool [R, T, S] from `visible`.
+        scale: multiplies the products of queries and keys.
         softcap: scores become softcap * tanh(scores / softcap).
+        causal: promises that T == S and that no query sees a later key, so that later keys are not even read.
 
     Returns:
-        [R, T, H, D] in q's dtype. The softmax is float32. A query of padding gets a finite value without meaning.
-    """
-    return attend_visible(q, k, v, visible(row, window), q.shape[-1] ** -0.5 if scale is None else scale, softcap, True)
-
-
-def attend_visible(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    seen: jax.Array,
-    scale: float,
-    softcap: float | None,
-    causal: bool,
-) -> jax.Array:
-    """`attend` with its mask at hand, bool [R, T, S]: which key each query sees.
-
-    `causal` promises that T == S and that no query sees a later key. In the backward pass the scores, H * T * S numbers
-    a row and layer, are computed again instead of being kept.
+        [R, T, H, D] in q's dtype. The softmax is float32. A query that sees no key, as padding may, gets a finite value
+        without meaning. In the backward pass the scores, H * T * S numbers a row and layer, are computed again instead
+        of being kept.
     """
     rows = q.shape[0]
     one_row = jax.checkpoint(partial(_attend_row, scale=scale, softcap=softcap, causal=causal))

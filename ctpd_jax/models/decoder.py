@@ -90,7 +90,7 @@ class Attention(nnx.Module):
 
     def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, causal: bool) -> jax.Array:
         config = self.config
-        out = attention.attend_visible(q, k, v, seen, config.attention_scale, config.attention_softcap, causal)
+        out = attention.attend(q, k, v, seen, config.attention_scale, config.attention_softcap, causal)
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
 
@@ -212,6 +212,11 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
     return jnp.stack(cos), jnp.stack(sin)
 
 
+def masks(config: DecoderConfig, row: RowLayout, keys: RowLayout | None = None) -> jax.Array:
+    """Who sees whom in every kind of layer, bool [kinds, R, T, S]; see `attention.visible`."""
+    return jnp.stack([attention.visible(row, kind.window, keys) for kind in config.kinds])
+
+
 def hidden_states(
     config: DecoderConfig,
     params: Params,
@@ -238,7 +243,7 @@ def hidden_states(
     graph, _ = layer_graph(config)
     # What differs between kinds of layers is computed once for each kind, and each layer picks its own.
     cos, sin = rope_tables(config, row.positions)
-    seen = jnp.stack([attention.visible(row, kind.window) for kind in config.kinds])
+    seen = masks(config, row)
 
     def layer(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
         weights, kind = scanned

@@ -4,7 +4,8 @@ Letters: B prompts, P length of the padded prompts, S slots of the cache (prompt
 K key-value heads, V vocabulary.
 
 Prompts of different length are padded on the right; answer token n of every prompt goes to slot P + n, whatever its
-position is, and the padding between is masked. So all shapes are static, and one slot is written at a time.
+position is, and the padding between is masked. So all shapes are static, and one slot is written at a time. Lengths and
+the number of prompts are rounded up, so that calls of about the same size share one compiled program.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ import numpy as np
 from flax import nnx
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import attention, decoder
+from ctpd_jax.models import decoder
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.schema import RowLayout
 
-BUCKET = 64  # lengths are rounded up to a multiple of it, so that few programs are compiled
+BUCKET = 64  # lengths are rounded up to a multiple of it
 
 
 class _State(NamedTuple):
     """What a step of the loop hands to the next."""
 
-    step: jax.Array  # int32 []: answer tokens already chosen
-    keys: jax.Array  # [L, B, S, K, head_dim]
+    step: jax.Array  # int32 []: answer tokens already chosen, at least one
+    keys: jax.Array  # [L, B, S, K, head_dim]: the prompt's and those of all answer tokens but the last
     values: jax.Array
-    logits: jax.Array  # float32 [B, V] for the next token
+    token: jax.Array  # int32 [B]: the answer token chosen last
     done: jax.Array  # bool [B]
     answers: jax.Array  # int32 [B, S - P]; -1 where nothing was written
 
@@ -69,8 +70,10 @@ def generate(
     _check(config, prompts, max_new_tokens, temperature, top_p, key)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), _round_up(int(lengths.max()))), np.int32)
+    batch = 1 << (len(prompts) - 1).bit_length()  # the next power of two: the rows beyond the prompts are dummies
+    lengths = np.ones(batch, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    tokens = np.zeros((batch, _round_up(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     stops = np.array(config.eos_ids if stop_ids is None else tuple(stop_ids), np.int32)
@@ -82,6 +85,7 @@ def generate(
             params,
             tokens,
             lengths,
+            np.arange(batch) >= len(prompts),
             max_new_tokens,
             stops,
             temperature,
@@ -89,7 +93,7 @@ def generate(
             jax.random.key(0) if key is None else key,
         )
     )
-    return [row[row >= 0].tolist() for row in answers]
+    return [row[row >= 0].tolist() for row in answers[: len(prompts)]]
 
 
 def _check(
@@ -137,32 +141,34 @@ def _generate(
     params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
+    done: jax.Array,
     limit: jax.Array,
     stops: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """int32 [B, room]: the answers, -1 after their end. `room` >= limit is the static size of an answer."""
+    """int32 [B, room]: the answers, -1 after their end.
+
+    `room` is the static size of an answer, `limit` in 1..room the most tokens; a row that is `done` gets no answer.
+    """
     batch, width = tokens.shape
     logits, keys, values = _prefill(config, params, tokens, lengths)
-    pad = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
-    state = _State(
-        jnp.int32(0),
-        jnp.pad(keys, pad),
-        jnp.pad(values, pad),
-        logits,
-        jnp.zeros(batch, bool),
-        jnp.full((batch, room), -1, jnp.int32),
-    )
+
+    def choose(
+        step: jax.Array, logits: jax.Array, done: jax.Array, answers: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        token = _choose(sampler, logits, temperature, top_p, jax.random.fold_in(key, step))
+        done = done | jnp.isin(token, stops)
+        return token, done, answers.at[:, step].set(jnp.where(done, -1, token))
 
     def step(state: _State) -> _State:
-        chosen = _choose(sampler, state.logits, temperature, top_p, jax.random.fold_in(key, state.step))
-        done = state.done | jnp.isin(chosen, stops)
-        answers = state.answers.at[:, state.step].set(jnp.where(done, -1, chosen))
-        logits, keys, values = _decode(config, params, chosen, lengths, width, state)
-        return _State(state.step + 1, keys, values, logits, done, answers)
+        logits, keys, values = _decode(config, params, lengths, width, state)
+        return _State(state.step + 1, keys, values, *choose(state.step, logits, state.done, state.answers))
 
+    answers = jnp.full((batch, room), -1, jnp.int32)
+    pad = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
+    state = _State(jnp.int32(1), jnp.pad(keys, pad), jnp.pad(values, pad), *choose(jnp.int32(0), logits, done, answers))
     return jax.lax.while_loop(lambda state: (state.step < limit) & ~state.done.all(), step, state).answers
 
 
@@ -172,8 +178,7 @@ def _prefill(
     """Run the prompts: logits [B, V] after each prompt's last token, and the keys and values of all layers."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segment = (positions < lengths[:, None]).astype(jnp.int32)
-    row = RowLayout(positions, segment, segment)
-    seen = jnp.stack([attention.visible(row, kind.window) for kind in config.kinds])
+    seen = decoder.masks(config, RowLayout(positions, segment, segment))
 
     def layer(module: decoder.Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, _: Any) -> Any:
         q, k, v = module.attention_input(x, cos, sin)
@@ -185,25 +190,24 @@ def _prefill(
 
 
 def _decode(
-    config: DecoderConfig, params: Params, chosen: jax.Array, lengths: jax.Array, width: int, state: _State
+    config: DecoderConfig, params: Params, lengths: jax.Array, width: int, state: _State
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One token more: chosen int32 [B] enters slot width + step; logits [B, V] and the cache after it."""
-    slot = width + state.step
-    position = (lengths + state.step)[:, None]
+    """The token chosen last enters the cache: logits [B, V] for the next one, and the keys and values with it."""
+    slot = width + state.step - 1
+    position = (lengths + state.step - 1)[:, None]
     slots = jnp.arange(state.keys.shape[2])[None]
     # The prompt's slots count from 0, the answer's from the prompt's own length; what lies between is padding.
     positions = jnp.where(slots < width, slots, slots - width + lengths[:, None])
-    filled = (slots < lengths[:, None]) | ((slots >= width) & (slots <= slot))
-    seen = jnp.stack(
-        [filled if kind.window is None else filled & (position - positions < kind.window) for kind in config.kinds]
-    )[:, :, None, :]
+    filled = ((slots < lengths[:, None]) | ((slots >= width) & (slots <= slot))).astype(jnp.int32)
+    one = jnp.ones_like(position)
+    seen = decoder.masks(config, RowLayout(position, one, one), keys=RowLayout(positions, filled, filled))
 
     def layer(module: decoder.Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, cache: Any) -> Any:
         q, k, v = module.attention_input(x, cos, sin)
         keys, values = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1) for old, new in zip(cache, (k, v)))
         return module.rest(x, q, keys, values, seen[kind], causal=False), (k, v)
 
-    x, (k, v) = _run_layers(config, params, chosen[:, None], position, layer, (state.keys, state.values))
+    x, (k, v) = _run_layers(config, params, state.token[:, None], position, layer, (state.keys, state.values))
     # Only the new slot is written back: the cache itself is changed in place, not copied.
     keys = jax.lax.dynamic_update_slice_in_dim(state.keys, k, slot, 2)
     values = jax.lax.dynamic_update_slice_in_dim(state.values, v, slot, 2)

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import config as configs
+from ctpd_jax.files import PARTIAL, local_path, read_json, write_json
 from ctpd_jax.models import safetensors
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, param_shapes
+from ctpd_jax.models.hf_config import eos_field, read_config, to_hf
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = (
@@ -72,7 +71,7 @@ def load_hf(path_or_repo: str | Path, dtype: str = "float32") -> tuple[DecoderCo
     if dtype not in _LOAD_DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(_LOAD_DTYPES)}.")
     directory = model_directory(path_or_repo)
-    config = configs.read_config(directory)
+    config = read_config(directory)
     return config, read_params(directory, config, _LOAD_DTYPES[dtype])
 
 
@@ -141,10 +140,10 @@ def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:
                 f"safetensors are read. Save the model again with save_pretrained (safetensors is its default)."
             )
         raise UserError(f"There is neither {WEIGHTS} nor {INDEX} in {directory}.")
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index} is not a safetensors index: it must hold a JSON object with a weight_map.") from None
+    content = read_json(index, "fetch the model again")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index} is not a safetensors index: it must hold a JSON object with a weight_map.")
     stored: dict[str, safetensors.Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (directory / shard).exists():
@@ -215,7 +214,7 @@ def save_hf(
     """Write a model folder that `transformers` opens; `load_hf` of it gives the same parameters, bit for bit.
 
     The folder is written beside its place and renamed when it is whole. An earlier model folder is replaced; a folder
-    that holds anything else is refused.
+    that holds anything else is refused. What a killed save left is removed, or put back, by the next.
 
     Args:
         directory: where to.
@@ -230,24 +229,33 @@ def save_hf(
     """
     if dtype is not None and dtype not in _LOAD_DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(_LOAD_DTYPES)}.")
-    directory = Path(directory)
+    directory = local_path(directory)
+    beside, old = (directory.with_name(f".{directory.name}{suffix}{PARTIAL}") for suffix in ("", ".old"))
+    _clear(directory, beside, old)
     if (
         directory.exists()
         and not (directory / "config.json").exists()
         and (not directory.is_dir() or any(directory.iterdir()))
     ):
         raise UserError(f"{directory} exists and is not a model folder; choose another place for the export.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    beside.mkdir(parents=True)
     try:
         _write_model(beside, config, params, dtype)
         if tokenizer is not None:
             _write_tokenizer(beside, tokenizer)
-        _replace(directory, beside)
+        if directory.exists():
+            directory.rename(old)  # nothing can be renamed onto a folder that holds files
+        beside.rename(directory)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        _clear(directory, beside, old)
+
+
+def _clear(directory: Path, beside: Path, old: Path) -> None:
+    """Removes what a save has beside its folder, and puts the earlier model back if it stopped between its renames."""
+    if old.exists() and not directory.exists():
+        old.rename(directory)
+    for left in (beside, old):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_model(directory: Path, config: DecoderConfig, params: Params, dtype: str | None) -> None:
@@ -259,13 +267,13 @@ def _write_model(directory: Path, config: DecoderConfig, params: Params, dtype: 
     }
     main = str(dtypes["model.embed_tokens.weight"])
     safetensors.write(directory / WEIGHTS, _tensors(config, params, table), lambda name: dtypes[name])
-    _write_json(directory / "config.json", configs.to_hf(config, main))
+    write_json(directory / "config.json", to_hf(config, main))
     generation = {
         "bos_token_id": config.bos_id,
-        "eos_token_id": configs.eos_field(config),
+        "eos_token_id": eos_field(config),
         "pad_token_id": config.pad_id,
     }
-    _write_json(directory / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    write_json(directory / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
 
 
 def _tensors(config: DecoderConfig, params: Params, table: dict[tuple[str, ...], str]) -> Iterator[tuple]:
@@ -278,10 +286,6 @@ def _tensors(config: DecoderConfig, params: Params, table: dict[tuple[str, ...],
             yield name, array.shape[1:], lambda array=array, layer=layer: np.asarray(array[layer])
 
 
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _write_tokenizer(directory: Path, tokenizer: Any) -> None:
     if not isinstance(tokenizer, str | Path):
         tokenizer.save_pretrained(directory)
@@ -292,12 +296,3 @@ def _write_tokenizer(directory: Path, tokenizer: Any) -> None:
         raise UserError(f"There are no tokenizer files in {source}.")
     for file in found:
         shutil.copyfile(file, directory / file.name)
-
-
-def _replace(directory: Path, beside: Path) -> None:
-    """Put the finished folder in its place; the old one steps aside first, as nothing can be renamed onto it."""
-    old = beside.with_suffix(".old")
-    if directory.exists():
-        directory.rename(old)
-    beside.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)

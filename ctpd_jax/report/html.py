@@ -22,8 +22,7 @@ from ctpd_jax.workdir import read_json
 
 REPORT = "report.html"
 MAX_HEAT_SPANS = 2000  # of one response
-# Colours span a weight of 1/e^1.5 to e^1.5: the clip's bounds with mu = 1 (section 2 of the method).
-FULL_COLOUR = 1.5
+FULL_COLOUR = 1.5  # |log weight| of the full colour where no setting says how far weights go
 
 LOG_2 = math.log(2)
 # title, metric -> label in the legend, level to mark, range that must be visible
@@ -60,7 +59,7 @@ def write_report(workdir: Path) -> Path:
     sections = [
         _results(evaluation),
         _curves(read_metrics(workdir)),
-        _example(evaluation.get("example")),
+        _example(evaluation.get("example"), full_colour(config)),
         _samples(evaluation.get("samples")),
         _data(data),
         _settings(config),
@@ -127,8 +126,9 @@ def _results(evaluation: Mapping[str, Any]) -> str:
         )
     note = (
         "How often a model prefers the chosen response, in per cent with the 95 % interval: by log-probability per "
-        "byte, and by implicit reward against the student’s own start and against the teacher. All weights are one "
-        "here. The dashed tick is the baseline that always takes the longer response, the short one is one half."
+        "byte, by implicit reward against the model’s own start (the student’s SFT checkpoint; for teacher_dpo, the "
+        "teacher), and against the teacher. All weights are one here. The dashed tick is the baseline that always "
+        "takes the longer response, the short one is one half."
     )
     return _section("Results", note, _key_figures(evaluation), *tables, _other_figures(models), _pieces(evaluation))
 
@@ -224,17 +224,38 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------------------ example
 
 
-def _example(example: Mapping[str, Any] | None) -> str:
+def full_colour(config: Any) -> float | None:
+    """The largest |log weight| that the settings allow: k exp(mu clip(d, lower, upper)), with -mu for the rejected.
+
+    None where they do not say, or allow one weight only.
+    """
+    weights = config.get("weights") if isinstance(config, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return None
+    found = [weights.get(name) for name in ("k", "mu", "lower", "upper")]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in found):
+        return None
+    k, mu, lower, upper = (float(value) for value in found if value is not None)
+    if k <= 0:
+        return None
+    return max(abs(math.log(k) + sign * mu * bound) for sign in (1, -1) for bound in (lower, upper)) or None
+
+
+def _example(example: Mapping[str, Any] | None, full: float | None) -> str:
     if not example:
         return ""
     prompt = "".join(
         f'<p class="said" dir="auto"><b>{_text(m["role"])}</b> {_text(m["content"])}</p>'
         for m in example.get("prompt") or ()
     )
-    sides = [_side(name, example[name]) for name in SIDES if name in example]
+    sides = [_side(name, example[name], full or FULL_COLOUR) for name in SIDES if name in example]
     weighted = any(s.get("weight") is not None for name in SIDES for s in (example.get(name) or {"spans": ()})["spans"])
+    scale = "below 1 … above 1"
+    if full is not None:
+        low, high = (show.figure(math.exp(sign * min(full, 700.0)), 2) for sign in (-1, 1))
+        scale = f"{low} … <b>1</b> … {high}"
     legend = (
-        '<p class="legend"><span class="strip"></span> weight 0.22 … <b>1</b> … 4.48, uncoloured at 1</p>'
+        f'<p class="legend"><span class="strip"></span> weight {scale}, uncoloured at 1</p>'
         if weighted
         else '<p class="legend">Not annotated yet: no weights.</p>'
     )
@@ -246,9 +267,9 @@ def _example(example: Mapping[str, Any] | None) -> str:
     return _section("An aligned pair", note, prompt, legend, *sides)
 
 
-def _side(name: str, side: Mapping[str, Any]) -> str:
+def _side(name: str, side: Mapping[str, Any], full: float) -> str:
     spans = side["spans"]
-    heat = "".join(_heat(span) for span in spans[:MAX_HEAT_SPANS])
+    heat = "".join(_heat(span, full) for span in spans[:MAX_HEAT_SPANS])
     if len(spans) > MAX_HEAT_SPANS:
         heat += f" … and {len(spans) - MAX_HEAT_SPANS} more spans"
     rows = [
@@ -269,11 +290,11 @@ def _side(name: str, side: Mapping[str, Any]) -> str:
     )
 
 
-def _heat(span: Mapping[str, Any]) -> str:
+def _heat(span: Mapping[str, Any], full: float) -> str:
     weight = span.get("weight")
     colour, kind = "", "s" if len(span["teacher"]) == len(span["student"]) == 1 else "s many"
     if weight is not None:
-        strength = max(-1.0, min(1.0, math.log(weight) / FULL_COLOUR)) if weight > 0 else -1.0
+        strength = max(-1.0, min(1.0, math.log(weight) / full)) if weight > 0 else -1.0
         colour = f' style="background:rgb(var(--{"hot" if strength > 0 else "cold"})/{0.62 * abs(strength):.2f})"'
     lines = [f"{model}: " + show.BORDER.join(show.visible(t) for t in span[model]) for model in ("teacher", "student")]
     lines.append(f"weight: {show.figure(weight, 3)}")
@@ -292,15 +313,17 @@ def _tokens(pieces: Sequence[str]) -> str:
 
 def _samples(samples: Mapping[str, Sequence[Mapping[str, str]]] | None) -> str:
     """The models' answers side by side, a row of cards for each prompt."""
-    by_prompt: dict[str, dict[str, str]] = {}
+    by_prompt: dict[str, dict[str, list[str]]] = {}
     for row, drawn in (samples or {}).items():
         for sample in drawn:
-            by_prompt.setdefault(sample["prompt"], {})[row] = sample["answer"]
+            by_prompt.setdefault(sample["prompt"], {}).setdefault(row, []).append(sample["answer"])
     parts = []
-    for prompt, answers in by_prompt.items():
+    for prompt, rows in by_prompt.items():
         cards = "".join(
-            f'<div><h4>{_text(row)}</h4><p dir="auto">{_text(answer) or "<i>(empty)</i>"}</p></div>'
-            for row, answer in answers.items()
+            f"<div><h4>{_text(row)}</h4>"
+            + "".join(f'<p dir="auto">{_text(answer) or "<i>(empty)</i>"}</p>' for answer in answers)
+            + "</div>"
+            for row, answers in rows.items()
         )
         parts.append(f'<p class="said" dir="auto">{_text(prompt)}</p><div class="cards">{cards}</div>')
     return _section("Samples", "What each model answers to held-out prompts.", *parts) if parts else ""

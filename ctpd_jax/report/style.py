@@ -66,6 +66,7 @@ figcaption b { font-weight: 500; display: block; }
 .cards div { background: var(--back); padding: .7rem .9rem; }
 .cards h4 { margin: 0 0 .3rem; font-size: .8rem; font-weight: 500; color: var(--soft); }
 .cards p { margin: 0; font-size: .92rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.cards p + p { margin-top: .5rem; padding-top: .5rem; border-top: 1px dotted var(--line); }
 details summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
 details[open] summary { margin-bottom: .75rem; }
 pre { overflow-x: auto; padding: 1rem; border-radius: 6px; background: var(--card); margin: 0;

@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,12 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}:{number + 1}: the compressed file is damaged ({error}).") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch or make it again."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
@@ -140,6 +145,8 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
         raise UserError(f"{where}: the line is not valid UTF-8 ({error.reason} at byte {error.start}).") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: the line is not valid JSON ({error.msg} at column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{where}: the line cannot be read as JSON ({error}).") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: the line holds {type(row).__name__}, not a JSON object.")
     return row
@@ -166,9 +173,8 @@ def _tfds_rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -
             builder = tfds.builder(name, data_dir=os.fspath(data_dir) if data_dir is not None else None)
             builder.download_and_prepare(file_format="array_record")
             source = builder.as_data_source(split)
-    except (tfds.core.DatasetNotFoundError, ValueError, KeyError, NotImplementedError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f'TFDS cannot open "{name}", split "{split}": {first}') from None
+    except Exception as error:  # of TFDS, of a builder, or of whatever downloads for it
+        raise _cannot_open(f'TFDS cannot open "{name}", split "{split}"', error) from error
     for index in range(len(source)):
         yield f"{spec}[{split}]:{index}", source[index]
 
@@ -181,10 +187,17 @@ def _hub_rows(spec: str, split: str) -> Iterator[Row]:
         raise UserError(f'"{spec}" needs the package "datasets"; install ctpd-jax[hub].') from None
     try:
         rows = load_dataset(name, config or None, split=split)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        raise UserError(f'The Hugging Face data set "{name}", split "{split}", cannot be opened: {error}') from None
+    except Exception as error:  # the hub's client raises a dozen kinds, from HTTP to its own offline mode
+        raise _cannot_open(f'The Hugging Face data set "{name}", split "{split}", cannot be opened', error) from error
     for index, row in enumerate(rows):
         yield f"{spec}[{split}]:{index}", row
+
+
+def _cannot_open(what: str, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    network = " Check the network." if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else ""
+    return UserError(f"{what} ({reason}).{network}")
 
 
 __all__ = ["RawPair", "load_preferences", "pair_id"]

@@ -6,36 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, Aligned, AlignedPair, Counters, Message, PreferencePair
+from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user, load_text_model
 from ctpd_jax.text.spans import align_batch, truncate, with_end_of_turn
-from ctpd_jax.text.templates import (
-    PromptTemplate,
-    PromptTooLong,
-    end_of_turn_id,
-    fit_prompt,
-    load_template,
-    prompt_ids,
-    render_text,
-)
-from ctpd_jax.text.tokens import TextTokenizer, can_spell, load_tokenizer, merges_across
+from ctpd_jax.text.tokens import can_spell, merges_across, special_literals
 
-BORDER = 64  # characters before a response that decide whether it would merge with its prompt
 BATCH = 1024  # pairs tokenized at a time: enough for the tokenizer's threads, small enough for memory
-
-
-@dataclass(frozen=True)
-class TextModel:
-    """A model as the text rooms see it: tokenizer, template, and the token that ends its turn."""
-
-    tokenizer: TextTokenizer
-    template: PromptTemplate
-    end_of_turn: int
-
-    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        return prompt_ids(self.tokenizer, self.template, messages)
 
 
 @dataclass(frozen=True)
@@ -46,13 +23,6 @@ class Limits:
     response: int  # end-of-turn included
     unit: Literal["character", "byte"] = "character"
     end_of_turn: bool = True
-
-
-def load_text_model(path: str, template: str) -> TextModel:
-    """Loads and probes a tokenizer, and its template ("auto", "chat", "plain" or a .jinja file)."""
-    tokenizer = load_tokenizer(path)
-    chosen = load_template(tokenizer, template)
-    return TextModel(tokenizer, chosen, end_of_turn_id(tokenizer, chosen))
 
 
 def prepare_pairs(
@@ -72,11 +42,14 @@ def prepare_pairs(
         part = spelt[first : first + BATCH]
         texts = [text for pair in part for text in (pair.chosen, pair.rejected)]
         aligned = align_batch(texts, teacher.tokenizer, student.tokenizer, unit=limits.unit)
+        kept: list[tuple[PreferencePair, FittedPrompt]] = []
         for number, pair in enumerate(part):
             both = (aligned[2 * number], aligned[2 * number + 1])
             found = _prepare(pair, both, teacher, student, limits, counters)
             if found is not None:
-                prepared.append(found)
+                prepared.append(found[0])
+                kept.append((pair, found[1]))
+        _count_texts(kept, teacher, student, counters)
     if not prepared:
         raise UserError(
             f"None of {len(pairs)} pairs is left after tokenization ({counters.counts}); "
@@ -98,20 +71,14 @@ def _prepare(
     student: TextModel,
     limits: Limits,
     counters: Counters,
-) -> AlignedPair | None:
+) -> tuple[AlignedPair, FittedPrompt] | None:
     try:
-        teacher_prompt, student_prompt, dropped = fit_prompt(
-            pair,
-            (teacher.tokenizer, teacher.template),
-            (student.tokenizer, student.template),
-            limits.prompt,
-            limits.prompt,
-        )
+        prompt = fit_prompt(pair, teacher, student, limits.prompt, limits.prompt)
     except PromptTooLong:
         counters.add("left out: template longer than the prompt limit")
         return None
-    closed = []
     room = limits.response - int(limits.end_of_turn)
+    closed = []
     for response in aligned:
         short, cut = truncate(response, room, room)
         if short.num_spans == 0:
@@ -120,32 +87,44 @@ def _prepare(
         if limits.end_of_turn and not cut:  # a response cut short must not teach to stop there
             short = with_end_of_turn(short, teacher.end_of_turn, student.end_of_turn)
         closed.append((short, cut))
+    sizes = [len(text.encode("utf-8")) for text in (pair.chosen, pair.rejected)]
+    for (short, cut), size in zip(closed, sizes):
         counters.add("responses")
         counters.add("responses cut", cut)
         counters.add("spans", short.num_spans)
         counters.add("teacher tokens", len(short.teacher.ids))
         counters.add("student tokens", len(short.student.ids))
+        counters.add("bytes", size)
         counters.add("bytes kept", short.bounds[-1])
-    for name, model in (("teacher", teacher), ("student", student)):
-        before = render_text(model.template, pair.prompt)[-BORDER:]
-        merged = sum(merges_across(model.tokenizer, before, text) for text in (pair.chosen, pair.rejected))
-        counters.add(f"{name} tokens that would merge across the prompt's border", merged)
-    if dropped:
+    if prompt.dropped:
         counters.add("prompts cut")
-        counters.add("prompt characters cut", dropped)
-    sizes = [len(text.encode("utf-8")) for text in (pair.chosen, pair.rejected)]
-    counters.add("bytes", sum(sizes))
-    return AlignedPair(
+        counters.add("prompt characters cut", prompt.dropped)
+    ready = AlignedPair(
         id=pair.id,
-        teacher_prompt=teacher_prompt,
-        student_prompt=student_prompt,
+        teacher_prompt=prompt.teacher,
+        student_prompt=prompt.student,
         chosen=closed[CHOSEN][0],
         rejected=closed[REJECTED][0],
         chosen_bytes=sizes[CHOSEN],
         rejected_bytes=sizes[REJECTED],
         truncated=(closed[CHOSEN][1], closed[REJECTED][1]),
-        dropped=dropped,
+        dropped=prompt.dropped,
     )
+    return ready, prompt
+
+
+def _count_texts(
+    kept: Sequence[tuple[PreferencePair, FittedPrompt]], teacher: TextModel, student: TextModel, counters: Counters
+) -> None:
+    """What each tokenizer's own reading of the texts had to be kept from."""
+    responses = [text for pair, _ in kept for text in (pair.chosen, pair.rejected)]
+    texts = [*responses, *(message.content for pair, _ in kept for message in pair.prompt)]
+    for name, model in (("teacher", teacher), ("student", student)):
+        ends = [getattr(prompt, f"{name}_end") for _, prompt in kept for _ in (CHOSEN, REJECTED)]
+        merged = merges_across(model.tokenizer, ends, responses)
+        escaped = sum(special_literals(model.tokenizer, text) for text in texts)
+        counters.add(f"{name} tokens that would merge across the prompt's border", merged)
+        counters.add(f"{name} literal special tokens escaped", escaped)
 
 
 def steered_prompt(pair: PreferencePair, dropped: int, instruction: str) -> list[Message]:
@@ -154,6 +133,10 @@ def steered_prompt(pair: PreferencePair, dropped: int, instruction: str) -> list
     This is how one model is made a good and a bad teacher by its prompt alone.
     """
     messages = list(pair.prompt) or [Message("user", "")]
-    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=len(messages) - 1)
+    user = last_user(messages)
+    last = len(messages) - 1 if user is None else user
     messages[last] = Message(messages[last].role, f"{instruction}\n\n{messages[last].content[dropped:]}")
     return messages
+
+
+__all__ = ["Limits", "TextModel", "load_text_model", "prepare_pairs", "steered_prompt"]

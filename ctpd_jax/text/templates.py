@@ -117,8 +117,8 @@ def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list
         return _pieces([whole], [])
     frame, order = _frame(template, tuple(message.role for message in messages))
     # Nearly every template leaves a message as it is, or trims it: then this one rendering is enough.
-    for edit in (str, str.strip):
-        pieces = _pieces(frame, [edit(messages[index].content) for index in order])
+    for contents in ([m.content for m in messages], [m.content.strip() for m in messages]):
+        pieces = _pieces(frame, [contents[index] for index in order])
         if "".join(piece.text for piece in pieces) == whole:
             return pieces
     contents = _edited(template, messages)

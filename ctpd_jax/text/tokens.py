@@ -27,7 +27,6 @@ from ctpd_jax.text import probe
 from ctpd_jax.text.cuts import clean_cuts, code_points, utf8_lengths
 from ctpd_jax.text.probe import CONTROL, Prefix, Vocabulary
 
-
 BORDER = 64  # characters on either side of a border that decide whether a token reaches over it
 
 

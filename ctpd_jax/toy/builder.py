@@ -1,6 +1,6 @@
 """The toy world's preference pairs as a TFDS data set `ctpd_toy`, in ArrayRecord files, without TensorFlow.
 
-load_preferences("tfds:ctpd_jax.toy.builder:ctpd_toy/noise20", data_dir=...)      # one of the named configurations
+load_preferences("tfds:ctpd_jax.toy.builder:ctpd_toy/noise25", data_dir=...)      # one of the named configurations
 load_preferences(prepare_toy(data_dir, noise=0.3, pairs=500))                     # any other setting
 """
 
@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.toy.world import generate_pairs
+from ctpd_jax.toy.world import NOISE, generate_pairs
 
 DESCRIPTION = "Preference pairs of a small world in which the true reward of every phrase is known."
 
@@ -28,7 +28,7 @@ class ToyConfig(tfds.core.BuilderConfig):
 
     pairs: int = 2000
     test_pairs: int = 300
-    noise: float = 0.2  # share of swapped labels in "train"; "test" has none
+    noise: float = NOISE  # share of swapped labels in "train"; "test" has none
     seed: int = 0
 
 
@@ -39,7 +39,7 @@ class CtpdToy(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own spelling)
         ToyConfig(name=f"noise{percent:02d}", description=f"{percent} % of labels swapped.", noise=percent / 100)
-        for percent in (20, 0, 10, 30, 40)  # the first is TFDS's default
+        for percent in (round(100 * NOISE), 0, 10, 20, 30, 40)  # the first is TFDS's default
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -71,7 +71,7 @@ class CtpdToy(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_toy(
-    data_dir: str | os.PathLike[str], pairs: int = 2000, test_pairs: int = 300, noise: float = 0.2, seed: int = 0
+    data_dir: str | os.PathLike[str], pairs: int = 2000, test_pairs: int = 300, noise: float = NOISE, seed: int = 0
 ) -> str:
     """Writes a toy data set, unless it is there, and returns its spec for `load_preferences` (splits "train", "test").
 

@@ -59,6 +59,7 @@ MIN_PIECES, MAX_PIECES = 7, 11
 DECISIVE_CUMULATIVE = (0.2, 0.6, 0.9, 1.0)
 OFF_TOPIC_SHARE, FILLER_SHARE = 0.15, 0.5
 MIN_DIFFERENCE = 1.0  # of true reward: nearer pairs are drawn again
+NOISE = 0.25  # default share of swapped labels
 
 
 class PieceSpan(NamedTuple):
@@ -82,7 +83,7 @@ class ToyPair:
     flipped: bool  # the label is noise: chosen_reward < rejected_reward
 
 
-def generate_pairs(split: str, number: int, noise: float = 0.25, seed: int = 0) -> Iterator[ToyPair]:
+def generate_pairs(split: str, number: int, noise: float = NOISE, seed: int = 0) -> Iterator[ToyPair]:
     """The first `number` pairs of a split.
 
     Args:

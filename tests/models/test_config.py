@@ -8,7 +8,7 @@ import pytest
 from tiny import HF_CONFIGS
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.config import from_hf, read_config, to_hf
+from ctpd_jax.models.hf_config import from_hf, read_config, to_hf
 
 LLAMA, GEMMA = HF_CONFIGS["llama"], HF_CONFIGS["gemma3"]
 
@@ -98,6 +98,10 @@ def test_read_config_adds_the_stop_tokens_of_the_generation_config(tmp_path):
 def test_read_config_names_the_file(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         read_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        read_config(tmp_path)
+    for text, words in (
+        ("{", r"config\.json is damaged .*line 1 column 2.*mend it"),
+        ("[]", r"config\.json must hold"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_config(tmp_path)

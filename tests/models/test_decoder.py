@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import HF_CONFIGS, layout, random_model
+from tiny import CONFIGS, layout, random_model
 
 from ctpd_jax.models import attention, decoder
 from ctpd_jax.models.config import Rope
 from ctpd_jax.models.decoder import hidden_states, init_params, layer_graph, param_shapes, unembedding
 
-NAMES = sorted(HF_CONFIGS)
+NAMES = sorted(CONFIGS)
 apply = jax.jit(decoder.apply, static_argnums=0)
 
 
@@ -109,7 +110,8 @@ def test_attend_against_its_definition(window):
     segment = np.sort(random.integers(1, 4, (rows, length)), axis=1).astype(np.int32)
     parent = np.where(segment == 3, 1, segment).astype(np.int32)
     positions = random.integers(0, 9, (rows, length)).astype(np.int32)
-    out = attention.attend(q, k, v, attention.RowLayout(positions, segment, parent), window, scale=0.7, softcap=2.0)
+    mask = attention.visible(attention.RowLayout(positions, segment, parent), window)
+    out = attention.attend(q, k, v, mask, scale=0.7, softcap=2.0)
     for r in range(rows):
         for i in range(0, length, 7):
             seen = [
@@ -124,6 +126,17 @@ def test_attend_against_its_definition(window):
                 scores = 2.0 * np.tanh(0.7 * k[r, seen, h // 2] @ q[r, i, h] / 2.0)
                 weights = np.exp(scores) / np.exp(scores).sum()
                 np.testing.assert_allclose(out[r, i, h], weights @ v[r, seen, h // 2], atol=1e-5)
+
+
+def test_a_cap_of_the_scores_and_a_window_change_what_is_computed():
+    """So that the tests over these configs say something about them."""
+    config, params = random_model("gemma3_softcaps")
+    tokens = _tokens(config, 16)[None]
+    logits = apply(config, params, tokens)
+    everywhere = tuple(replace(kind, window=None) for kind in config.kinds)
+    for other in (replace(config, attention_softcap=None), replace(config, kinds=everywhere)):
+        assert np.abs(apply(other, params, tokens) - logits).max() > 0.1
+    np.testing.assert_allclose(apply(other, params, tokens)[:, :5], logits[:, :5], atol=2e-5)  # within the window
 
 
 def test_llama3_frequencies_keep_short_and_stretch_long_wavelengths():

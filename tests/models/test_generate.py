@@ -11,6 +11,7 @@ import pytest
 from tiny import random_model
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.models import generate as module
 from ctpd_jax.models.decoder import apply
 from ctpd_jax.models.generate import _choose, generate
 
@@ -26,7 +27,7 @@ def _greedy(config, params, prompt, count):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "gemma3_softcap_untied"])
+@pytest.mark.parametrize("name", ["llama_biases", "gemma3_softcaps"])
 def test_greedy_with_cache_is_greedy_without(name):
     """Prompts shorter and longer than Gemma's window of 5, and answers that outgrow it."""
     config, params = random_model(name)
@@ -48,6 +49,35 @@ def test_an_answer_ends_before_its_stop_token_and_the_others_go_on():
         assert after == before[:end]
     assert len(stopped[0]) <= 4
     assert generate(config, params, prompts, 0) == [[], []] and generate(config, params, [], 5) == []
+
+
+def test_numbers_of_prompts_share_a_program_and_no_token_is_run_in_vain(monkeypatch):
+    """One program for 3 and 4 prompts; a decode step only where a further token is wanted by a real prompt."""
+    config, params = random_model("llama_biases")
+    config = replace(config, max_positions=500)  # a config that no other test has compiled
+    traced, decoded = [], []
+    prefill, decode = module._prefill, module._decode
+
+    def counting_decode(*args):
+        jax.debug.callback(lambda: decoded.append(1))
+        return decode(*args)
+
+    monkeypatch.setattr(module, "_prefill", lambda *args: traced.append(1) or prefill(*args))
+    monkeypatch.setattr(module, "_decode", counting_decode)
+
+    def steps(prompts, count, stop):
+        decoded.clear()
+        answers = generate(config, params, prompts, count, stop_ids=[stop])
+        jax.effects_barrier()
+        return answers, len(decoded)
+
+    prompts = [[3, 4], [5, 6, 7], [8], [9, 10]]
+    four, taken = steps(prompts, 9, 10**6)
+    assert taken == 8 and [len(answer) for answer in four] == [9] * 4
+    assert steps(prompts[:3], 9, 10**6) == (four[:3], 8)
+    assert len(traced) == 1
+    stop = next(token for token in four[0][1:] if token not in four[0][:1])
+    assert steps(prompts[:1] * 3, 9, stop) == ([four[0][: four[0].index(stop)]] * 3, four[0].index(stop))
 
 
 def test_the_config_s_own_stop_tokens_are_the_default():

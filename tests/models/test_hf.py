@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +227,62 @@ def test_a_failed_save_leaves_the_earlier_model(tmp_path):
         save_hf(tmp_path / "m", config, broken)
     _same(load_hf(tmp_path / "m")[1], params)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_what_killed_saves_left_is_cleared_or_put_back(tmp_path):
+    """kill -9 while writing leaves one folder beside; between the two renames, the new one and the earlier one."""
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    (tmp_path / ".m.partial").mkdir()
+    (tmp_path / ".m.partial" / "model.safetensors").write_bytes(b"half")
+    save_hf(tmp_path / "m", config, params)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+    (tmp_path / "m").rename(tmp_path / ".m.old.partial")
+    (tmp_path / ".m.partial").mkdir()
+    with pytest.raises(KeyError):
+        save_hf(tmp_path / "m", config, {"model": {}})
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    _same(load_hf(tmp_path / "m")[1], params)
+
+
+def test_a_rename_that_fails_leaves_the_earlier_model(tmp_path, monkeypatch):
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    real = Path.rename
+
+    def failing(self, target):
+        if self.name == ".m.partial":
+            raise OSError("disk trouble")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="disk trouble"):
+        save_hf(tmp_path / "m", *random_model("gemma3"))
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    _same(load_hf(tmp_path / "m")[1], params)
+
+
+def test_an_address_is_no_place_for_an_export():
+    with pytest.raises(UserError, match="not a folder of this machine"):
+        save_hf("gs://bucket/m", *random_model("llama"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"index\.json is damaged .*fetch the model again"),
+        ("[]", "must hold a JSON object with a weight_map"),
+        ('{"weight_map": {"x": 1}}', "must hold a JSON object with a weight_map"),
+    ],
+)
+def test_a_broken_index_is_named(tmp_path, content, message):
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_hf(tmp_path / "m")
 
 
 def test_tokenizer_files_are_copied_byte_for_byte(tmp_path):

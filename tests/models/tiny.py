@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctpd_jax.models.config import DecoderConfig, from_hf
+from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, param_shapes
+from ctpd_jax.models.hf_config import from_hf
 from ctpd_jax.schema import RowLayout
 
 _LLAMA = {
@@ -66,11 +68,14 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma3_softcap_untied": {**_GEMMA, "final_logit_softcapping": 3.0, "tie_word_embeddings": False},
 }
+# The cap of the attention's scores is no part of HF_CONFIGS: transformers' Gemma 3 has the field and does not apply it.
+CONFIGS: dict[str, DecoderConfig] = {name: from_hf(raw) for name, raw in HF_CONFIGS.items()}
+CONFIGS["gemma3_softcaps"] = replace(CONFIGS["gemma3_softcap_untied"], attention_softcap=0.7)
 
 
 def random_model(name: str, seed: int = 0) -> tuple[DecoderConfig, Params]:
     """Every parameter random, norms and biases too, so that none can be left out without being noticed."""
-    config = from_hf(HF_CONFIGS[name])
+    config = CONFIGS[name]
     flat, tree = jax.tree.flatten_with_path(param_shapes(config))
     random = np.random.default_rng(seed)
     leaves = []

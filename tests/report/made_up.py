@@ -81,6 +81,7 @@ def evaluation() -> dict[str, Any]:
         "pairs": 200,
         "samples": {
             name: [{"prompt": p, "answer": text} for p in ("Explain bread to a child.", "请谈谈 tea.")]
+            + [{"prompt": "请谈谈 tea.", "answer": f"another one of {name}"}]
             for name, text in answers.items()
         },
         "example": example(),
@@ -121,7 +122,11 @@ def write_run(workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     files: dict[str, Any] = {
         "evaluation.json": evaluation(),
-        "config.json": {"seed": 0, "data": {"train": "<i>toy</i>"}, "train": {"beta": 0.1}},
+        "config.json": {
+            "seed": 0,
+            "data": {"train": "<i>toy</i>"},
+            "weights": {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5},
+        },
         "data_train.json": {"source": "a & b.jsonl", "responses cut": 3, "pairs": 1234},
         "data_test.json": {"source": "test.jsonl", "pairs": 200},
     }

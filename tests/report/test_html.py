@@ -90,6 +90,34 @@ def test_a_span_shows_its_tokens_and_its_weight(page):
     assert "background:rgb(var(--hot)/0.59)" in colours and "background:rgb(var(--cold)/0.57)" in colours
 
 
+@pytest.mark.parametrize(
+    ("weights", "legend"),
+    [
+        ({}, "weight 0.22 … 1 … 4.48,"),
+        ({"mu": 0.5, "upper": 2.0}, "weight 0.37 … 1 … 2.72,"),
+        ({"lower": -2.0}, "weight 0.14 … 1 … 7.39,"),  # of a rejected response
+        ({"k": 2.0, "mu": 0.0}, "weight 0.50 … 1 … 2.00,"),
+        ({"mu": 0.0}, "weight below 1 … above 1,"),
+        ({"upper": None}, "weight below 1 … above 1,"),
+    ],
+)
+def test_colours_reach_as_far_as_the_settings_let_weights_go(tmp_path, weights, legend):
+    made_up.write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["weights"].update(weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert legend in Page(write_report(tmp_path)).text
+
+
+def test_every_answer_to_a_prompt_is_shown_under_it(page):
+    models = made_up.evaluation()["samples"]
+    assert page.text.count("请谈谈 tea.") == page.text.count("Explain bread to a child.") == 1
+    assert page.source.count('class="cards"') == 2
+    for name in models:
+        assert f"another one of {name}" in page.text
+    assert page.text.index("another one of student_start") > page.text.index("Explain bread to a child.")
+
+
 def test_an_empty_folder_gives_a_page(tmp_path):
     assert "nothing yet" in Page(write_report(tmp_path)).text
 
@@ -129,7 +157,7 @@ def test_a_weight_of_zero_and_a_lone_surrogate(tmp_path):
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "evaluation.json").write_text("{", "utf-8")
-    with pytest.raises(UserError, match=r"evaluation\.json is not JSON"):
+    with pytest.raises(UserError, match=r"evaluation\.json is damaged"):
         write_report(tmp_path)
 
 

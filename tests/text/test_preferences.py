@@ -10,6 +10,7 @@ import pytest
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, Message
+from ctpd_jax.text import preferences
 from ctpd_jax.text.layouts import read_row
 from ctpd_jax.text.preferences import load_preferences
 
@@ -297,11 +298,82 @@ def test_a_bad_line_is_named(tmp_path, message):
     assert "bad.jsonl:3: " in str(error.value)
 
 
-def test_a_damaged_gzip_file_is_named(tmp_path):
-    whole = gzip.compress(b'{"prompt": "Q", "chosen": "A", "rejected": "B"}\n' * 50)
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-12])
+WHOLE = gzip.compress(b"".join(b'{"prompt": "Q", "chosen": "A%d", "rejected": "B"}\n' % n for n in range(50)), mtime=0)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        WHOLE[:-12],  # cut short
+        b"{}" + WHOLE[2:],  # another format
+        WHOLE[:10] + b"\xff" * 20 + WHOLE[30:],  # zlib cannot go on
+        WHOLE[:-8] + b"\x00" * 8,  # the checksum at the end
+    ],
+    ids=["cut", "head", "middle", "checksum"],
+)
+def test_a_damaged_gzip_file_is_named(tmp_path, damaged):
+    (tmp_path / "a.jsonl.gz").write_bytes(damaged)
     with pytest.raises(UserError, match=r"a\.jsonl\.gz:\d+: the compressed file is damaged"):
         load_preferences(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_a_file_that_must_not_be_read_is_named(tmp_path, monkeypatch):
+    spec = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "A", "rejected": "B"})
+
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(preferences, "open", refuse, raising=False)
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read: Permission denied"):
+        load_preferences(spec)
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"prompt": ' + b"1" * 5000 + b"}"], ids=["nested", "digits"])
+def test_json_that_python_does_not_read_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(line)
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the line cannot be read as JSON"):
+        load_preferences(str(tmp_path / "a.jsonl"))
+
+
+class NoNetwork(Exception):
+    """As of an HTTP client: neither an OSError nor a ValueError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ConnectionError("no route to host\nlong trace"),
+            r'"owner/name".*ConnectionError: no route to host\).*network',
+        ),
+        (TimeoutError(), r"\(TimeoutError\)\. Check the network"),
+        (NoNetwork("502 for https://x"), r"NoNetwork: 502 for https://x"),
+        (FileNotFoundError("no data set owner/name"), r"FileNotFoundError: no data set owner/name\)\.$"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(monkeypatch, error, message):
+    def load_dataset(name, config, split):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UserError, match=message) as raised:
+        load_preferences("hf:owner/name")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_download_of_tfds_that_fails_is_an_error_of_one_line(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Builder:
+        def __init__(self, name, data_dir):
+            pass
+
+        def download_and_prepare(self, file_format):
+            raise NoNetwork("https://x: refused\nlong trace")
+
+    monkeypatch.setattr(tfds, "builder", Builder)
+    with pytest.raises(UserError, match=r'TFDS cannot open "name", split "train" \(NoNetwork: https://x: refused\)\.$'):
+        load_preferences("tfds:name", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

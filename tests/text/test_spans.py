@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -157,6 +159,55 @@ def test_a_long_run_of_marks_is_linear_work(run):
 
         cuts.clean_cuts("e\u0301\u1100" + run * length + "!", counted, lambda t: t)
     assert seen[1] < 4.5 * seen[0]
+
+
+@pytest.mark.parametrize("unit", ["character", "byte"])
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("The quick brown fox, so to speak, runs. ", 0.0),
+        ("日本語の文章。한국어 문장 🙂👍🏽 naïve ", 0.0),
+        ("cafe\u0301 Vie\u0323\u0302t ngu\u031b\u0303 ", 1.0),
+    ],
+    ids=["prose", "wide", "decomposed"],
+)
+def test_ten_times_the_text_is_ten_times_the_work(text, share, unit):
+    """Counted, not timed: memory at its peak, and lines of Python.
+
+    NumPy works on arrays whose sizes the peak bounds; the lines do not grow with the text, except where a normaliser
+    changes it (one loop over stretches of several characters).
+    """
+    kinds = small("bpe-prepend"), small("byte-nfc")
+    peaks, lines = [], []
+    for repeats in (200, 2000):
+        response = text * repeats
+        ids = [encode(tok, response) for tok in kinds]
+        align_ids(response, kinds[0], ids[0], kinds[1], ids[1], unit)  # fills the caches
+        tracemalloc.start()
+        align_ids(response, kinds[0], ids[0], kinds[1], ids[1], unit)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        lines.append(_lines_run(lambda r=response, i=ids: align_ids(r, kinds[0], i[0], kinds[1], i[1], unit)))
+    assert peaks[1] <= 10.5 * peaks[0]
+    assert lines[1] <= (1 + 9.5 * share) * lines[0]
+
+
+def _lines_run(work) -> int:
+    """How many lines of Python `work` executes."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def test_context_counts_merges_and_changes_nothing():

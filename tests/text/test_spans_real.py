@@ -12,8 +12,10 @@ from real_assets import TOKENIZERS
 from small_tokenizers import FORMS, HARD_TEXTS
 from span_oracle import Reference, check_against_oracle, check_aligned
 
+from ctpd_jax.text.prompts import encode_prompt
 from ctpd_jax.text.spans import align, align_batch
-from ctpd_jax.text.tokens import encode, load_tokenizer, prompt_ids
+from ctpd_jax.text.templates import Piece
+from ctpd_jax.text.tokens import encode, load_tokenizer
 
 pytestmark = pytest.mark.slow
 PAIRS = list(itertools.product(TOKENIZERS, TOKENIZERS))
@@ -106,6 +108,6 @@ def test_the_chat_template_of_smollm2_brings_its_own_first_token(tokenizers):
     tok = tokenizers["smollm2"]
     messages = [{"role": "user", "content": "Hi"}]
     rendered = tok.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = prompt_ids(tok, rendered)
+    ids = encode_prompt(tok, [Piece(rendered, True)])
     assert ids.tolist() == tok.hf(rendered, add_special_tokens=False)["input_ids"]
     assert ids[0] == tok.hf.convert_tokens_to_ids("<|im_start|>")

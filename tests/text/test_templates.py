@@ -9,17 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
-from ctpd_jax.text.templates import (
-    Piece,
-    PromptTemplate,
-    PromptTooLong,
-    end_of_turn_id,
-    fit_prompt,
-    load_template,
-    prompt_ids,
-    render_prompt,
-    render_text,
-)
+from ctpd_jax.text import templates
+from ctpd_jax.text.prompts import PromptTooLong, TextModel, end_of_turn_id, fit_prompt
+from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_prompt, render_text
 from ctpd_jax.text.tokens import encode, load_tokenizer
 from ctpd_jax.toy.models import student_tokenizer, teacher_tokenizer
 from ctpd_jax.toy.world import corpus
@@ -52,6 +44,10 @@ def teacher(texts):
 def student(texts):
     """Byte-level, ChatML, bos_token in name only."""
     return load_tokenizer(student_tokenizer(texts))
+
+
+def prompt_ids(tokenizer, template, messages):
+    return TextModel(tokenizer, template, end_of_turn=0).prompt(messages)
 
 
 def chat(source, **variables):
@@ -120,6 +116,29 @@ def test_a_template_may_edit_messages(student):
 def test_templates_that_cannot_be_followed_are_refused(source, messages, message):
     with pytest.raises(UserError, match=message):
         render_prompt(chat(source), messages)
+
+
+def test_a_template_is_read_once_for_each_sequence_of_roles(monkeypatch):
+    """Of every further prompt only its own text is rendered, and only once."""
+    rendered = []
+    real = templates.render_chat
+    monkeypatch.setattr(templates, "render_chat", lambda *args: rendered.append(args[1]) or real(*args))
+    template = chat(CHATML + "{# of this test alone #}")
+    assert render_text(template, TALK) == real(template, TALK)
+    assert len(rendered) == 2
+    for word in ("one", " two ", "three"):
+        other = [*TALK[:-1], Message("user", word)]
+        assert render_text(template, other) == real(template, other)
+    assert len(rendered) == 5
+    render_prompt(template, ASK)
+    assert len(rendered) == 7
+
+
+def test_a_template_that_listens_for_a_word_is_refused_also_after_it_was_read():
+    template = chat("Q: {{ messages[0]['content'] }} A:{{ '!' if messages[0]['content'] == 'tea' }}")
+    assert render_text(template, [Message("user", "coffee")]) == "Q: coffee A:"
+    with pytest.raises(UserError, match="changes its own text with message 1"):
+        render_prompt(template, [Message("user", "tea")])
 
 
 def test_one_message_must_not_change_another():
@@ -270,35 +289,37 @@ def long_pair(*messages):
 
 
 def both(teacher, student):
-    return (teacher, load_template(teacher)), (student, load_template(student))
+    return [TextModel(tokenizer, load_template(tokenizer), end_of_turn=0) for tokenizer in (teacher, student)]
 
 
 def test_a_prompt_that_fits_is_left_alone(teacher, student):
     models = both(teacher, student)
-    first, second, cut = fit_prompt(long_pair(*TALK), *models, 500, 500)
+    first, second, *ends, cut = fit_prompt(long_pair(*TALK), *models, 500, 500)
     assert cut == 0
-    assert first.tolist() == prompt_ids(*models[0], TALK).tolist()
-    assert second.tolist() == prompt_ids(*models[1], TALK).tolist()
+    assert first.tolist() == models[0].prompt(TALK).tolist()
+    assert second.tolist() == models[1].prompt(TALK).tolist()
+    assert ends == [render_text(model.template, TALK)[-64:] for model in models]
 
 
 @pytest.mark.parametrize(("max_teacher", "max_student"), [(60, 1000), (1000, 60), (80, 80)])
 def test_both_sides_lose_the_same_characters_and_no_more_than_needed(teacher, student, max_teacher, max_student):
     models = both(teacher, student)
     pair = long_pair(Message("system", "Be kind."), Message("user", LONG))
-    first, second, cut = fit_prompt(pair, *models, max_teacher, max_student)
+    first, second, *ends, cut = fit_prompt(pair, *models, max_teacher, max_student)
     assert len(first) <= max_teacher and len(second) <= max_student
     for dropped, expected in ((cut, True), (cut - 1, False)):
         messages = [pair.prompt[0], Message("user", LONG[dropped:])]
-        ids = prompt_ids(*models[0], messages), prompt_ids(*models[1], messages)
+        ids = models[0].prompt(messages), models[1].prompt(messages)
         assert (len(ids[0]) <= max_teacher and len(ids[1]) <= max_student) == expected
         if expected:
             assert (first.tolist(), second.tolist()) == (ids[0].tolist(), ids[1].tolist())
+            assert ends == [render_text(model.template, messages)[-64:] for model in models]
 
 
 def test_only_the_last_user_message_is_cut(teacher, student):
     models = both(teacher, student)
     pair = long_pair(Message("user", "What is tea?"), Message("assistant", "A drink."), Message("user", LONG))
-    _, ids, cut = fit_prompt(pair, *models, 200, 90)
+    _, ids, *_, cut = fit_prompt(pair, *models, 200, 90)
     text = student.hf.decode(ids)
     assert text.startswith("<|im_start|>user\nWhat is tea?<|im_end|>\n<|im_start|>assistant\nA drink.<|im_end|>\n")
     assert text.endswith(LONG[cut:] + "<|im_end|>\n<|im_start|>assistant\n")
@@ -312,7 +333,7 @@ def test_a_template_longer_than_the_limit_is_an_error_with_its_place(teacher, st
 
 
 def test_errors_of_a_template_name_the_pair(teacher, student):
-    refusing = (student, chat("{{ raise_exception('only tea') }}"))
+    refusing = TextModel(student, chat("{{ raise_exception('only tea') }}"), end_of_turn=0)
     with pytest.raises(UserError, match=r"x\.jsonl:7: .*only tea"):
         fit_prompt(long_pair(*ASK), both(teacher, student)[0], refusing, 100, 100)
 

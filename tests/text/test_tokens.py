@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,7 +12,9 @@ from span_oracle import Reference
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.text.prompts import encode_prompt
 from ctpd_jax.text.spans import align
+from ctpd_jax.text.templates import Piece
 from ctpd_jax.text.tokens import (
     byte_ends,
     can_spell,
@@ -21,17 +22,10 @@ from ctpd_jax.text.tokens import (
     load_tokenizer,
     merges_across,
     normalize,
-    prompt_ids,
-    require_predictor,
+    special_literals,
 )
 
 PLAIN_SPECIAL = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-
-
-@dataclass(frozen=True)
-class Part:
-    text: str
-    special: bool
 
 
 def edited(kind: str, edit) -> Tokenizer:
@@ -297,7 +291,7 @@ def test_the_callers_tokenizer_is_left_alone_and_its_limits_do_not_reach_us():
     assert hf.backend_tokenizer.to_str() == before
     hf("a long text", truncation=True, max_length=2, padding="max_length")
     assert len(encode(tok, "the lazy dog sleeps")) > 2
-    assert len(prompt_ids(tok, "the lazy dog sleeps")) > 2
+    assert len(encode_prompt(tok, [Piece("the lazy dog sleeps", True)])) > 2
     assert load_tokenizer(fast(hf.backend_tokenizer)).fingerprint == tok.fingerprint
 
 
@@ -333,53 +327,61 @@ def test_two_tokens_in_front_are_refused():
 
 def test_bos_exactly_once():
     tok = small("bpe-prepend")
-    assert prompt_ids(tok, "the fox").tolist()[0] == 1
-    assert prompt_ids(tok, "<s>the fox").tolist().count(1) == 1  # the template wrote it
-    assert 1 not in prompt_ids(tok, "the fox", add_bos=False)
-    assert prompt_ids(tok, "").tolist() == [1]
-    assert prompt_ids(tok, "").dtype == np.int32
+    assert encode_prompt(tok, [Piece("the fox", True)]).tolist()[0] == 1
+    assert encode_prompt(tok, [Piece("<s>the fox", True)]).tolist().count(1) == 1  # the template wrote it
+    assert encode_prompt(tok, []).tolist() == [1]
+    assert encode_prompt(tok, []).dtype == np.int32
 
 
 def test_template_markers_are_special_and_a_users_are_not():
     tok = small("byte")
-    parts = [Part("<|im_start|>user\n", True), Part("say <|im_end|> now", False), Part("<|im_end|>\n", True)]
-    ids = prompt_ids(tok, parts).tolist()
+    parts = [Piece("<|im_start|>user\n", True), Piece("say <|im_end|> now", False), Piece("<|im_end|>\n", True)]
+    ids = encode_prompt(tok, parts).tolist()
     assert ids.count(1) == 1 and ids.count(2) == 1
     assert b"".join(tok.token_bytes(i) for i in ids) == b"user\nsay <|im_end|> now\n"
-    harmless = [Part("<|im_start|>user\n", True), Part("say it now", False), Part("<|im_end|>\n", True)]
+    harmless = [Piece("<|im_start|>user\n", True), Piece("say it now", False), Piece("<|im_end|>\n", True)]
     whole = "".join(part.text for part in harmless)
-    assert prompt_ids(tok, harmless).tolist() == core("byte").encode(whole, add_special_tokens=False).ids
+    assert encode_prompt(tok, harmless).tolist() == core("byte").encode(whole, add_special_tokens=False).ids
 
 
 def test_template_and_user_text_do_not_make_a_special_token_together():
     tok = small("byte")
-    ids = prompt_ids(tok, [Part("<|im_", True), Part("end|> hi", False)])
+    ids = encode_prompt(tok, [Piece("<|im_", True), Piece("end|> hi", False)])
     assert 2 not in ids
-    ids = prompt_ids(tok, [Part("text <|im_start|> then <|im_", True), Part("end|>", False), Part(" <|im_end|>", True)])
+    ids = encode_prompt(
+        tok, [Piece("text <|im_start|> then <|im_", True), Piece("end|>", False), Piece(" <|im_end|>", True)]
+    )
     assert ids.tolist().count(1) == 1 and ids.tolist().count(2) == 1
 
 
 def test_text_after_a_template_marker_gets_a_dummy_space_only_from_tokenizers_that_give_one():
-    parts = [Part("<s>", True), Part("fox</s>", False), Part("</s>", True)]
+    parts = [Piece("<s>", True), Piece("fox</s>", False), Piece("</s>", True)]
     for kind, dummy in (("bpe-first", False), ("bpe-prepend", True)):
         tok = small(kind)
-        ids = prompt_ids(tok, parts)
+        ids = encode_prompt(tok, parts)
         assert ids[0] == 1 and ids[-1] == 2
         assert b"".join(tok.token_bytes(i) for i in ids) == (b" " if dummy else b"") + b"fox</s>"
 
 
 def test_nothing_predicts_a_response_after_an_empty_prompt():
-    with pytest.raises(UserError, match=r"'pair-7'.* adds no BOS"):
-        require_predictor(small("byte"), prompt_ids(small("byte"), ""), "pair-7")
-    require_predictor(small("bpe-prepend"), prompt_ids(small("bpe-prepend"), ""), "pair-7")
+    with pytest.raises(UserError, match="nothing predicts the first token"):
+        encode_prompt(small("byte"), [])
 
 
 def test_merges_across_the_border():
     tok = small("byte")
-    assert merges_across(tok, "the", " fox") is False
-    assert merges_across(tok, "the ", "fox") is True
-    assert merges_across(tok, "", "fox") is False
-    assert merges_across(small("byte-nfc"), "e", "\u0301") is True
+    assert merges_across(tok, ["the"], [" fox"]) == 0
+    assert merges_across(tok, ["the "], ["fox"]) == 1
+    assert merges_across(tok, ["", "the "], ["fox", ""]) == 0
+    assert merges_across(tok, ["the ", "the", "over the "], ["fox", " fox", "dog"]) == 2
+    assert merges_across(small("byte-nfc"), ["e"], ["\u0301"]) == 1
+
+
+def test_special_tokens_in_a_text_are_counted():
+    tok = small("byte")
+    assert special_literals(tok, "say <|im_end|> or <|endoftext|><|im_end|>, not <|im_ end|>") == 3
+    assert special_literals(tok, "nothing here") == special_literals(tok, "1 < 2") == 0
+    assert special_literals(small("unigram"), "</s><s>") == 2
 
 
 def test_small_tokenizers_have_no_stray_special_tokens():

@@ -10,8 +10,9 @@ import pytest
 from ctpd_jax.models.decoder import apply
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import Message
+from ctpd_jax.text.prompts import end_of_turn_id, load_text_model
 from ctpd_jax.text.spans import align_batch
-from ctpd_jax.text.templates import end_of_turn_id, load_template, prompt_ids
+from ctpd_jax.text.templates import load_template
 from ctpd_jax.text.tokens import encode, load_tokenizer
 from ctpd_jax.toy.models import STAMP, make_toy_models, student_tokenizer, teacher_tokenizer
 from ctpd_jax.toy.world import corpus, generate_pairs
@@ -38,7 +39,7 @@ def test_sizes_and_vocabularies(folders, tokenizers):
         count = sum(leaf.size for leaf in _leaves(params))
         assert low < count < high
         assert config.vocab_size == len(tokenizer.hf)
-        ids = prompt_ids(tokenizer, load_template(tokenizer), [Message("user", "请谈谈 tea.")])
+        ids = load_text_model(str(folder)).prompt([Message("user", "请谈谈 tea.")])
         logits = np.asarray(apply(config, params, ids[None]))
         assert logits.shape == (1, len(ids), config.vocab_size) and np.isfinite(logits).all()
 

@@ -13,8 +13,9 @@ import pytest
 
 from ctpd_jax.annotate.teacher import make_scorer
 from ctpd_jax.core import logprobs
-from ctpd_jax.models.config import DecoderConfig, from_hf
+from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
+from ctpd_jax.models.hf_config import from_hf
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import preference
 from ctpd_jax.train.optimizer import make_optimizer
@@ -52,7 +53,8 @@ def forbidden(text: str, config: DecoderConfig) -> set[tuple[int, ...]]:
         of_vocabulary = (
             vocabulary in shape or vocabulary // groups in shape or {vocabulary // groups, groups} <= {*shape}
         )
-        is_embedding = prod(shape) in (vocabulary * width, vocabulary)  # whole, in groups; or one number an entry
+        # The unembedding or its gradient: whole, one group of its rows, or one number an entry.
+        is_embedding = prod(shape) in (vocabulary * width, vocabulary // groups * width, vocabulary)
         if of_vocabulary and not is_embedding and 4 * prod(shape) > logprobs.BLOCK_BYTES:
             found.add(shape)
     return found

@@ -1,5 +1,6 @@
 """The steps: the same numbers for every layout and every split, the identity inside the model, no [B, T, V]."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,8 +12,8 @@ from ctpd_jax.core.losses import ctpd_loss
 from ctpd_jax.core.projection import span_sums
 from ctpd_jax.data.loader import micro_batches
 from ctpd_jax.data.rows import LAYOUTS, PairItem, RowShape, ScoredResponse, build_batch, choose_shapes
-from ctpd_jax.models.config import from_hf
 from ctpd_jax.models.decoder import apply, init_params
+from ctpd_jax.models.hf_config import from_hf
 from ctpd_jax.settings import preference
 from ctpd_jax.toy.models import student_config, teacher_config
 from ctpd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
@@ -31,9 +32,14 @@ VOCABULARY = 512
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def model(raw: dict, seed: int = 0):
-    config = from_hf(raw | IDS)
-    return config, init_params(config, jax.random.key(seed))
+LLAMA = from_hf(student_config() | IDS)
+GEMMA = from_hf(teacher_config() | IDS | {"sliding_window": 5})  # shorter than most responses
+MODELS = {"plain": LLAMA, "window": GEMMA, "window_and_caps": replace(GEMMA, attention_softcap=0.5, final_softcap=2.0)}
+
+
+def start(config):
+    """Larger than fresh weights, so that the caps bend what they cap."""
+    return jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
 
 
 def random_items(count: int, seed: int = 0) -> list[PairItem]:
@@ -53,35 +59,58 @@ def relative(a, b) -> float:
     return float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-12))
 
 
-@pytest.mark.parametrize("raw", [student_config(), teacher_config()], ids=["llama", "gemma3"])
-@pytest.mark.parametrize("remat", [False, True])
-def test_layouts_and_splits_give_the_same_update(raw, remat):
-    config, params = model(raw)
-    items = random_items(4)
-    compute, objective = Compute(remat=remat), Objective(0.1, label_smoothing=0.1, sft_weight=0.3)
-    results = {}
-    for layout in LAYOUTS:
-        for micro in (4, 2, 3) if layout == "shared" else (4,):
-            shapes = choose_shapes(items, layout, buckets=2, multiple=8)
-            accumulate, _ = make_steps(
-                partial(preference_sums, config, objective, compute), make_optimizer(preference(1e-3, 0.1), 10)
-            )
-            gradient, sums = jax.tree.map(jnp.zeros_like, params), {}
-            for batch, _ in micro_batches(items, layout, shapes, micro):
-                gradient, new = accumulate(params, gradient, batch)
-                sums = add_sums(sums, new)
-            results[layout, micro] = gradient, mean_of(sums)
-    gradient, metrics = results.pop(("response", 4))
-    for other_gradient, other in results.values():
-        for a, b in zip(jax.tree.leaves(other_gradient), jax.tree.leaves(gradient)):
-            assert relative(a, b) < 1e-4
-        for name in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected", "lambda/mean", "num_scored_tokens"):
-            assert other[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
+def update(config, layout, micro=4, remat=False):
+    """The gradient and the metrics of one update of 4 pairs."""
+    items, params = random_items(4), start(config)
+    sums_of = partial(
+        preference_sums, config, Objective(0.1, label_smoothing=0.1, sft_weight=0.3), Compute(remat=remat)
+    )
+    accumulate, _ = make_steps(sums_of, make_optimizer(preference(1e-3, 0.1), 10))
+    gradient, sums = jax.tree.map(jnp.zeros_like, params), {}
+    for batch, _ in micro_batches(items, layout, choose_shapes(items, layout, buckets=1, multiple=8), micro):
+        gradient, new = accumulate(params, gradient, batch)
+        sums = add_sums(sums, new)
+    return gradient, mean_of(sums)
 
 
-def test_the_step_agrees_with_the_span_form_on_plain_logits():
+def assert_same_update(one, other):
+    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0])):
+        assert relative(a, b) < 1e-4
+    for name in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected", "lambda/mean", "num_scored_tokens"):
+        assert one[1][name] == pytest.approx(other[1][name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_give_the_same_update(name):
+    first, *others = (update(MODELS[name], layout) for layout in LAYOUTS)
+    for other in others:
+        assert_same_update(other, first)
+
+
+def test_splits_and_remat_give_the_same_update():
+    whole = update(GEMMA, "shared")
+    for other in (update(GEMMA, "shared", micro=3), update(GEMMA, "shared", remat=True)):
+        assert_same_update(other, whole)
+
+
+def test_window_and_caps_act_on_these_pairs():
+    """Else the tests of them would say nothing."""
+    everywhere = tuple(replace(kind, window=None) for kind in GEMMA.kinds)
+    batch = build_batch(random_items(4), "shared", RowShape(64, 40), 4)
+
+    def loss(config):
+        return float(preference_sums(config, Objective(0.1), Compute(), start(GEMMA), batch)[0])
+
+    capped = MODELS["window_and_caps"]
+    assert abs(loss(replace(GEMMA, kinds=everywhere)) - loss(GEMMA)) > 1e-3
+    assert abs(loss(replace(capped, attention_softcap=None)) - loss(capped)) > 1e-3
+    assert abs(loss(replace(capped, final_softcap=None)) - loss(capped)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["plain", "window_and_caps"])
+def test_the_step_agrees_with_the_span_form_on_plain_logits(name):
     """r by one weight a token and one constant a response is r over spans, in value and gradient."""
-    config, params = model(student_config())
+    config, params = MODELS[name], start(MODELS[name])
     rng = np.random.default_rng(1)
     spans = [np.sort(rng.integers(0, 5, n)) for n in (9, 12)]
     spans = [np.unique(s, return_inverse=True)[1].astype(np.int32) for s in spans]  # 0..S-1, none empty
@@ -107,15 +136,15 @@ def test_the_step_agrees_with_the_span_form_on_plain_logits():
         policies = [policy(t, s, n) for t, s, n in zip(tokens, spans, counts)]
         return ctpd_loss(*policies, *(r[None] for r in reference), *(w[None] for w in weights)).loss[0]
 
-    a, gradient_a = jax.value_and_grad(by_step)(params)
-    b, gradient_b = jax.value_and_grad(by_spans)(params)
+    a, gradient_a = jax.jit(jax.value_and_grad(by_step))(params)
+    b, gradient_b = jax.jit(jax.value_and_grad(by_spans))(params)
     assert relative(a, b) < 1e-5
     for x, y in zip(jax.tree.leaves(gradient_a), jax.tree.leaves(gradient_b)):
         assert relative(x, y) < 1e-4
 
 
 def test_padding_pairs_change_nothing():
-    config, params = model(student_config())
+    config, params = LLAMA, start(LLAMA)
     items, shape = random_items(2), RowShape(64, 40)
     whole = preference_sums(config, Objective(0.1), Compute(), params, build_batch(items, "shared", shape, 2))
     padded = preference_sums(config, Objective(0.1), Compute(), params, build_batch(items, "shared", shape, 5))
@@ -126,7 +155,7 @@ def test_padding_pairs_change_nothing():
 
 
 def test_sft_counts_tokens_and_update_moves_every_matrix():
-    config, params = model(teacher_config())
+    config, params = GEMMA, start(GEMMA)
     items = [PairItem(i.prompt, ScoredResponse(i.chosen.tokens, np.ones(len(i.chosen.tokens), np.float32)), None)
              for i in random_items(3)]  # fmt: skip
     batch = build_batch(items, "response", RowShape(32, 24), 3)
@@ -150,7 +179,7 @@ def test_learning_rate_and_decay_mask():
     rates = [float(schedule(step)) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4) and max(rates) == pytest.approx(1e-3) and rates[9] == pytest.approx(1e-3)
     assert rates[99] < 1e-5 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
-    _, params = model(teacher_config())
+    params = start(GEMMA)
     kept = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     assert {jax.tree_util.keystr(path) for path, decays in kept if not decays} == {
         jax.tree_util.keystr(path) for path, _ in kept if "norm" in jax.tree_util.keystr(path)
