@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.settings import check_config
 
 COMMANDS = {
     "run": "every stage in order; picks up where it stopped",
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     try:
         config = load_config(known.config, overrides)
+        check_config(config)
         if config.platform != "auto":
             os.environ["JAX_PLATFORMS"] = config.platform
         from ctpd_jax import pipeline  # JAX reads its environment when it is imported

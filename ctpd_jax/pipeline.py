@@ -15,7 +15,7 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
 from ctpd_jax.models.hf import check_weights
 from ctpd_jax.run import MODELS, Run, check_platform, check_sizes
-from ctpd_jax.settings import TRAINED, check_config
+from ctpd_jax.settings import TRAINED
 from ctpd_jax.train.metrics import MetricLog
 
 # In order. Each one knows by itself whether it is finished, has to go on, or is left out.
@@ -34,7 +34,6 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
     """Carries out one command. Raises UserError for what the user can mend."""
-    check_config(config)
     check_platform(config)
     workdir = Path(arguments.workdir).expanduser().absolute()
     try:

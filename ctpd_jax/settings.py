@@ -165,6 +165,8 @@ def check_config(config: ConfigDict) -> None:
         if missing:
             name = f"{section}.{missing[0]}" if section else missing[0]
             raise UserError(f"config.{name} is missing; begin get_config() with ctpd_jax.settings.default_config().")
+    if not config.data.train:
+        raise UserError("config.data.train is empty; give FILE.jsonl, tfds:NAME, hf:NAME or toy.")
     for name, choices in CHOICES.items():
         require(value(name) in choices, name, f"choose one of {', '.join(choices)}")
     for stage in TRAINED:

@@ -20,7 +20,7 @@ import pytest
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.train import checkpoint as module
-from ctpd_jax.train.checkpoint import CHECKSUMS, Checkpoints, abstract, load_params, params_meta, save_params
+from ctpd_jax.train.checkpoint import CHECKSUMS, Checkpoints, abstract, load_params, save_params
 
 
 def make_state(step: int):
@@ -459,10 +459,8 @@ def test_two_processes_share_one_folder(tmp_path, monkeypatch):
 
 def test_params_come_back_with_and_without_a_target_and_are_replaced(tmp_path):
     folder = tmp_path / "deep" / "params"
-    assert params_meta(folder) is None
     save_params(folder, make_state(1)["params"], {"stage": "sft"})
     save_params(folder, make_state(2)["params"], {"stage": "dpo"})
-    assert params_meta(folder) == {"stage": "dpo"}
     params, meta = load_params(folder)
     assert meta == {"stage": "dpo"} and bits(params) == bits(make_state(2)["params"])
     assert jax.tree.structure(params) == jax.tree.structure(make_state(2)["params"])
