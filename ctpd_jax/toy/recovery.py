@@ -28,7 +28,7 @@ def piece_ratios(text: str, prompt: str, bounds: np.ndarray, ratios: np.ndarray)
 
 def recovery(
     examples: Iterable[tuple[AlignedPair, Mapping[str, Mapping[str, np.ndarray]]]], raw: Mapping[str, PreferencePair]
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Returns the mean log-ratio of good, neutral and bad pieces, and how well it tells them apart (AUC).
 
     An AUC is the probability that a decisive piece has a more extreme log-ratio than a neutral one: 0.5 is chance.
@@ -49,7 +49,7 @@ def recovery(
         "log-ratio, bad pieces": float(bad.mean()),
         "AUC, good against neutral": auc(good, neutral),
         "AUC, neutral against bad": auc(neutral, bad),
-        "pieces": float(len(pieces)),
+        "pieces": len(pieces),
     }
 
 
