@@ -16,8 +16,8 @@ setup(
     package_data={"ctpd_jax": ["py.typed", "*.pyi"]},
     entry_points={"console_scripts": ["ctpd = ctpd_jax.cli:main"]},
     install_requires=[
-        # jax and flax are a pair: flax up to 0.12.8 breaks with jax 0.11.1, so both ranges move together.
-        "jax>=0.10.2,<0.11.1",
+        # jax and flax are a pair: flax up to 0.12.8 breaks with jax 0.11.1. Both ranges move together, after the tests.
+        "jax>=0.10.2,<0.11",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
@@ -39,7 +39,7 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.18"],
         "dev": ["ruff>=0.12", "mypy>=1.15"],
         "hub": ["datasets>=4", "huggingface_hub>=1.0"],
-        "tpu": ["jax[tpu]>=0.10.2,<0.11.1"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "eval": ["lm-eval==0.4.13"],
         "parity": ["torch==2.13.0", "accelerate>=1.0"],
     },
