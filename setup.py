@@ -29,6 +29,7 @@ setup(
         "array_record>=0.8",
         "ml-collections>=1.1,<2",
         "absl-py>=2",
+        "lazy_loader>=0.4",
         "huggingface_hub>=1.0",
         "numpy>=2.0",
         "rich>=13",

@@ -1,6 +1,6 @@
 # The public interface: __init__.py reads this file, so a name is public where, and only where, it stands here.
-from ctpd_jax.core.logprobs import token_logprobs
-from ctpd_jax.core.losses import (
+from .core.logprobs import token_logprobs
+from .core.losses import (
     LossOutput,
     ctpd_loss,
     dpo_loss,
@@ -10,16 +10,16 @@ from ctpd_jax.core.losses import (
     sft_loss,
     tis_dpo_loss,
 )
-from ctpd_jax.core.projection import project_to_tokens, span_sums
-from ctpd_jax.core.weights import importance_weights
-from ctpd_jax.errors import UserError
-from ctpd_jax.models.decoder import apply
-from ctpd_jax.models.generate import generate
-from ctpd_jax.models.hf import load_hf, save_hf
-from ctpd_jax.schema import Aligned, PreferencePair
-from ctpd_jax.text.preferences import load_preferences
-from ctpd_jax.text.spans import align, align_batch
-from ctpd_jax.text.tokens import load_tokenizer
+from .core.projection import project_to_tokens, span_sums
+from .core.weights import importance_weights
+from .errors import UserError
+from .models.decoder import apply
+from .models.generate import generate
+from .models.hf import load_hf, save_hf
+from .schema import Aligned, PreferencePair
+from .text.preferences import load_preferences
+from .text.spans import align, align_batch
+from .text.tokens import load_tokenizer
 
 __all__ = [
     "Aligned",

@@ -94,9 +94,12 @@ def evaluate(run: Run) -> None:
 
 
 def beta_of(run: Run, stage: str) -> float:
-    """The beta that a stage was trained with; that of the config for a stage that was not."""
-    trained = read_json(run.workdir / stage / "inputs.json") or {}
-    return trained.get("settings", {}).get("beta", run.config.train.beta)
+    """The beta that a stage was trained with; CTPD's for a model that was not trained on pairs."""
+    for name in (stage, "train"):
+        trained = read_json(run.workdir / name / "inputs.json") or {}
+        if "beta" in trained.get("settings", {}):
+            return trained["settings"]["beta"]
+    return run.config.train.beta
 
 
 def as_plain(value: Any) -> Any:

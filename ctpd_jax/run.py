@@ -25,7 +25,8 @@ from ctpd_jax.models.hf import load_hf, model_directory
 from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
 from ctpd_jax.text.preferences import load_preferences
-from ctpd_jax.text.prepare import Limits, TextModel, load_text_model, prepare_pairs
+from ctpd_jax.text.prepare import Limits, prepare_pairs
+from ctpd_jax.text.prompts import TextModel, load_text_model
 from ctpd_jax.toy.builder import prepare_toy
 from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.train.checkpoint import load_params

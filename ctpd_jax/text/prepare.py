@@ -8,7 +8,7 @@ from typing import Literal
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, Aligned, AlignedPair, Counters, Message, PreferencePair
-from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user, load_text_model
+from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user
 from ctpd_jax.text.spans import align_batch, truncate, with_end_of_turn
 from ctpd_jax.text.tokens import can_spell, merges_across, special_literals
 
@@ -137,6 +137,3 @@ def steered_prompt(pair: PreferencePair, dropped: int, instruction: str) -> list
     last = len(messages) - 1 if user is None else user
     messages[last] = Message(messages[last].role, f"{instruction}\n\n{messages[last].content[dropped:]}")
     return messages
-
-
-__all__ = ["Limits", "TextModel", "load_text_model", "prepare_pairs", "steered_prompt"]
