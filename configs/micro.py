@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
         config[stage].update({"lr": 1e-3, "steps": 4, "batch_size": 8, "micro_batch": 8, "save_every": 2})
     config.annotate.update({"pairs_per_shard": 16, "micro_batch": 8})
     config.evaluate.update({"samples": 2, "max_new_tokens": 8})
-    config.teacher.remat = False
-    config.student.remat = False
+    config.teacher.remat = "dots"
+    config.student.remat = "dots"
     return config

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import hashlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
@@ -10,18 +13,26 @@ from typing import Any
 import jax
 import numpy as np
 
+import ctpd_jax
+from ctpd_jax import preempt
 from ctpd_jax.annotate.coefficients import span_values
 from ctpd_jax.annotate.store import MANIFEST, open_store
 from ctpd_jax.errors import UserError
 from ctpd_jax.evaluate.preferences import compare
 from ctpd_jax.files import canonical_json, write_json
-from ctpd_jax.models.generate import generate
-from ctpd_jax.models.hf import save_hf
+from ctpd_jax.measure import score_column
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.generate import cut_at_stop, generate
+from ctpd_jax.models.hf import load_hf, model_directory, save_hf
+from ctpd_jax.models.lora import save_peft
 from ctpd_jax.report import show
+from ctpd_jax.report.card import model_card
 from ctpd_jax.report.html import write_report
 from ctpd_jax.run import Run
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message, Model
-from ctpd_jax.stages import score_column, scorers
+from ctpd_jax.settings import TRAINED
+from ctpd_jax.stages import scorers
+from ctpd_jax.text.prompts import TextModel, load_text_model
 from ctpd_jax.toy.recovery import recovery
 from ctpd_jax.toy.world import true_reward
 from ctpd_jax.train.metrics import read_metrics
@@ -31,6 +42,18 @@ from ctpd_jax.workdir import read_json
 STARTS = {"student_dpo": "student_start", "ctpd": "student_start", "teacher_dpo": "teacher"}
 SAMPLED_TOGETHER = 64  # prompts in one batch: what the cache of keys and values has room for
 SHOWN = 6  # answers of each model in the report; the others are in evaluation/samples/
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; see `generate`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()  # an answer is cut before the first of these texts
+    seed: int = 0
 
 
 def rows(run: Run) -> dict[str, tuple[str, Model]]:
@@ -73,9 +96,8 @@ def evaluate(run: Run) -> None:
     result["samples"] = {name: answers[:SHOWN] for name, answers in drawn.items()}
     if run.config.data.test == "toy":
         for name, answers in drawn.items():
-            result["models"][name]["true_reward"] = mean_and_error(
-                [true_reward(sample["answer"], sample["prompt"]) for sample in answers]
-            )
+            if rewards := [true_reward(sample["answer"], sample["prompt"]) for sample in answers]:
+                result["models"][name]["true_reward"] = mean_and_error(rewards)
     if run.config.data.train == "toy" and "positive" in scorers(run):
         store = open_store(run.workdir / "annotations", verify=False)
         result["pieces"] = recovery((store[i] for i in range(len(store))), run.raw("train"))
@@ -143,7 +165,8 @@ def samples(run: Run, row: str) -> list[dict[str, str]]:
         if not pair.dropped:
             prompts.setdefault(raw[pair.id].prompt, pair.id)
     asked = list(islice(cycle(prompts), settings.samples))
-    answers = sample(run, model, run.params_of(stage, model), asked, settings.max_new_tokens, settings.temperature)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=run.config.seed)
+    answers = sample(run.text(model), run.decoder(model), run.params_of(stage, model), asked, sampling)
     drawn = [{"prompt": prompt[-1].content, "answer": answer} for prompt, answer in zip(asked, answers)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"inputs": inputs, "samples": drawn})
@@ -151,23 +174,35 @@ def samples(run: Run, row: str) -> list[dict[str, str]]:
 
 
 def sample(
-    run: Run, model: Model, params: Params, prompts: Sequence[Sequence[Message]], max_new: int, temperature: float
+    text: TextModel,
+    decoder: DecoderConfig,
+    params: Params,
+    prompts: Sequence[Sequence[Message]],
+    sampling: Sampling,
 ) -> list[str]:
     """Draws one answer to each prompt, as text."""
-    text, decoder = run.text(model), run.decoder(model)
-    key = jax.random.key(run.config.seed)
+    key = jax.random.key(sampling.seed)
+
+    def spell(ids: list[int]) -> str:
+        return text.tokenizer.hf.decode(ids, skip_special_tokens=True)
+
     answers: list[str] = []
     for first in range(0, len(prompts), SAMPLED_TOGETHER):
+        preempt.check("the answers of the models before are kept")
         found = generate(
             decoder,
             params,
             [text.prompt(prompt).tolist() for prompt in prompts[first : first + SAMPLED_TOGETHER]],
-            max_new_tokens=max_new,
-            temperature=temperature,
+            sampling.max_new_tokens,
+            sampling.temperature,
+            sampling.top_p,
             key=jax.random.fold_in(key, first),
             stop_ids=(text.end_of_turn, *decoder.eos_ids),
+            top_k=sampling.top_k,
+            stop_strings=sampling.stop,
+            decode=spell if sampling.stop else None,
         )
-        answers += [text.tokenizer.hf.decode(ids, skip_special_tokens=True) for ids in found]
+        answers += [cut_at_stop(spell(ids), sampling.stop) for ids in found]
     return answers
 
 
@@ -205,28 +240,96 @@ def inspect(run: Run, number: int) -> None:
     run.say(show.example_text(as_plain(example(run, number))))
 
 
-def answer(run: Run, row: str, prompt: str, max_new: int, temperature: float) -> None:
-    """Prints one model's answer."""
+def sampling_of(arguments: argparse.Namespace, seed: int) -> Sampling:
+    """What the command line asks for; `seed` where it names none."""
+    seed = seed if arguments.seed is None else arguments.seed
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must lie between 0 and 2^32 - 1, but is {seed}.")
+    return Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.top_k, tuple(arguments.stop), seed
+    )
+
+
+def answer(run: Run, row: str, prompts: Sequence[str], sampling: Sampling) -> None:
+    """Prints the answers of one of the run's models."""
     table = rows(run)
     if row not in table:
         raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
     stage, model = table[row]
-    print(sample(run, model, run.params_of(stage, model), [[Message("user", prompt)]], max_new, temperature)[0])
+    _print_answers(run.text(model), run.decoder(model), run.params_of(stage, model), prompts, sampling)
+
+
+def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling) -> None:
+    """Prints the answers of a model in Hugging Face format, a folder or a hub id."""
+    folder = model_directory(path_or_repo)
+    text = load_text_model(str(folder))
+    _print_answers(text, *load_hf(folder), prompts, sampling)
+
+
+def _print_answers(
+    text: TextModel, decoder: DecoderConfig, params: Params, prompts: Sequence[str], sampling: Sampling
+) -> None:
+    """The answer alone, or each of several under its prompt."""
+    answers = sample(text, decoder, params, [[Message("user", prompt)] for prompt in prompts], sampling)
+    if len(prompts) == 1:
+        print(answers[0])
+        return
+    asked = [textwrap.indent(prompt, "> ", lambda line: True) for prompt in prompts]
+    print("\n\n".join(f"{prompt}\n{answer}" for prompt, answer in zip(asked, answers)))
 
 
 # ------------------------------------------------------------------------------------------------ export
 
 
 def export(run: Run) -> None:
-    """The trained student as a Hugging Face model folder."""
-    stage, model = rows(run).get("ctpd", rows(run)["student_start"])
-    directory = run.workdir / "export"
-    inputs = {"params": run.identity(stage, model), "dtype": run.config.export.dtype}
+    """The trained student as a Hugging Face model folder, with a card; and its adapters where they are asked for."""
+    row = "ctpd" if "ctpd" in rows(run) else "student_start"
+    stage, model = rows(run)[row]
+    directory, adapters = run.workdir / "export", run.workdir / "adapters"
+    text, own = run.text(model), run.config[model].template not in ("auto", "chat", "plain")
+    card = card_of(run, row)
+    inputs = {
+        "params": run.identity(stage, model),
+        "template": text.template.fingerprint,
+        "card": hashlib.sha256(card.encode("utf-8", errors="replace")).hexdigest(),
+        **run.config.export.to_dict(),
+    }
     marker = run.workdir / "export.json"  # beside the folder, which holds a model and nothing else
     if read_json(marker) != inputs or not directory.is_dir():
-        decoder, stop = run.decoder(model), run.text(model).end_of_turn
-        # Who serves the model must stop where it was trained to stop.
-        decoder = dataclasses.replace(decoder, eos_ids=tuple(dict.fromkeys((*decoder.eos_ids, stop))))
-        save_hf(directory, decoder, run.params_of(stage, model), run.folder(model), dtype=run.config.export.dtype)
+        decoder = run.decoder(model)
+        # Who serves the model must stop where it was trained to stop, and ask as it was asked.
+        decoder = dataclasses.replace(decoder, eos_ids=tuple(dict.fromkeys((*decoder.eos_ids, text.end_of_turn))))
+        save_hf(
+            directory,
+            decoder,
+            run.params_of(stage, model),
+            run.folder(model),
+            dtype=run.config.export.dtype,
+            chat_template=text.template.source if own else None,
+            card=card,
+        )
+        if run.config.export.adapters:
+            base = run.config[model].path or str(run.folder(model))
+            save_peft(adapters, run.trained_decoder(stage, model), run.adapters(stage, model), base)
         write_json(marker, inputs)
     run.say(f"The student in Hugging Face format: {directory}")
+    if run.config.export.adapters:
+        run.say(f"Its adapters, for PEFT: {adapters}")
+
+
+def card_of(run: Run, row: str) -> str:
+    """The model card of a row of the table. An evaluation is told only if it was of these very parameters."""
+    stage, model = rows(run)[row]
+    measured = read_json(run.workdir / "evaluation" / "samples" / f"{row}.json")
+    fresh = measured is not None and measured["inputs"]["params"] == run.identity(stage, model)
+    annotated = read_json(run.workdir / "annotations" / MANIFEST)
+    results = {name: run.result(name) for name in TRAINED if not run.left_out(name)}
+    return model_card(
+        run.config.to_dict(),
+        row,
+        updates={name: result["steps"] for name, result in results.items() if result is not None},
+        pairs=annotated["data"]["count"] if annotated else None,
+        template=run.text(model).template.kind,
+        evaluation=read_json(run.workdir / "evaluation.json") if fresh else None,
+        versions={"ctpd-jax": ctpd_jax.__version__, "jax": jax.__version__},
+    )

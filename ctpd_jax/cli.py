@@ -1,6 +1,7 @@
 """The command line: parse, call, exit. What each command does stands in pipeline.py.
 
-Exit codes: 0 done, 2 the user can mend it (one sentence on stderr), 130 interrupted; anything else is a bug of ours.
+Exit codes: 0 done, 2 the user can mend it (one sentence on stderr), 75 stopped by SIGTERM with everything saved (give
+the same command again), 130 interrupted; anything else is a bug of ours.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
 from ctpd_jax.settings import check_config
 
@@ -26,7 +28,7 @@ COMMANDS = {
     "evaluate": "preference accuracies, lambda, sampled answers -> DIR/evaluation.json, DIR/report.html",
     "export": "the trained student in Hugging Face format -> DIR/export",
     "inspect": "one aligned pair as text: both tokenizations, spans, and weights where they are known",
-    "generate": "answer a prompt with the trained student, or another model of the run",
+    "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
 
 EPILOG = """\
@@ -34,6 +36,16 @@ Settings are keys of the config: --config.train.beta=0.2 --config.data.train=pai
 All of them, with their meaning: ctpd_jax/settings.py.
 
   ctpd run --config configs/demo.py --workdir runs/demo
+
+Give the same command again and it goes on where it stopped. SIGTERM saves first and ends with exit code 75.
+"""
+
+GENERATE_EPILOG = """\
+The answer goes to stdout, and nothing else does. Several prompts are answered together, each under its prompt.
+
+  ctpd generate --config configs/demo.py --workdir runs/demo --prompt "Tell me about tea."
+  ctpd generate --folder runs/demo/export --prompt "Tell me about tea." --prompt "And coffee?"
+  ctpd generate --folder HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Hi!" --temperature 0.8 --top-k 50 --top-p 0.95
 """
 
 
@@ -47,10 +59,15 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(
-            name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text,
+            epilog=GENERATE_EPILOG if name == "generate" else EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--config", required=True, metavar="FILE.py", help="a file with get_config()")
-        command.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="where the run lives")
+        needed = name != "generate"
+        command.add_argument("--config", required=needed, metavar="FILE.py", help="a file with get_config()")
+        command.add_argument("--workdir", required=needed, metavar="DIR", type=Path, help="where the run lives")
         if name == "sft":
             command.add_argument("--model", choices=["teacher", "student"], help="only this one")
         if name == "dpo":
@@ -60,11 +77,57 @@ def parser() -> argparse.ArgumentParser:
         if name == "inspect":
             command.add_argument("--pair", type=int, default=0, metavar="N", help="the N-th pair of the training data")
         if name == "generate":
-            command.add_argument("--model", default="ctpd", help="a row of the evaluation's table (default: ctpd)")
-            command.add_argument("--prompt", required=True, help="what the user says")
-            command.add_argument("--max-new-tokens", type=int, default=128)
-            command.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+            add_generate_arguments(command)
     return top
+
+
+def add_generate_arguments(command: argparse.ArgumentParser) -> None:
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model",
+        default="ctpd",
+        metavar="ROW",
+        help="which model of the run, by its name in the evaluation's table: student_start, student_dpo, ctpd, "
+        "teacher, teacher_dpo (default: ctpd)",
+    )
+    which.add_argument(
+        "--folder",
+        metavar="DIR_OR_HUB_ID",
+        help="a model in Hugging Face format instead of a run's; takes no --config and no --workdir",
+    )
+    command.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="what the user says; may be repeated"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="the longest answer, in tokens (default: 128)"
+    )
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token (the default), 1 draws by the model's probabilities, less is safer",
+    )
+    command.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, from all)"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that together have probability P, of what --top-k leaves (default: 1)",
+    )
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="of the draws (default: the config's seed, 0 with --folder)"
+    )
+    command.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the answer ends before this text, such as $'\\n' in bash; may be repeated",
+    )
 
 
 def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
@@ -91,10 +154,39 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
 
 
+def answered_from_folder(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
+    """Answers with a model folder where one was given.
+
+    Raises:
+      UserError: neither a folder nor a run, or both.
+    """
+    if known.folder is None:
+        if not known.config or not known.workdir:
+            raise UserError("give --config and --workdir of a run, or --folder with a model in Hugging Face format.")
+        return False
+    if known.config or known.workdir or overrides:
+        superfluous = "--config" if known.config else "--workdir" if known.workdir else overrides[0]
+        raise UserError(f"--folder answers with that model alone: leave {superfluous} out, or leave --folder out.")
+    from ctpd_jax import assess
+
+    assess.answer_from_folder(known.folder, known.prompt, assess.sampling_of(known, seed=0))
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser().parse_known_args(arguments)
+    if known.command in ("inspect", "generate"):  # nothing of theirs could go on: SIGTERM ends them at once
+        return exit_code(known, overrides)
+    with preempt.listening():
+        return exit_code(known, overrides)
+
+
+def exit_code(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Carries the command out and tells what ended it."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     try:
+        if known.command == "generate" and answered_from_folder(known, overrides):
+            return 0
         config = load_config(known.config, overrides)
         check_config(config)
         if config.platform != "auto":
@@ -105,6 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ctpd {known.command}: {error}", file=sys.stderr)
         return 2
+    except preempt.Preempted as stop:
+        print(f"ctpd {known.command}: stopped {stop}. The same command goes on from there.", file=sys.stderr)
+        return preempt.EXIT_CODE
     except KeyboardInterrupt:
         print(
             f"\nctpd {known.command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,37 @@ def write_bytes(path: Path, data: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def replacing_folder(directory: Path, holds: str, what: str) -> Iterator[Path]:
+    """A new folder beside `directory`, which takes its place when the block ends well: whole or not there.
+
+    An earlier folder is replaced if it has the file `holds`, or nothing at all; one that holds anything else is
+    refused. What a killed process left beside is removed, or put back, by the next.
+
+    Raises:
+        UserError: `directory` is not `what`, "a model folder".
+    """
+    beside, old = (directory.with_name(f".{directory.name}{suffix}{PARTIAL}") for suffix in ("", ".old"))
+
+    def clear() -> None:
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+    clear()
+    if directory.exists() and not (directory / holds).exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not {what}; choose another place.")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if directory.exists():
+            directory.rename(old)  # nothing can be renamed onto a folder that holds files
+        beside.rename(directory)
+    finally:
+        clear()
 
 
 def read_json(path: Path, advice: str) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from ctpd_jax import assess, stages
+from ctpd_jax import assess, preempt, stages
 from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
@@ -44,27 +46,44 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     with MetricLog(workdir) as log:
-        run = Run(config, workdir, log)
+        # The answers of `generate` may go into a file, where nothing else belongs.
+        run = Run(config, workdir, log, partial(print, file=sys.stderr) if arguments.command == "generate" else print)
         run.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
-        if jax.device_count() > 1:
-            run.say(f"The stages run on one device; {jax.device_count() - 1} others stay idle.")
+        if run.mesh.devices.size > 1:
+            run.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items()))
         if arguments.command == "inspect":
             assess.inspect(run, arguments.pair)
         elif arguments.command == "generate":
-            assess.answer(run, arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature)
+            assess.answer(run, arguments.model, arguments.prompt, assess.sampling_of(arguments, config.seed))
         else:
             if arguments.command in ("run", "sft", "dpo", "annotate"):
                 check_sizes(run)
+                for model in MODELS:
+                    run.compute(model)  # refuses an attention back end that cannot do what the model asks
             if arguments.command == "run":
                 preflight(run)
             write_json(workdir / "config.json", config.to_dict())
             for stage in chosen_stages(arguments):
-                STAGES[stage](run)
+                carry_out(run, stage)
+
+
+def carry_out(run: Run, stage: str) -> None:
+    """One stage. Raises Preempted, with its name, where the run was asked to stop before it or in it."""
+    where = f"before {stage}"
+    try:
+        if preempt.stop_now():
+            raise preempt.Preempted("what comes before it is finished")
+        where = f"in {stage}"
+        STAGES[stage](run)
+    except preempt.Preempted as stop:
+        stop.where = where
+        raise
 
 
 def preflight(run: Run) -> None:
     """Meets now what a late stage would meet after hours: broken weights, a missing test set, too few pairs."""
     for model in MODELS:
+        preempt.check("the models are checked anew")
         run.weights_digest(model)
         check_weights(run.folder(model), run.decoder(model))
     for split in ("train", "test"):
@@ -72,6 +91,7 @@ def preflight(run: Run) -> None:
     for stage in TRAINED:
         if not run.left_out(stage):
             steps_per_epoch(len(run.pairs("train")), run.config[stage].batch_size)
+            stages.check_trainable(run, stage)
 
 
 def chosen_stages(arguments: argparse.Namespace) -> list[str]:

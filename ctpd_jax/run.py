@@ -14,16 +14,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax.data.rows import PairItem, RowShape, choose_shapes
+from ctpd_jax.data.packing import Rows
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import sha256_file, write_json
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import load_hf, model_directory
 from ctpd_jax.models.hf_config import read_config
+from ctpd_jax.models.lora import adapter_shapes, merge, with_lora
+from ctpd_jax.models.support import choose_backend, platform_of
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
+from ctpd_jax.sharding import check_heads, make_mesh, param_sharding, row_devices, shard_shapes
 from ctpd_jax.text.preferences import load_preferences
 from ctpd_jax.text.prepare import Limits, prepare_pairs
 from ctpd_jax.text.prompts import TextModel, load_text_model
@@ -96,24 +100,57 @@ class Run:
         }
 
     def compute(self, model: Model) -> Compute:
+        """How the model is run. Raises UserError where config.attention cannot do what the model or its rows need."""
         dtype = self.config.compute_dtype
         if dtype == "auto":
             dtype = "bfloat16" if jax.default_backend() == "tpu" else "float32"
-        return Compute(dtype, self.config[model].remat)
+        shared = self.config.rows.layout == "shared"
+        try:
+            backend = choose_backend(
+                self.config.attention, self.decoder(model), dtype, shared, platform_of(self.mesh.devices.flat[0])
+            )
+        except UserError as error:
+            raise UserError(f"The {model}: {error}") from error
+        check_heads(self.mesh, self.decoder(model).num_heads, self.decoder(model).num_kv_heads, f"The {model}")
+        return Compute(dtype, self.config[model].remat, backend, self.mesh)
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return make_mesh(self.config.mesh)
 
     def start_params(self, model: Model) -> Params:
         """The checkpoint that the user brought, float32."""
-        return load_hf(self.folder(model), dtype="float32")[1]
+        return load_hf(self.folder(model), dtype="float32", sharding=param_sharding(self.mesh))[1]
 
     def params_of(self, stage: str, model: Model) -> Params:
-        """The parameters that a training stage left; the model's own checkpoint where its SFT is left out."""
+        """The parameters that a training stage left, adapters merged; what it would start from where it is left out."""
         if self.left_out(stage):
-            return self.start_params(model)
+            return self.base(stage, model)
         self.require(stage)
+        config = self.trained_decoder(stage, model)
+        if config.lora is not None:
+            return merge(config, self.base(stage, model), self.adapters(stage, model))
         return load_params(self.workdir / stage / "params", self.abstract(model))[0]
 
+    def base(self, stage: str, model: Model) -> Params:
+        """What a training stage starts from: SFT from the user's checkpoint, everything else from the model's SFT."""
+        sft = f"{model}_sft"
+        return self.start_params(model) if stage == sft else self.params_of(sft, model)
+
+    def adapters(self, stage: str, model: Model) -> Params:
+        """The adapters that a stage trained, relative to `base`."""
+        self.require(stage)
+        shapes = shard_shapes(self.mesh, adapter_shapes(self.trained_decoder(stage, model)))
+        return load_params(self.workdir / stage / "params", shapes)[0]
+
+    def trained_decoder(self, stage: str, model: Model) -> DecoderConfig:
+        """The model's config, with adapters where the stage trains adapters."""
+        lora, decoder = self.config[stage].lora, self.decoder(model)
+        return with_lora(decoder, lora.rank, lora.alpha, lora.targets) if lora.rank else decoder
+
     def abstract(self, model: Model) -> Any:
-        return param_shapes(self.decoder(model), jnp.float32)
+        """The model's parameters as shapes, and where they lie."""
+        return shard_shapes(self.mesh, param_shapes(self.decoder(model), jnp.float32))
 
     # ------------------------------------------------------------------------------------------ stages
 
@@ -148,8 +185,13 @@ class Run:
         return {name: value for name, value in self.config[stage].to_dict().items() if name != "save_every"}
 
     def identity(self, stage: str, model: Model) -> str:
-        """What identifies the parameters of a stage: their SHA-256, or the checkpoint's where the stage is left out."""
-        return self.weights_digest(model) if self.left_out(stage) else self.require(stage)["params"]
+        """What identifies the parameters of a stage: their SHA-256, or that of what they would start from."""
+        return self.base_identity(stage, model) if self.left_out(stage) else self.require(stage)["params"]
+
+    def base_identity(self, stage: str, model: Model) -> str:
+        """What identifies the parameters that a stage starts from."""
+        sft = f"{model}_sft"
+        return self.weights_digest(model) if stage == sft else self.identity(sft, model)
 
     # ------------------------------------------------------------------------------------------ data
 
@@ -190,9 +232,9 @@ class Run:
                     f"The {model}'s tokenizer gives id {largest}, its model in {self.folder(model)} has "
                     f"{decoder.vocab_size} embeddings: tokenizer and weights do not belong together."
                 )
-            if length > decoder.max_positions:
+            if length > decoder.longest:
                 raise UserError(
-                    f"{split} pair {pair.id} has {length} {model} tokens, the model takes {decoder.max_positions}: "
+                    f"{split} pair {pair.id} has {length} {model} tokens, the model takes {decoder.longest}: "
                     "lower config.data.max_prompt_tokens or config.data.max_response_tokens."
                 )
 
@@ -224,9 +266,12 @@ class Run:
             "student": self.text_digest("student"),
         }
 
-    def shapes(self, items: list[PairItem]) -> tuple[RowShape, ...]:
+    @cached_property
+    def rows(self) -> Rows:
+        """How responses are laid out. On a CPU in short rows: its attention costs the square of their length."""
         rows = self.config.rows
-        return choose_shapes(items, rows.layout, rows.buckets, rows.multiple)
+        packed = rows.packed == "yes" or (rows.packed == "auto" and jax.default_backend() != "cpu")
+        return Rows(rows.layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(self.mesh))
 
 
 def params_digest(params: Params) -> str:

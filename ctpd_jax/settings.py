@@ -27,6 +27,11 @@ def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 1
             "adam_b1": 0.9,
             "adam_b2": 0.999,
             "save_every": 100,  # updates between checkpoints
+            "lora": {  # adapters instead of all parameters; the result is relative to what the stage started from
+                "rank": 0,  # 0: train all parameters
+                "alpha": 16.0,  # the adapters' product counts alpha / rank times
+                "targets": "all",  # matrices of a layer: "all", or names with commas, "q_proj,v_proj"
+            },
         }
     )
     settings.update(changes)
@@ -43,7 +48,7 @@ def model() -> ConfigDict:
         {
             "path": "",  # folder in Hugging Face format, or a hub id
             "template": "auto",  # "chat", "plain", FILE.jinja, or "auto": chat where the tokenizer brings a template
-            "remat": True,  # recompute activations in the backward pass, layer by layer
+            "remat": "full",  # what is recomputed for the gradient: "full" all, "dots" no matrix products, "none"
         }
     )
 
@@ -54,6 +59,12 @@ def default_config() -> ConfigDict:
         {
             "seed": 0,
             "compute_dtype": "auto",  # "float32", "bfloat16"; auto: bfloat16 on TPU, float32 elsewhere
+            "mesh": {  # how many devices to each axis; -1: those that are left
+                "data": -1,  # rows of a batch
+                "fsdp": 1,  # rows too, and parameters, gradients and moments are cut into so many parts
+                "tensor": 1,  # heads, MLP width and vocabulary
+            },
+            "attention": "auto",  # "plain", "xla", "cudnn" (GPU), "splash" (TPU); auto: the fastest that can do it
             "platform": "auto",  # "cpu", "tpu", "gpu": fail where JAX finds another one
             "smaller_teacher": False,  # allow a teacher with fewer parameters than the student
             "data": {
@@ -72,8 +83,10 @@ def default_config() -> ConfigDict:
             "student": model(),
             "rows": {
                 "layout": "response",  # "response": one response a row; "pair": both; "shared": both after one prompt
-                "buckets": 4,  # row lengths to compile for
-                "multiple": 64,  # row lengths are multiples of it
+                "packed": "auto",  # several of them in a row: "yes", "no"; auto: no on a CPU, yes elsewhere
+                "length": 0,  # of a row, in tokens; 0: chosen from the data
+                "buckets": 4,  # shapes of a batch to compile for, at most
+                "multiple": 64,  # lengths of rows are multiples of it
             },
             "teacher_sft": training(lr=3e-6, warmup=0.05, clip=10.0, steps=-1),
             "student_sft": training(lr=2e-6, warmup=0.05, clip=10.0, steps=-1),
@@ -96,6 +109,8 @@ def default_config() -> ConfigDict:
             "annotate": {
                 "pairs_per_shard": 256,  # annotation goes on after the last whole shard
                 "micro_batch": 4,  # pairs per forward pass
+                "teacher_weights": "float32",  # "int8": the teacher's matrices rounded, a quarter of the memory
+                "compared_pairs": 8,  # with int8: so many pairs are read by the exact model too, and the error told
             },
             "train": preference(
                 lr=1e-6,
@@ -111,7 +126,10 @@ def default_config() -> ConfigDict:
                 "max_new_tokens": 128,
                 "length_tolerance": 0.2,  # the length-matched subset: lengths differ by at most this share
             },
-            "export": {"dtype": "float32"},  # of the exported weights
+            "export": {
+                "dtype": "float32",  # of the exported weights
+                "adapters": False,  # also write the adapters of a student trained with LoRA, for PEFT, to DIR/adapters
+            },
             "toy": {  # data.train = "toy": the demo's world and its two small models, made on the spot
                 "pairs": 2000,
                 "test_pairs": 300,
@@ -127,9 +145,13 @@ def default_config() -> ConfigDict:
 
 CHOICES = {
     "compute_dtype": ("auto", "float32", "bfloat16"),
+    "attention": ("auto", "plain", "xla", "cudnn", "splash"),
     "platform": ("auto", "cpu", "gpu", "tpu"),
+    "teacher.remat": ("full", "dots", "none"),
+    "student.remat": ("full", "dots", "none"),
     "data.unit": ("character", "byte"),
     "rows.layout": ("response", "pair", "shared"),
+    "rows.packed": ("auto", "yes", "no"),
     "weights.source": ("dpo", "sft", "prompts", "uniform", "random"),
     "weights.transform": ("none", "threshold", "scale", "rank", "binary"),
     "weights.positive_scorer": ("teacher", "student"),
@@ -137,6 +159,7 @@ CHOICES = {
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
+    "annotate.teacher_weights": ("float32", "int8"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
 TRAINED = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train")
@@ -175,6 +198,9 @@ def check_config(config: ConfigDict) -> None:
             require(0 < settings[name] < math.inf, f"{stage}.{name}", "it has to be positive and finite")
         for name in ("adam_b1", "adam_b2"):
             require(0 <= settings[name] < 1, f"{stage}.{name}", "it lies in [0, 1)")
+        lora = settings.lora
+        require(lora.rank >= 0, f"{stage}.lora.rank", "it cannot be negative; 0 trains all parameters")
+        require(0 < lora.alpha < math.inf, f"{stage}.lora.alpha", "it has to be positive and finite")
         require(settings.weight_decay >= 0, f"{stage}.weight_decay", "it cannot be negative")
         require(settings.steps >= -1, f"{stage}.steps", "0 means as many as the epochs give, -1 leaves the stage out")
         require(0 <= settings.warmup <= 1, f"{stage}.warmup", "it is a share of the steps, from 0 to 1")
@@ -188,7 +214,14 @@ def check_config(config: ConfigDict) -> None:
     counts = ("data.max_prompt_tokens", "data.max_response_tokens", "rows.buckets", "rows.multiple")
     for name in (*counts, "annotate.micro_batch", "annotate.pairs_per_shard", "evaluate.max_new_tokens", "log_every"):
         require(value(name) > 0, name, "it has to be positive")  # type: ignore[operator]
-    for name in ("data.limit", "data.test_limit", "evaluate.samples", "evaluate.temperature"):
+    for name in (
+        "data.limit",
+        "data.test_limit",
+        "rows.length",
+        "annotate.compared_pairs",
+        "evaluate.samples",
+        "evaluate.temperature",
+    ):
         require(value(name) >= 0, name, "it cannot be negative")  # type: ignore[operator]
     weights = config.weights
     for name in ("mu", "k", "lower", "upper"):
@@ -202,6 +235,12 @@ def check_config(config: ConfigDict) -> None:
     require(not ranked, "weights.transform", "uniform weights have nothing to transform, set it to none")
     require(0 <= config.evaluate.length_tolerance < 1, "evaluate.length_tolerance", "it lies in [0, 1)")
     require(0 < config.weights.top_share <= 1, "weights.top_share", "it lies in (0, 1]")
+    own = config.train.lora.rank and config.train.steps != -1 and config.student_sft.steps == -1
+    if config.export.adapters and not own:
+        raise UserError(
+            "config.export.adapters needs a student trained with adapters (config.train.lora.rank) on your own "
+            "checkpoint (config.student_sft.steps=-1): adapters belong to the model that they were trained on."
+        )
     if config.train.normalize == "start" and config.train.reference == "none":
         raise UserError(
             "config.train.normalize 'start' measures against the student's start, so config.train.reference "

@@ -4,39 +4,57 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ctpd_jax import preempt
 from ctpd_jax.annotate.coefficients import training_items
-from ctpd_jax.annotate.store import Column, open_store, shard_ranges, to_record, write_store
-from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
-from ctpd_jax.data.loader import steps_per_epoch, update_batches
+from ctpd_jax.annotate.store import open_store, shard_ranges, to_record, write_store
+from ctpd_jax.data.loader import batch_indices, plan_shapes, steps_per_epoch, update_batches
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import canonical_json
-from ctpd_jax.run import Run, Split, params_digest
+from ctpd_jax.measure import Measured, compare_rounded, score_column, score_together
+from ctpd_jax.models.families import FAMILIES
+from ctpd_jax.models.lora import adapter_shapes, init_adapters
+from ctpd_jax.run import Run, params_digest
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, AlignedPair, Model
-from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.loop import train
-from ctpd_jax.train.metrics import Progress
-from ctpd_jax.train.step import Objective, preference_sums, sft_sums
+from ctpd_jax.train.step import Objective, Params, preference_sums, sft_sums
 from ctpd_jax.workdir import begin, finish
-
-Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabilities of chosen and rejected, float32 [S]
-
 
 # ------------------------------------------------------------------------------------------------ training
 
 
+def trained_model(run: Run, stage: str) -> Model:
+    """Whose parameters a stage trains."""
+    if stage in ("positive", "negative"):
+        return run.config.weights[f"{stage}_scorer"]
+    return "teacher" if stage == "teacher_sft" else "student"
+
+
+def check_trainable(run: Run, stage: str) -> None:
+    """Refuses to train what is for scoring alone, and adapters on matrices that the model does not have."""
+    model = trained_model(run, stage)
+    if not FAMILIES[run.decoder(model).family].trainable:
+        raise UserError(
+            f"{stage}: the {model} {run.folder(model)} is a mixture of experts; those can score, but are not trained. "
+            f"Set config.{stage}.steps=-1, or for the contrastive pair config.weights.source=prompts."
+        )
+    run.trained_decoder(stage, model)
+
+
 def train_stage(
-    run: Run, stage: str, model: Model, start: str, kind: str, items: Sequence[PairItem], inputs: dict, figures: dict
+    run: Run, stage: str, model: Model, kind: str, items: Sequence[PairItem], inputs: dict, figures: dict
 ) -> None:
-    """Trains `model` from the parameters that stage `start` left, on SFT ("sft") or pairs ("pairs")."""
+    """Trains `model`, or adapters on it, on SFT ("sft") or pairs ("pairs")."""
+    check_trainable(run, stage)
     settings: ConfigDict = run.config[stage]
     directory = run.workdir / stage
     epoch = steps_per_epoch(len(items), settings.batch_size)
@@ -46,43 +64,49 @@ def train_stage(
         "seed": run.config.seed,
         "layout": run.config.rows.to_dict(),
         "compute": run.compute(model).dtype,
-        "from": run.identity(start, model) if start != stage else run.weights_digest(model),
+        "from": run.base_identity(stage, model),
         **inputs,
     }
     if begin(directory, inputs) is not None:
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         run.say(f"{stage}: finished before.")
         return
-    decoder, compute = run.decoder(model), run.compute(model)
+    decoder, compute = run.trained_decoder(stage, model), run.compute(model)
     if kind == "sft":
         sums_of = partial(sft_sums, decoder, compute)
     else:
         objective = Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight)
         sums_of = partial(preference_sums, decoder, objective, compute)
-    batches = update_batches(
-        items.__getitem__,
-        len(items),
-        run.config.seed,
-        settings.batch_size,
-        run.config.rows.layout,
-        run.shapes(list(items)),
-        settings.micro_batch,
-    )
+    seed, batch_size = run.config.seed, settings.batch_size
+    updates = (batch_indices(seed, step, len(items), batch_size) for step in range(steps))
+    shapes = plan_shapes(items, updates, settings.micro_batch, run.rows)
+    batches = update_batches(items, seed, batch_size, settings.micro_batch, run.rows, shapes)
+    adapted = decoder.lora is not None
+    if adapted:
+        initial: Callable[[], Params] = partial(init_adapters, decoder, jax.random.key(run.config.seed))
+    else:
+        initial = partial(run.base, stage, model)
     params = train(
         stage,
         directory / "checkpoints",
         settings,
         steps,
-        lambda: run.start_params(model) if start == stage else run.params_of(start, model),
-        run.abstract(model),
+        initial,
+        adapter_shapes(decoder) if adapted else run.abstract(model),
         sums_of,
         batches,
+        len(shapes),
         run.log,
         figures,
         run.config.log_every,
+        frozen=run.base(stage, model) if adapted else None,
+        mesh=run.mesh,
     )
     save_params(directory / "params", params, {"stage": stage, "steps": steps})
-    finish(directory, {"params": params_digest(params), "steps": steps, **figures})
+    digest = params_digest(params)
+    if adapted:  # adapters alone do not say which model this is
+        digest = hashlib.sha256(f"{inputs['from']} {digest}".encode()).hexdigest()
+    finish(directory, {"params": digest, "steps": steps, **figures})
     shutil.rmtree(directory / "checkpoints")
 
 
@@ -111,12 +135,12 @@ def dpo_items(pairs: Sequence[AlignedPair], model: Model, reference: Measured, s
 
 
 def sft(run: Run, stage: str) -> None:
-    model: Model = "teacher" if stage == "teacher_sft" else "student"
+    model = trained_model(run, stage)
     if run.left_out(stage):
         run.say(f"{stage}: left out (config.{stage}.steps = -1).")
         return
     items = sft_items(run.pairs("train"), model)
-    train_stage(run, stage, model, stage, "sft", items, {"data": run.data_identity("train")}, {})
+    train_stage(run, stage, model, "sft", items, {"data": run.data_identity("train")}, {})
 
 
 def contrast(run: Run, stage: str) -> None:
@@ -124,80 +148,20 @@ def contrast(run: Run, stage: str) -> None:
     if run.left_out(stage):
         run.say(f"{stage}: left out.")
         return
-    weights = run.config.weights
-    model: Model = "student" if stage == "student_dpo" else weights[f"{stage}_scorer"]
+    weights, model = run.config.weights, trained_model(run, stage)
     pairs, start = run.pairs("train"), f"{model}_sft"
     inputs = {"data": run.data_identity("train"), "model": model}
     if stage != "student_dpo" and weights.source == "sft":
         side = CHOSEN if stage == "positive" else REJECTED
         items = sft_items(pairs, model, side)
-        train_stage(run, stage, model, start, "sft", items, inputs | {"source": "sft"}, {})
+        train_stage(run, stage, model, "sft", items, inputs | {"source": "sft"}, {})
         return
     reference = score_column(run, "train", "reference" if model == "teacher" else "start", start, model)
     items = dpo_items(pairs, model, reference, swapped=stage == "negative")
-    train_stage(run, stage, model, start, "pairs", items, inputs | {"source": "dpo"}, {})
+    train_stage(run, stage, model, "pairs", items, inputs | {"source": "dpo"}, {})
 
 
 # ------------------------------------------------------------------------------------------------ annotation
-
-
-def score_column(
-    run: Run, split: Split, name: str, stage: str, model: Model, instruction: str | None = None
-) -> Measured:
-    """One model reads the split and leaves span log-probabilities, shard by shard; what is there already is kept."""
-    pairs = run.pairs(split)
-    identity = {
-        "params": run.identity(stage, model),
-        "model": model,
-        "instruction": instruction,
-        "data": run.data_identity(split),
-        "compute": run.compute(model).dtype,
-        "pairs_per_shard": run.config.annotate.pairs_per_shard,
-    }
-    # Held-out scores are cheap and follow whatever was trained last; annotations are not thrown away unasked.
-    home = run.workdir / ("annotations" if split == "train" else "evaluation")
-    column = Column(home, name, identity, replace=split == "test")
-    ranges = shard_ranges(len(pairs), run.config.annotate.pairs_per_shard)
-    missing = column.missing_shards(len(ranges))
-    if missing:
-        raw = run.raw(split)
-
-        def item(pair: AlignedPair) -> PairItem:
-            if instruction is None:
-                return plain_item(pair, model)
-            prompt = run.text(model).prompt(steered_prompt(raw[pair.id], pair.dropped, instruction))
-            return plain_item(pair, model, prompt)
-
-        items = [item(pair) for pair in pairs]
-        shapes, layout = run.shapes(items), run.config.rows.layout
-        params = run.params_of(stage, model)
-        scorer = make_scorer(run.decoder(model), run.compute(model))
-        done = len(pairs) - sum(len(ranges[shard]) for shard in missing)
-        with Progress(len(pairs), f"{split}/{name}", done, unit="pair") as progress:
-            for shard in missing:
-                places = ranges[shard]
-                spans = [
-                    (pairs[i].tokens(model, CHOSEN).span_ids, pairs[i].tokens(model, REJECTED).span_ids) for i in places
-                ]
-                found = score_pairs(
-                    scorer,
-                    params,
-                    [items[i] for i in places],
-                    spans,
-                    layout,
-                    shapes,
-                    run.config.annotate.micro_batch,
-                    progress.update,
-                )
-                for place, both in zip(places, found):
-                    if not all(np.isfinite(values).all() for values in both):
-                        raise UserError(
-                            f"{name}: a log-probability of pair {pairs[place].id} is not finite. Look at the model in "
-                            f"{run.workdir / stage}; a training that diverged wants a lower config.{stage}.lr."
-                        )
-                column.write(shard, [values for both in found for values in both])
-    values = [array for shard in range(len(ranges)) for array in column.read(shard)]
-    return list(zip(values[::2], values[1::2], strict=True))
 
 
 def scorers(run: Run) -> dict[str, tuple[str, Model, str | None]]:
@@ -217,6 +181,16 @@ def scorers(run: Run) -> dict[str, tuple[str, Model, str | None]]:
     return columns
 
 
+def read_together(run: Run) -> list[dict[str, str]]:
+    """The columns as {name: stage}, those whose models are adapters of one shape over one base together."""
+    groups: dict[object, dict[str, str]] = {}
+    for name, (stage, model, _) in scorers(run).items():
+        adapted = not run.left_out(stage) and run.trained_decoder(stage, model).lora
+        key = (model, run.base_identity(stage, model), adapted) if adapted else name
+        groups.setdefault(key, {})[name] = stage
+    return list(groups.values())
+
+
 def known_without_teacher(run: Run) -> dict:
     """The part of the manifest that training can check with the student and the config alone."""
     data = run.config.data
@@ -228,6 +202,7 @@ def known_without_teacher(run: Run) -> dict:
                 for name in ("limit", "max_prompt_tokens", "max_response_tokens", "unit", "end_of_turn")
             },
             "weights_source": run.config.weights.source,
+            "teacher_weights": run.config.annotate.teacher_weights,
             "scorers": {
                 name: {"tokens": model, "instruction": instruction}
                 for name, (_, model, instruction) in scorers(run).items()
@@ -257,18 +232,25 @@ def manifest(run: Run) -> dict:
 
 
 def annotate(run: Run) -> None:
-    columns = {
-        name: score_column(run, "train", name, stage, model, instruction)
-        for name, (stage, model, instruction) in scorers(run).items()
-    }
+    columns: dict[str, Measured] = {}
+    for together in read_together(run):
+        names = list(together)
+        _, model, instruction = scorers(run)[names[0]]
+        columns |= score_together(run, "train", together, model, instruction)
+    columns = {name: columns[name] for name in scorers(run)}
+    compare_rounded(run, scorers(run), columns)
     pairs = run.pairs("train")
 
     def record(i: int) -> dict:
         scores = {SIDES[side]: {name: column[i][side] for name, column in columns.items()} for side in range(2)}
         return to_record(pairs[i], scores)
 
+    def records(shard: int, part: range) -> Iterator[dict]:
+        preempt.check(f"everything is measured, {shard} shards of the store are written")
+        return map(record, part)
+
     ranges = shard_ranges(len(pairs), run.config.annotate.pairs_per_shard)
-    write_store(run.workdir / "annotations", ranges, lambda _, part: map(record, part), list(columns), manifest(run))
+    write_store(run.workdir / "annotations", ranges, records, list(columns), manifest(run))
     run.say(f"annotate: {len(pairs)} pairs in {run.workdir / 'annotations'}, measured by {', '.join(columns)}.")
 
 
@@ -288,4 +270,4 @@ def train_student(run: Run) -> None:
         "weights": config.weights.to_dict(),
         "annotations": hashlib.sha256(canonical_json(store.manifest)).hexdigest(),
     }
-    train_stage(run, "train", "student", "student_sft", "pairs", items, inputs, figures)
+    train_stage(run, "train", "student", "pairs", items, inputs, figures)

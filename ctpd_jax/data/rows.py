@@ -2,15 +2,16 @@
 
 Letters: P pairs, R rows, L row length, K scored tokens of a row.
 
-Three layouts, exact to rounding for one another:
-  response  one response a row, with its own copy of the prompt
-  pair      chosen and rejected side by side in one row, each with its own copy of the prompt
+Three layouts, exact to rounding for one another. Each says what a unit is, the piece that lies in one row:
+  response  one response with its own copy of the prompt
+  pair      chosen and rejected side by side, each with its own copy of the prompt
   shared    one copy of the prompt, read by both responses
+A row holds one unit, or several that do not see one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,97 +46,79 @@ class PairItem(NamedTuple):
 
 
 @dataclass(frozen=True, order=True)
-class RowShape:
-    """The static shape of a row: one compiled program each."""
+class BatchShape:
+    """The static shape of a batch: one compiled program each."""
 
+    rows: int  # R
     length: int  # L
     scored: int  # K
 
 
-def row_needs(item: PairItem, layout: str) -> list[RowShape]:
-    """Returns the length and the scored tokens of each row that the item takes."""
-    prompt, sizes = len(item.prompt), [len(r.tokens) for r in item.responses]
-    if layout == "response":
-        return [RowShape(prompt + n, n) for n in sizes]
-    copies = 1 if layout == "shared" else len(sizes)
-    return [RowShape(prompt * copies + sum(sizes), sum(sizes))]
-
-
-def choose_shapes(items: Iterable[PairItem], layout: str, buckets: int, multiple: int) -> tuple[RowShape, ...]:
-    """Chooses at most `buckets` row shapes from the data, so that every bucket holds about as many rows.
-
-    Lengths are rounded up to `multiple`, and so are the scored tokens, which are as many as the rows of a bucket need.
-    """
+def unit_needs(item: PairItem, layout: str) -> list[tuple[int, int]]:
+    """Returns the tokens and the scored tokens of each unit of the item."""
     if layout not in LAYOUTS:
         raise UserError(f"rows.layout is {layout!r}; choose one of {', '.join(LAYOUTS)}.")
-    needs = np.array([(n.length, n.scored) for item in items for n in row_needs(item, layout)], np.int64)
-    if not len(needs):
-        raise UserError("There is no pair left to train or score on.")
-    lengths = np.sort(needs[:, 0])
-    quantiles = lengths[
-        [len(lengths) * (i + 1) // buckets - 1 for i in range(buckets) if len(lengths) * (i + 1) >= buckets]
-    ]
-    shapes = []
-    for bound in np.unique(-(-quantiles // multiple) * multiple):
-        scored = needs[needs[:, 0] <= bound, 1].max()
-        shapes.append(RowShape(int(bound), int(min(bound, -(-scored // multiple) * multiple))))
-    return tuple(shapes)
+    prompt, sizes = len(item.prompt), [len(r.tokens) for r in item.responses]
+    if layout == "response":
+        return [(prompt + n, n) for n in sizes]
+    copies = 1 if layout == "shared" else len(sizes)
+    return [(prompt * copies + sum(sizes), sum(sizes))]
 
 
-def smallest_shape(items: Sequence[PairItem], layout: str, shapes: Sequence[RowShape]) -> RowShape:
-    """Returns the first shape that takes every row of the items."""
-    needs = [n for item in items for n in row_needs(item, layout)]
-    length, scored = max(n.length for n in needs), max(n.scored for n in needs)
-    for shape in shapes:
-        if shape.length >= length and shape.scored >= scored:
-            return shape
-    raise UserError(f"A row of {length} tokens, {scored} of them scored, fits none of the shapes {list(shapes)}.")
+def build_batch(
+    items: Sequence[PairItem],
+    layout: str,
+    shape: BatchShape,
+    pairs: int,
+    places: Sequence[int] | np.ndarray | None = None,
+) -> Batch:
+    """Lays `items` out in a batch of `shape`.
 
-
-def build_batch(items: Sequence[PairItem], layout: str, shape: RowShape, pairs: int) -> Batch:
-    """Lays `items` out in rows of `shape`; a batch has room for `pairs` pairs, and missing ones are padding."""
+    Args:
+        pairs: the batch has room for so many, and missing ones are padding.
+        places: the row of each unit, in the order of the items; None: each has a row of its own.
+    """
     if len(items) > pairs:
         raise ValueError(f"{len(items)} items do not fit a batch of {pairs} pairs.")
-    per_pair = max(len(row_needs(items[0], layout)), 1)
-    rows = pairs * per_pair
-    row_ints = {name: np.zeros((rows, shape.length), np.int32) for name in ("tokens", "positions", "segment", "parent")}
-    slot_ints = {name: np.zeros((rows, shape.scored), np.int32) for name in ("predictor", "target", "pair", "side")}
+    of_row, of_slot = (shape.rows, shape.length), (shape.rows, shape.scored)
+    row_ints = {name: np.zeros(of_row, np.int32) for name in ("tokens", "positions", "segment", "parent")}
+    slot_ints = {name: np.zeros(of_slot, np.int32) for name in ("predictor", "target", "pair", "side")}
     slot_ints["pair"][:] = -1
-    weight = np.zeros((rows, shape.scored), np.float32)
+    weight = np.zeros(of_slot, np.float32)
     constant, start = np.zeros((pairs, 2), np.float32), np.zeros((pairs, 2), np.float32)
     real = (np.arange(pairs) < len(items)).astype(np.float32)
+    used, slots, segments = (np.zeros(shape.rows, np.int64) for _ in range(3))  # of each row so far
 
+    def write(row: int, tokens: np.ndarray, position: int, parent: int) -> None:
+        """Appends a segment, or the rest of one, to a row; `parent` 0 is the segment itself."""
+        place = (row, slice(used[row], used[row] + len(tokens)))
+        row_ints["tokens"][place] = tokens
+        row_ints["positions"][place] = np.arange(position, position + len(tokens))
+        row_ints["segment"][place], row_ints["parent"][place] = segments[row], parent or segments[row]
+        used[row] += len(tokens)
+
+    numbers = iter(range(shape.rows) if places is None else places)
     for number, item in enumerate(items):
-        row, used, slots, segment, prompt = number * per_pair, 0, 0, 0, len(item.prompt)
-
-        def write(first: int, tokens: np.ndarray, position: int, own: int, parent: int, row: int) -> None:
-            place = (row, slice(first, first + len(tokens)))
-            row_ints["tokens"][place] = tokens
-            row_ints["positions"][place] = np.arange(position, position + len(tokens))
-            row_ints["segment"][place], row_ints["parent"][place] = own, parent
-
-        if layout == "shared":
-            write(0, item.prompt, 0, 1, 1, row)
-            used, segment = prompt, 1
+        row = last = parent = 0
         for side, response in zip((CHOSEN, REJECTED), item.responses):
-            if layout == "response":
-                row, used, slots, segment = number * per_pair + side, 0, 0, 0
-            segment += 1
+            if side == CHOSEN or layout == "response":
+                row = next(numbers)
+            if side == CHOSEN or layout != "shared":
+                segments[row] += 1
+                write(row, item.prompt, 0, 0)
+                last = used[row] - 1  # it predicts the first token of the response
             if layout == "shared":
-                parent, last = 1, prompt - 1  # every response is predicted from the one prompt
-            else:
-                write(used, item.prompt, 0, segment, segment, row)
-                used, parent = used + prompt, segment
-                last = used - 1
-            count = len(response.tokens)
-            write(used, response.tokens, prompt, segment, parent, row)
-            place = (row, slice(slots, slots + count))
-            slot_ints["predictor"][place] = np.concatenate([[last], np.arange(used, used + count - 1)])
+                parent = parent or segments[row]
+                segments[row] += 1
+            count, first = len(response.tokens), used[row]
+            write(row, response.tokens, len(item.prompt), parent)
+            place = (row, slice(slots[row], slots[row] + count))
+            slot_ints["predictor"][place] = np.concatenate([[last], np.arange(first, first + count - 1)])
             slot_ints["target"][place] = response.tokens
             slot_ints["pair"][place], slot_ints["side"][place] = number, side
             weight[place] = response.weights
             constant[number, side], start[number, side] = response.constant, response.start
-            used, slots = used + count, slots + count
+            slots[row] += count
 
     return Batch(
         tokens=row_ints["tokens"],

@@ -6,18 +6,26 @@ key-value head, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ctpd_jax.models.config import Rope
+from ctpd_jax.errors import UserError
+from ctpd_jax.models.config import DecoderConfig, Rope
+from ctpd_jax.models.support import Backend, check_backend
 from ctpd_jax.schema import RowLayout
+from ctpd_jax.sharding import on_own_rows
 
 # Queries at a time: a block sees no key after its own end, so short blocks skip nearly half of the T x T products, and
 # their scores stay in the cache.
 QUERY_BLOCK = 128
+# Queries [R, T, H, D], keys and values [R, T, K, D], the kind of the layer int32 [] -> [R, T, H, D].
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 _MASKED = -1e30  # finite: a row of padding sees nobody, and must not become NaN
 
 
@@ -50,6 +58,59 @@ def visible(row: RowLayout, window: int | None, keys: RowLayout | None = None) -
     return seen
 
 
+def make_attend(backend: Backend, config: DecoderConfig, row: RowLayout, mesh: Mesh | None = None) -> Attend:
+    """(q, k, v, kind) -> what a layer of that kind attends to; what is the same for all layers is computed here, once.
+
+    The decoder knows no other way to attend. q is [R, T, H, D], k and v [R, T, K, D]; kind is an int32 that may be
+    traced. "splash_segments" takes it for granted that every token's parent is its own segment, that a segment is one
+    piece of its row and that its positions rise by one. On a `mesh` each device attends in its own rows, with its own
+    heads: nothing is exchanged.
+
+    Raises:
+        UserError: the back end cannot do what the config asks for; what depends on dtype, device and rows is not known
+            here and for the caller to check, with `support.check_backend`.
+    """
+    check_backend(backend, config)
+    scale, softcap = config.attention_scale, config.attention_softcap
+    if backend in ("splash", "splash_segments"):
+        from ctpd_jax.models import splash  # Pallas takes an eighth of a second to import, and few need it
+
+        if backend == "splash_segments":
+            windows = tuple(kind.window for kind in config.kinds)
+            return splash.segmented_attend(windows, jnp.asarray(row.segment), scale, softcap, mesh)
+        return splash.masked_attend(masks(config, row), scale, softcap, mesh)
+    seen = masks(config, row)
+    if backend == "plain":
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        plain = partial(attend, scale=scale, softcap=softcap, row_by_row=platform == "cpu")
+        local = on_own_rows(mesh, plain)
+    else:
+        local = on_own_rows(mesh, _library_attend("cudnn" if backend == "cudnn" else "xla", seen.shape[-1], scale))
+    return lambda q, k, v, kind: local(q, k, v, seen[kind])
+
+
+def _library_attend(implementation: Literal["xla", "cudnn"], length: int, scale: float) -> Callable[..., jax.Array]:
+    """jax.nn.dot_product_attention of (q, k, v, seen), with seen, bool [R, T, T], as its mask."""
+    if implementation == "cudnn" and length % 2:
+        raise UserError(
+            f"The attention back end 'cudnn' needs rows of an even length, not {length}: make "
+            "config.rows.multiple even."
+        )
+
+    @jax.checkpoint
+    def library(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+        # Without the precision float32 would be multiplied as bfloat16 on a TPU and as TF32 on a GPU.
+        with jax.default_matmul_precision("highest"):
+            return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scale, implementation=implementation)
+
+    return library
+
+
+def masks(config: DecoderConfig, row: RowLayout, keys: RowLayout | None = None) -> jax.Array:
+    """Who sees whom in every kind of layer, bool [kinds, R, T, S]; see `visible`."""
+    return jnp.stack([visible(row, kind.window, keys) for kind in config.kinds])
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -58,12 +119,9 @@ def attend(
     scale: float,
     softcap: float | None = None,
     causal: bool = True,
+    row_by_row: bool | None = None,
 ) -> jax.Array:
     """Attention of every query to the keys that it sees.
-
-    With `visible` this is the seam for another back end: the decoder computes `visible` once for each kind of layer,
-    outside the scan over layers, hands it here unread, and knows no other way to attend. A back end that would rather
-    have positions and segment ids (splash attention) changes what these two hand to each other, and nothing else.
 
     Args:
         q: [R, T, H, D], rotary positions applied.
@@ -72,6 +130,8 @@ def attend(
         scale: multiplies the products of queries and keys.
         softcap: scores become softcap * tanh(scores / softcap).
         causal: promises that T == S and that no query sees a later key, so that later keys are not even read.
+        row_by_row: on a CPU that keeps the scores in the cache (twice the speed of all rows at once at 4 x 512 tokens);
+            other devices want all the parallelism there is. None: by JAX's default device.
 
     Returns:
         [R, T, H, D] in q's dtype. The softmax is float32. A query that sees no key, as padding may, gets a finite value
@@ -80,9 +140,9 @@ def attend(
     """
     rows = q.shape[0]
     one_row = jax.checkpoint(partial(_attend_row, scale=scale, softcap=softcap, causal=causal))
-    # On a CPU row after row keeps the scores in the cache (twice the speed of all rows at once at 4 x 512 tokens);
-    # other devices want all the parallelism there is.
-    if rows == 1 or jax.default_backend() != "cpu":
+    if row_by_row is None:
+        row_by_row = jax.default_backend() == "cpu"
+    if rows == 1 or not row_by_row:
         return jax.vmap(one_row)(q, k, v, seen)
     return jax.lax.map(lambda row: one_row(*row), (q, k, v, seen))
 
@@ -125,14 +185,16 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, sof
 # ------------------------------------------------------------------------------------------------ positions
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """float32 [D/2]: radians a position."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
+    """float32 [dim/2]: radians a position."""
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponent
     if rope.scaling == "linear":
         return frequencies / np.float32(rope.factor)
     if rope.scaling == "llama3":
         return _llama3_frequencies(rope, frequencies)
+    if rope.scaling == "longrope":
+        return frequencies / np.asarray(rope.short_factor, np.float32)
     return frequencies
 
 
@@ -144,14 +206,19 @@ def _llama3_frequencies(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
     return ((1 - keep) * frequencies / np.float32(rope.factor) + keep * frequencies).astype(np.float32)
 
 
-def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [R, T, D/2], of integer positions [R, T]."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_table(rope: Rope | None, dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [R, T, dim/2], of integer positions [R, T]; without a rope, of the angle 0."""
+    if rope is None:
+        one = jnp.ones((*positions.shape, dim // 2), jnp.float32)
+        return one, jnp.zeros_like(one)
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, dim)
+    return jnp.cos(angles) * rope.amplitude, jnp.sin(angles) * rope.amplitude
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (x[d], x[d + D/2]) of x [R, T, heads, D] by the angles of cos, sin [R, T, D/2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Turn the pairs (x[d], x[d + P]), d < P, of x [R, T, heads, D] by the angles of cos, sin [R, T, P]; 2 P <= D."""
+    turned = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :turned].astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return out if turned == x.shape[-1] else jnp.concatenate([out, x[..., turned:]], axis=-1)

@@ -10,7 +10,8 @@ the number of prompts are rounded up, so that calls of about the same size share
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,20 +21,47 @@ import numpy as np
 from flax import nnx
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import decoder
+from ctpd_jax.models import attention, decoder
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
+from ctpd_jax.models.layers import Layer
 from ctpd_jax.schema import RowLayout
 
 BUCKET = 64  # lengths are rounded up to a multiple of it
+STOP_BLOCK = 16  # steps between two looks for stop strings
+Decode = Callable[[list[int]], str]
+
+
+class _Program(NamedTuple):
+    """What is compiled for: static."""
+
+    config: DecoderConfig
+    room: int  # answer tokens that the arrays have room for
+    draw: bool  # else greedy; the passes over the vocabulary that follow are paid only where they are used
+    top_k: bool
+    top_p: bool
+
+
+class _Inputs(NamedTuple):
+    """What does not change from step to step."""
+
+    params: Params
+    layers: Any  # the weights of the layers, stacked as in params or one by one: see `_one_by_one`
+    lengths: jax.Array  # int32 [B]: the prompts', without padding
+    width: jax.Array  # int32 []: P
+    stops: jax.Array  # int32 [number of stop tokens]
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    key: jax.Array
 
 
 class _State(NamedTuple):
     """What a step of the loop hands to the next."""
 
     step: jax.Array  # int32 []: answer tokens already chosen, at least one
-    keys: jax.Array  # [L, B, S, K, head_dim]: the prompt's and those of all answer tokens but the last
-    values: jax.Array
+    cache: Any  # keys and values of the prompt and of all answer tokens but the last, [L, B, K, S, head_dim] each; or
+    # one such pair for each layer, without the L, where the layers are one by one
     token: jax.Array  # int32 [B]: the answer token chosen last
     done: jax.Array  # bool [B]
     answers: jax.Array  # int32 [B, S - P]; -1 where nothing was written
@@ -48,6 +76,9 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     stop_ids: Sequence[int] | None = None,
+    top_k: int = 0,
+    stop_strings: Sequence[str] = (),
+    decode: Decode | None = None,
 ) -> list[list[int]]:
     """Continue prompts, which may differ in length, in one batch.
 
@@ -57,17 +88,26 @@ def generate(
         prompts: token ids, each prompt with at least one.
         max_new_tokens: the most tokens an answer may have.
         temperature: 0 takes the likeliest token (greedy); otherwise logits are divided by it and a token is drawn.
-        top_p: draw from the smallest set of likeliest tokens whose probability reaches top_p.
+        top_p: draw from the smallest set of likeliest tokens whose probability reaches top_p. Tokens as likely as the
+            least likely one of the set belong to it too.
         key: a JAX random key, required if temperature > 0.
         stop_ids: an answer ends before the first of these; None means the config's end-of-sequence ids.
+        top_k: draw from the top_k likeliest tokens, and those as likely as the last of them; 0: from all. With both,
+            top_p is a share of what top_k leaves.
+        stop_strings: an answer ends with the token that completes one of these in its text. Every 16 tokens the answers
+            so far are decoded on the host; without stop strings the device is left alone until the end.
+        decode: token ids -> text; with stop_strings, and only then.
 
     Returns:
-        The answers' token ids, without prompt and without the stop token.
+        The answers' token ids, without prompt and without the stop token, but with all tokens of a stop string:
+        `cut_at_stop` cuts it off the text.
 
     Raises:
-        UserError: an empty prompt, an answer that would not fit `config.max_positions`, a setting out of its range.
+        UserError: an empty prompt, an answer that would not fit `config.longest`, a setting out of its range.
     """
-    _check(config, prompts, max_new_tokens, temperature, top_p, key)
+    _check_settings(config, max_new_tokens, temperature, top_k, top_p, key)
+    _check_stops(stop_strings, decode)
+    _check_prompts(config, prompts, max_new_tokens)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     batch = 1 << (len(prompts) - 1).bit_length()  # the next power of two: the rows beyond the prompts are dummies
@@ -76,49 +116,69 @@ def generate(
     tokens = np.zeros((batch, _round_up(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
-    stops = np.array(config.eos_ids if stop_ids is None else tuple(stop_ids), np.int32)
-    answers = np.asarray(
-        _generate(
-            config,
-            _round_up(max_new_tokens),
-            _sampler(temperature, top_p),
-            params,
-            tokens,
-            lengths,
-            np.arange(batch) >= len(prompts),
-            max_new_tokens,
-            stops,
-            temperature,
-            top_p,
-            jax.random.key(0) if key is None else key,
-        )
+    done = np.arange(batch) >= len(prompts)
+    program = _Program(config, _round_up(max_new_tokens), temperature > 0, top_k > 0, top_p < 1)
+    inputs = _Inputs(
+        params,
+        _one_by_one(params["model"]["layers"]) if jax.default_backend() == "cpu" else params["model"]["layers"],
+        jnp.asarray(lengths),
+        jnp.int32(tokens.shape[1]),
+        jnp.asarray(config.eos_ids if stop_ids is None else tuple(stop_ids), jnp.int32),
+        jnp.float32(temperature),
+        jnp.int32(top_k),
+        jnp.float32(top_p),
+        jax.random.key(0) if key is None else key,
     )
+    if decode is not None:
+        return _generate_to_stop(program, inputs, tokens, done, max_new_tokens, stop_strings, decode)[: len(prompts)]
+    answers = np.asarray(_generate(program, inputs, tokens, done, max_new_tokens))
     return [row[row >= 0].tolist() for row in answers[: len(prompts)]]
 
 
-def _check(
-    config: DecoderConfig,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    key: jax.Array | None,
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first place where one of the stop strings stands; all of it where none does."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _check_settings(
+    config: DecoderConfig, max_new_tokens: int, temperature: float, top_k: int, top_p: float, key: jax.Array | None
 ) -> None:
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens must not be negative, but is {max_new_tokens}.")
-    if temperature < 0:
-        raise UserError(f"temperature must not be negative, but is {temperature}; 0 is greedy.")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature must be a number from 0 (greedy) on, but is {temperature}.")
+    if not 0 <= top_k <= config.vocab_size:
+        raise UserError(
+            f"top_k must lie between 0 (all tokens) and the model's vocabulary of {config.vocab_size}, but is {top_k}."
+        )
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must lie in (0, 1], but is {top_p}.")
     if temperature > 0 and key is None:
         raise UserError("Sampling with temperature > 0 needs a random key: pass key=jax.random.key(seed).")
+
+
+def _check_stops(stop_strings: Sequence[str], decode: Decode | None) -> None:
+    if isinstance(stop_strings, str):
+        raise UserError(f"stop_strings must be a list of strings, not the one string {stop_strings!r}.")
+    if "" in stop_strings:
+        raise UserError("A stop string must not be empty: every answer would end at once.")
+    if stop_strings and decode is None:
+        raise UserError("stop_strings are looked for in text: pass decode, a function from token ids to text, too.")
+    if decode is not None and not stop_strings:
+        raise UserError("decode is used for stop strings alone: pass stop_strings too, or leave decode out.")
+
+
+def _check_prompts(config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"Prompt {number} is empty: the first token needs one before it, such as BOS.")
-        if len(prompt) + max_new_tokens > config.max_positions:
+        if len(prompt) + max_new_tokens > config.longest:
             raise UserError(
                 f"Prompt {number} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's "
-                f"{config.max_positions} positions. Shorten the prompt or lower max_new_tokens."
+                f"{config.longest} positions. Shorten the prompt or lower max_new_tokens."
             )
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise UserError(f"Prompt {number} has a token id outside the model's vocabulary of {config.vocab_size}.")
@@ -128,117 +188,199 @@ def _round_up(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-def _sampler(temperature: float, top_p: float) -> str:
-    """Which program to compile: the sort over the vocabulary that top_p needs is paid only where it is used."""
-    return "greedy" if temperature == 0 else "sample" if top_p == 1 else "top_p"
+# ------------------------------------------------------------------------------------------------ the loop
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
-    config: DecoderConfig,
-    room: int,
-    sampler: str,
-    params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    done: jax.Array,
-    limit: jax.Array,
-    stops: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-    """int32 [B, room]: the answers, -1 after their end.
+@partial(jax.jit, static_argnums=0)
+def _generate(program: _Program, inputs: _Inputs, tokens: jax.Array, done: jax.Array, limit: jax.Array) -> jax.Array:
+    """int32 [B, room]: the answers to the prompts tokens [B, P], -1 after their end.
 
-    `room` is the static size of an answer, `limit` in 1..room the most tokens; a row that is `done` gets no answer.
+    `limit`, in 1..room, is the most tokens of an answer; a row that is `done` gets none.
     """
-    batch, width = tokens.shape
-    logits, keys, values = _prefill(config, params, tokens, lengths)
+    return _go_on(program, inputs, _begin(program, inputs, tokens, done), limit).answers
 
-    def choose(
-        step: jax.Array, logits: jax.Array, done: jax.Array, answers: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        token = _choose(sampler, logits, temperature, top_p, jax.random.fold_in(key, step))
-        done = done | jnp.isin(token, stops)
-        return token, done, answers.at[:, step].set(jnp.where(done, -1, token))
+
+def _generate_to_stop(
+    program: _Program,
+    inputs: _Inputs,
+    tokens: np.ndarray,
+    done: np.ndarray,
+    limit: int,
+    stop_strings: Sequence[str],
+    decode: Decode,
+) -> list[list[int]]:
+    """The same in blocks of steps, between which the host looks for stop strings; the state stays on the device."""
+    state, looked_at, step = _begin_alone(program, inputs, tokens, done), 0, 1
+    ends = np.full(len(tokens), limit)
+    while True:
+        # Copies: the arrays themselves are given away below.
+        answers, done = np.array(state.answers), np.array(state.done)
+        rows = [row[row >= 0].tolist() for row in answers]
+        for number, ids in enumerate(rows):
+            for end in range(looked_at + 1, len(ids) + 1):
+                text = decode(ids[:end])
+                if any(stop in text for stop in stop_strings):
+                    ends[number], done[number] = end, True
+                    break
+        if step == limit or done.all():
+            return [ids[:end] for ids, end in zip(rows, ends)]
+        looked_at, step = step, min(step + STOP_BLOCK, limit)
+        state = _go_on_alone(program, inputs, state._replace(done=done), step)
+
+
+def _begin(program: _Program, inputs: _Inputs, tokens: jax.Array, done: jax.Array) -> _State:
+    """Run the prompts and choose the first token of every answer."""
+    logits, cache = _prefill(program.config, inputs, tokens)
+    cache = jax.tree.map(lambda part: jnp.pad(part, ((0, 0),) * 3 + ((0, program.room), (0, 0))), cache)
+    if isinstance(inputs.layers, tuple):
+        cache = tuple(zip(*map(tuple, cache)))
+    answers = jnp.full((len(tokens), program.room), -1, jnp.int32)
+    return _State(jnp.int32(1), cache, *_append(program, inputs, jnp.int32(0), logits, done, answers))
+
+
+def _go_on(program: _Program, inputs: _Inputs, state: _State, until: jax.Array) -> _State:
+    """Choose token after token until there are `until`, or all answers are done."""
 
     def step(state: _State) -> _State:
-        logits, keys, values = _decode(config, params, lengths, width, state)
-        return _State(state.step + 1, keys, values, *choose(state.step, logits, state.done, state.answers))
+        logits, cache = _decode(program.config, inputs, state)
+        return _State(state.step + 1, cache, *_append(program, inputs, state.step, logits, state.done, state.answers))
 
-    answers = jnp.full((batch, room), -1, jnp.int32)
-    pad = ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))
-    state = _State(jnp.int32(1), jnp.pad(keys, pad), jnp.pad(values, pad), *choose(jnp.int32(0), logits, done, answers))
-    return jax.lax.while_loop(lambda state: (state.step < limit) & ~state.done.all(), step, state).answers
+    return jax.lax.while_loop(lambda state: (state.step < until) & ~state.done.all(), step, state)
 
 
-def _prefill(
-    config: DecoderConfig, params: Params, tokens: jax.Array, lengths: jax.Array
+_begin_alone = jax.jit(_begin, static_argnums=0)
+_go_on_alone = jax.jit(_go_on, static_argnums=0, donate_argnums=2)
+
+
+def _append(
+    program: _Program, inputs: _Inputs, step: jax.Array, logits: jax.Array, done: jax.Array, answers: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run the prompts: logits [B, V] after each prompt's last token, and the keys and values of all layers."""
+    """Choose answer token number `step` of every row: the tokens, who is done now, and the answers with them."""
+    token = _choose(program, inputs, logits, jax.random.fold_in(inputs.key, step))
+    done = done | jnp.isin(token, inputs.stops)
+    return token, done, answers.at[:, step].set(jnp.where(done, -1, token))
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def _one_by_one(layers: Params) -> Any:
+    """Stacked weights as a tuple with the weights of each layer, which share their memory; for the CPU.
+
+    There a scan copies the weights of every layer out of the stack at every step, which for one token a row takes
+    longer than to multiply by them. Arrays on several devices stay as they are.
+    """
+    leaves, tree = jax.tree.flatten(layers)
+    if any(isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1 for leaf in leaves):
+        return layers
+    # A NumPy view of a CPU array is no copy, nor is a device array of an aligned view.
+    split = [[jax.device_put(part) for part in np.asarray(leaf)] for leaf in leaves]
+    return tuple(jax.tree.unflatten(tree, parts) for parts in zip(*split))
+
+
+def _prefill(config: DecoderConfig, inputs: _Inputs, tokens: jax.Array) -> tuple[jax.Array, Any]:
+    """Run the prompts: logits [B, V] after each prompt's last token; all keys and values, [L, B, K, P, head_dim]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    segment = (positions < lengths[:, None]).astype(jnp.int32)
-    seen = decoder.masks(config, RowLayout(positions, segment, segment))
+    segment = (positions < inputs.lengths[:, None]).astype(jnp.int32)
+    seen = attention.masks(config, RowLayout(positions, segment, segment))
+    attend = partial(attention.attend, scale=config.attention_scale, softcap=config.attention_softcap)
 
-    def layer(module: decoder.Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, _: Any) -> Any:
+    def layer(module: Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, _: Any) -> Any:
         q, k, v = module.attention_input(x, cos, sin)
-        return module.rest(x, q, k, v, seen[kind], causal=True), (k, v)
+        return module.rest(x, attend(q, k, v, seen[kind])), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    x, (keys, values) = _run_layers(config, params, tokens, positions, layer, None)
-    last = x[jnp.arange(len(tokens)), lengths - 1]
-    return decoder.logits_of(config, params, decoder.final_norm(config, params, last)), keys, values
+    params = inputs.params
+    x, cache = _run_layers(config, params, params["model"]["layers"], tokens, positions, layer, None)
+    last = x[jnp.arange(len(tokens)), inputs.lengths - 1]
+    return decoder.logits_of(config, params, decoder.final_norm(config, params, last)), cache
 
 
-def _decode(
-    config: DecoderConfig, params: Params, lengths: jax.Array, width: int, state: _State
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The token chosen last enters the cache: logits [B, V] for the next one, and the keys and values with it."""
+def _decode(config: DecoderConfig, inputs: _Inputs, state: _State) -> tuple[jax.Array, Any]:
+    """The token chosen last enters the cache: logits [B, V] for the next one, and the cache with it."""
+    params, lengths, width = inputs.params, inputs.lengths[:, None], inputs.width
     slot = width + state.step - 1
-    position = (lengths + state.step - 1)[:, None]
-    slots = jnp.arange(state.keys.shape[2])[None]
+    position = lengths + state.step - 1
+    slots = jnp.arange(jax.tree.leaves(state.cache)[0].shape[-2])[None]
     # The prompt's slots count from 0, the answer's from the prompt's own length; what lies between is padding.
-    positions = jnp.where(slots < width, slots, slots - width + lengths[:, None])
-    filled = ((slots < lengths[:, None]) | ((slots >= width) & (slots <= slot))).astype(jnp.int32)
+    positions = jnp.where(slots < width, slots, slots - width + lengths)
+    filled = ((slots < lengths) | ((slots >= width) & (slots <= slot))).astype(jnp.int32)
     one = jnp.ones_like(position)
-    seen = decoder.masks(config, RowLayout(position, one, one), keys=RowLayout(positions, filled, filled))
+    seen = attention.masks(config, RowLayout(position, one, one), keys=RowLayout(positions, filled, filled))
 
-    def layer(module: decoder.Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, cache: Any) -> Any:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+        """One row: q [1, H, head_dim], k and v [K, S, head_dim], seen [1, S]."""
+        row = (q[None], k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], seen[None])
+        return attention.attend(*row, config.attention_scale, config.attention_softcap, causal=False)[0]
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=-2)
+
+    def layer(module: Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, cache: Any) -> Any:
         q, k, v = module.attention_input(x, cos, sin)
-        keys, values = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1) for old, new in zip(cache, (k, v)))
-        return module.rest(x, q, keys, values, seen[kind], causal=False), (k, v)
+        new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        keys, values = map(write, cache, new)
+        # With one query each, the rows together are faster than one after the other, as `attention.attend` takes them.
+        return module.rest(x, jax.vmap(attend)(q, keys, values, seen[kind])), new
 
-    x, (k, v) = _run_layers(config, params, state.token[:, None], position, layer, (state.keys, state.values))
+    x, new = _run_layers(config, params, inputs.layers, state.token[:, None], position, layer, state.cache)
     # Only the new slot is written back: the cache itself is changed in place, not copied.
-    keys = jax.lax.dynamic_update_slice_in_dim(state.keys, k, slot, 2)
-    values = jax.lax.dynamic_update_slice_in_dim(state.values, v, slot, 2)
-    return decoder.logits_of(config, params, decoder.final_norm(config, params, x[:, 0])), keys, values
+    cache = jax.tree.map(write, state.cache, new)
+    return decoder.logits_of(config, params, decoder.final_norm(config, params, x[:, 0])), cache
 
 
 def _run_layers(
-    config: DecoderConfig, params: Params, tokens: jax.Array, positions: jax.Array, layer: Any, cache: Any
+    config: DecoderConfig, params: Params, layers: Any, tokens: jax.Array, positions: jax.Array, layer: Any, cache: Any
 ) -> tuple[jax.Array, Any]:
-    """Embed tokens [B, T] and scan `layer` over the layers: the residual stream, and what each layer gave besides."""
+    """Embed tokens [B, T] and take them through the layers: the residual stream, and what each layer gave besides."""
     graph, _ = decoder.layer_graph(config)
     cos, sin = decoder.rope_tables(config, positions)
 
-    def body(x: jax.Array, scanned: Any) -> Any:
-        weights, kind, own_cache = scanned
+    def body(x: jax.Array, own: Any) -> Any:
+        weights, kind, own_cache = own
         return layer(nnx.merge(graph, weights), x, cos[kind], sin[kind], kind, own_cache)
 
     x = decoder.embed(config, params, tokens, params["model"]["norm"]["weight"].dtype)
-    kinds = np.asarray(config.layer_kinds, np.int32)
-    return jax.lax.scan(body, x, (params["model"]["layers"], kinds, cache))
+    if not isinstance(layers, tuple):
+        return jax.lax.scan(body, x, (layers, np.asarray(config.layer_kinds, np.int32), cache))
+    given = []
+    for own in zip(layers, config.layer_kinds, cache, strict=True):
+        x, besides = body(x, own)
+        given.append(besides)
+    return x, tuple(given)
 
 
-def _choose(sampler: str, logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array) -> jax.Array:
+# ------------------------------------------------------------------------------------------------ the next token
+
+
+def _choose(program: _Program, inputs: _Inputs, logits: jax.Array, key: jax.Array) -> jax.Array:
     """int32 [B]: the next token of each answer, from float32 logits [B, V]."""
-    if sampler == "greedy":
+    if not program.draw:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
-    if sampler == "top_p":
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(ranked, axis=-1)
-        # A token stays if those before it do not reach top_p; the first always does.
-        kept = (jnp.cumsum(probs, axis=-1) - probs < top_p).sum(axis=-1, keepdims=True)
-        logits = jnp.where(logits < jnp.take_along_axis(ranked, kept - 1, axis=-1), -jnp.inf, logits)
+    logits = logits / inputs.temperature
+    if program.top_k:
+        least = _least_kept(logits, jnp.ones_like(logits, jnp.int32), inputs.top_k)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if program.top_p:
+        least = _least_kept(logits, jax.nn.softmax(logits, axis=-1), inputs.top_p)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def _least_kept(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """float32 [B, 1]: the largest number such that the weights of all values that reach it sum to at least `target`.
+
+    Found bit by bit, which takes 32 passes over values [B, V] and is dozens of times as fast as to sort them.
+    """
+    # As integers, floats keep their order once those below zero are turned around.
+    order = jax.lax.bitcast_convert_type(values, jnp.int32)
+    order = jnp.where(order < 0, order ^ 0x7FFFFFFF, order)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
+        enough = jnp.where(order >= middle, weights, 0).sum(axis=-1, keepdims=True) >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    low, high = order.min(axis=-1, keepdims=True), order.max(axis=-1, keepdims=True)
+    least, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
+    return jax.lax.bitcast_convert_type(jnp.where(least < 0, least ^ 0x7FFFFFFF, least), jnp.float32)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
 
 DTYPES = {
@@ -66,28 +67,86 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_into(tensor: Tensor, name: str, out: np.ndarray) -> None:
-    """Fill `out`, a contiguous array of the tensor's shape, converting to its dtype (exact when widening)."""
+def read_into(tensor: Tensor, name: str, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+    """Fill `out` with the tensor, or with the part of it that `index` says, converting to out's dtype.
+
+    Args:
+        tensor: from `read_header`.
+        name: the tensor's, for messages.
+        out: a contiguous array of the shape of the tensor or of the part. Widening is exact.
+        index: contiguous slices of the first axes; those that are not named are read whole. Of the file only the rows
+            that the first slice says are read.
+
+    Raises:
+        UserError: a dtype that is no floating point, or a file that ends too early.
+    """
     if tensor.code not in DTYPES:
         raise UserError(
             f"{tensor.file}: tensor {name} has dtype {tensor.code}; only {', '.join(DTYPES)} are supported "
             f"(quantized weights are not)."
         )
-    dtype = DTYPES[tensor.code]
-    flat = out.reshape(-1)
+    dtype, shape = DTYPES[tensor.code], tensor.shape or (1,)
+    rows, *others = (range(size)[part] for size, part in zip(shape, (*index, *[slice(None)] * len(shape))))
+    out = out if tensor.shape else out.reshape(1)
+    if out.shape != (len(rows), *map(len, others)):
+        raise ValueError(f"{name}: a part of shape {(len(rows), *map(len, others))} does not fit into {out.shape}")
+    whole = others == [range(size) for size in shape[1:]]
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    offset = tensor.offset + rows.start * row_bytes
     fd = os.open(tensor.file, os.O_RDONLY)
     try:
-        if dtype == out.dtype:
-            _read_bytes(fd, tensor.file, flat.view(np.uint8), tensor.offset)
+        if whole and dtype == out.dtype:
+            _read_bytes(fd, tensor.file, _bytes(out), offset)
             return
-        step = _PIECE // dtype.itemsize
-        piece = np.empty(min(step, flat.size), dtype)
-        for start in range(0, flat.size, step):
-            part = piece[: min(step, flat.size - start)]
-            _read_bytes(fd, tensor.file, part.view(np.uint8), tensor.offset + start * dtype.itemsize)
-            flat[start : start + part.size] = part
+        step = max(1, _PIECE // max(1, row_bytes))
+        piece = np.empty((min(step, len(rows)), *shape[1:]), dtype)
+        columns = tuple(slice(part.start, part.stop) for part in others)
+        for start in range(0, len(rows), step):
+            part = piece[: min(step, len(rows) - start)]
+            _read_bytes(fd, tensor.file, _bytes(part), offset + start * row_bytes)
+            out[start : start + len(part)] = part[(slice(None), *columns)]
     finally:
         os.close(fd)
+
+
+def same_values(first: Tensor, second: Tensor, name: str) -> bool:
+    """Whether two tensors are equal as float32; `name` is what they are called, for messages."""
+    if first.shape != second.shape:
+        return False
+    for index, shape in _pieces(first.shape):
+        one, other = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        read_into(first, name, one, index)
+        read_into(second, name, other, index)
+        if not np.array_equal(one, other):
+            return False
+    return True
+
+
+def holds(tensor: Tensor, name: str, values: np.ndarray) -> bool:
+    """Whether the file has exactly this array under the name: dtype, shape and every byte."""
+    if DTYPES.get(tensor.code) != values.dtype or tensor.shape != values.shape:
+        return False
+    for index, shape in _pieces(tensor.shape):
+        found = np.empty(shape, values.dtype)
+        read_into(tensor, name, found, index)
+        if not np.array_equal(_bytes(found), _bytes(np.asarray(values[index], order="C"))):
+            return False
+    return True
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
+    """A way through a tensor, some rows at a time: what to give `read_into`, and the shape of that part."""
+    if not shape:
+        yield (), ()
+        return
+    step = max(1, _PIECE // max(1, 8 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        yield (slice(start, stop),), (stop - start, *shape[1:])
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
 
 
 def _read_bytes(fd: int, file: Path, out: np.ndarray, offset: int) -> None:
@@ -121,9 +180,10 @@ def write(
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape, fetch in entries:
-            array = np.ascontiguousarray(fetch(), dtype=dtype_of(name))
+            preempt.check("the model that was being written is written anew")
+            array = np.asarray(fetch(), dtype=dtype_of(name), order="C")
             if array.shape != shape:
                 raise ValueError(f"tensor {name} has shape {array.shape}, announced was {shape}")
-            stream.write(array.reshape(-1).view(np.uint8).data)
+            stream.write(_bytes(array).data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, Aligned, AlignedPair, Counters, Message, PreferencePair
 from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user
@@ -39,6 +40,7 @@ def prepare_pairs(
     if len(spelt) < len(pairs):
         counters.add("left out: characters that a vocabulary lacks", len(pairs) - len(spelt))
     for first in range(0, len(spelt), BATCH):
+        preempt.check("the data are prepared anew")
         part = spelt[first : first + BATCH]
         texts = [text for pair in part for text in (pair.chosen, pair.rejected)]
         aligned = align_batch(texts, teacher.tokenizer, student.tokenizer, unit=limits.unit)

@@ -33,6 +33,7 @@ from jax.experimental import multihost_utils
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import PARTIAL, canonical_json, local_path, sha256_file, write_bytes
+from ctpd_jax.sharding import barrier, first_process
 
 CHECKSUMS = "checksums.json"
 _FORMAT = 1
@@ -204,15 +205,6 @@ def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, record: _Record,
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
 
 
-def _first_process() -> bool:
-    return jax.process_index() == 0
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 # ---------------------------------------------------------------------------------------------- steps of a run
 
 
@@ -241,9 +233,9 @@ class Checkpoints:
         leaves = _named_leaves(tree)
         self.wait()
         folder = self._folder(step)
-        if folder.exists() and _first_process():
+        if folder.exists() and first_process():
             _remove(folder)
-        _barrier(f"ctpd-save-{step}")
+        barrier(f"ctpd-save-{step}")
         self._checkpointer.save(folder, args=ocp.args.PyTreeSave(_with_values(leaves)))
         described = {name: _describe(leaf) for name, leaf in leaves.items()}
         self._sealing = self._background.submit(self._seal_committed, step, dict(meta or {}), described)
@@ -265,7 +257,7 @@ class Checkpoints:
         arrays. Raises UserError naming the leaf that differs.
         """
         self.wait()
-        step = self._newest_whole_step() if _first_process() else -1
+        step = self._newest_whole_step() if first_process() else -1
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if step < 0:
@@ -301,7 +293,7 @@ class Checkpoints:
     def _seal_committed(self, step: int, meta: dict[str, Any], leaves: dict[str, tuple[list[int], str]]) -> None:
         """Runs in the background: a step is whole as early as it can be, not only when somebody next waits."""
         self._checkpointer.wait_until_finished()
-        if not _first_process():
+        if not first_process():
             return
         _seal(self._folder(step), meta, leaves)
         whole = self.steps()
@@ -337,28 +329,31 @@ def save_params(directory: str | os.PathLike[str], params: PyTree, meta: Mapping
     beside, old = final.with_name(final.name + PARTIAL), final.with_name(final.name + ".old")
     leaves = _named_leaves(params)
     canonical_json(meta or {})
-    if _first_process():
+    if first_process():
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in (old, *final.parent.glob(f"{beside.name}*")):
             shutil.rmtree(leftover, ignore_errors=True)
-    _barrier(f"ctpd-params-begin-{final.name}")
+    barrier(f"ctpd-params-begin-{final.name}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(beside, args=ocp.args.PyTreeSave(_with_values(leaves)))
-    if _first_process():
+    if first_process():
         _seal(beside, meta or {}, {name: _describe(leaf) for name, leaf in leaves.items()})
         if final.exists():
             os.rename(final, old)
         os.rename(beside, final)
         shutil.rmtree(old, ignore_errors=True)
-    _barrier(f"ctpd-params-end-{final.name}")
+    barrier(f"ctpd-params-end-{final.name}")
 
 
-def load_params(directory: str | os.PathLike[str], target: PyTree | None = None) -> tuple[PyTree, dict[str, Any]]:
+def load_params(
+    directory: str | os.PathLike[str], target: PyTree | None = None, alone: bool = False
+) -> tuple[PyTree, dict[str, Any]]:
     """(params, meta) from `save_params`, every file checked against its checksum.
 
     `target` gives structure, shapes, dtypes and shardings as in `Checkpoints.restore_latest`; without it the nested
     dict comes back as it was saved, as NumPy arrays. Raises UserError if the folder is not there, is not whole, or
-    does not fit `target` (naming the leaf).
+    does not fit `target` (naming the leaf). Of several processes all load together, unless `alone` says that this one
+    loads for itself, onto its own devices.
     """
     folder = local_path(directory)
     if not folder.is_dir():
@@ -368,11 +363,22 @@ def load_params(directory: str | os.PathLike[str], target: PyTree | None = None)
     except _Broken as reason:
         message = f"The parameters at {folder} are not whole: {reason}. Remove the folder and run its stage again."
         raise UserError(message) from None
-    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **_processes(alone)) as checkpointer:
         if target is not None:
             return _restore(checkpointer, folder, record, target), record.meta
         empty = {name: np.empty(shape, np.dtype(dtype)) for name, (shape, dtype) in record.leaves.items()}
         return _nested(_restore_leaves(checkpointer, folder, empty)), record.meta
+
+
+def _processes(alone: bool) -> dict[str, Any]:
+    """Whom Orbax waits for."""
+    if not alone or jax.process_count() == 1:
+        return {}
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
+    )
+    return {"multiprocessing_options": options}
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

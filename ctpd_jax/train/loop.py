@@ -14,14 +14,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch
+from ctpd_jax.sharding import make_mesh, place_batch, shard_shapes
 from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.metrics import MetricLog, Progress
 from ctpd_jax.train.optimizer import learning_rate, make_optimizer
-from ctpd_jax.train.step import Params, Sums, TrainState, add_sums, init_state, make_steps, mean_of
+from ctpd_jax.train.step import (
+    Params,
+    Sums,
+    TrainState,
+    add_sums,
+    compiled_programs,
+    init_state,
+    make_steps,
+    mean_of,
+    state_shapes,
+)
 
 
 def train(
@@ -33,33 +46,49 @@ def train(
     abstract: Params,
     sums_of: Callable[[Params, Batch], tuple[jax.Array, Sums]],
     batches: Callable[[int], list[Batch]],
+    shapes: int,
     log: MetricLog,
     extra_metrics: dict[str, float] | None = None,
     log_every: int = 1,
+    frozen: Params | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Runs updates 0..steps-1 of a stage and returns the final parameters, float32.
 
+    `frozen` are parameters that belong to the model and are not trained: then `initial` and `abstract` are adapters.
     `sums_of` gives the summed loss and the sums that are logged; its "loss" entry's count is what the gradient is
-    divided by. `batches(step)` are the micro-batches of an update. `extra_metrics` stand in every line that is logged.
-    Raises UserError where the loss or the gradient stops being finite.
+    divided by. `batches(step)` are the micro-batches of an update, in `shapes` different shapes at most.
+    `extra_metrics` stand in every line that is logged.
+    Raises UserError where the loss or the gradient stops being finite, Preempted once the run was asked to stop and
+    the update before is saved.
     """
     optimizer = make_optimizer(settings, steps)
     schedule = learning_rate(settings, steps)
-    accumulate, update = make_steps(sums_of, optimizer)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]) if mesh is None else mesh
+    placed = state_shapes(mesh, optimizer, shard_shapes(mesh, abstract))
+    where = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    accumulate, update = make_steps(sums_of, optimizer, placed)
+    begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=where)
+    zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=where.params)
     with Checkpoints(directory, keep=2) as checkpoints:
-        restored = checkpoints.restore_latest(jax.eval_shape(lambda p: init_state(p, optimizer), abstract))
-        state: TrainState = restored[1] if restored else init_state(jax.tree.map(jnp.array, initial()), optimizer)
+        restored = checkpoints.restore_latest(placed)
+        state: TrainState = restored[1] if restored else begin(initial())
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
         with Progress(steps, name, first, unit="update") as progress:
             if first < steps:
                 progress.write(f"{name}: compiling, which can take minutes for a large model ...")
             for step in range(first, steps):
+                if preempt.stop_now():
+                    if step > first and step % settings.save_every:  # else it is there already
+                        checkpoints.save(step, state, {"stage": name})
+                    checkpoints.wait()
+                    raise preempt.Preempted(f"saved after update {step} of {steps}" if step else "nothing to save yet")
                 began = time.perf_counter()
-                gradient = jax.tree.map(jnp.zeros_like, state.params)
+                gradient = zeros(state.params)
                 sums: dict = {}
                 for batch in batches(step):
-                    gradient, new = accumulate(state.params, gradient, batch)
+                    gradient, new = accumulate(state.params, frozen or {}, gradient, place_batch(mesh, batch))
                     sums = add_sums(sums, new)
                 state, norm = update(state, gradient, sums["loss"][1])
                 metrics = mean_of(jax.device_get(sums))
@@ -69,6 +98,7 @@ def train(
                     "lr": float(schedule(step)),
                     "seconds": seconds,
                     "tokens_per_second": metrics["num_tokens"] / seconds,
+                    "compiled_programs": compiled_programs(name, accumulate, shapes),
                 }
                 if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
                     raise UserError(

@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from ctpd_jax.core.logprobs import token_logprobs
+from ctpd_jax.core.logprobs import BLOCK_BYTES, token_logprobs
 from ctpd_jax.core.losses import Link, lambda_diagnostics, preference_loss, sft_loss
+from ctpd_jax.models.attention import Backend
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.decoder import hidden_states, unembedding
+from ctpd_jax.models.decoder import Remat, hidden_states, unembedding
+from ctpd_jax.models.lora import join
 from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch
+from ctpd_jax.sharding import ROWS, constrain, replicated
 
 Params = Any
 Sums = dict[str, jax.Array]  # name -> float32 [2]: sum and count
@@ -39,10 +43,12 @@ class Objective:
 
 @dataclass(frozen=True)
 class Compute:
-    """How the model is run: the dtype of its matrix products, and whether activations are recomputed."""
+    """How a model is run: the dtype of its products, what is kept for the backward pass, how it attends, and where."""
 
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "dots"
+    attention: Backend = "plain"
+    mesh: Mesh | None = None
 
 
 class TrainState(NamedTuple):
@@ -57,14 +63,32 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+def state_shapes(mesh: Mesh, optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """The state of parameters given as jax.ShapeDtypeStruct with shardings; their moments lie as they do."""
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+
+    def placed(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, param: placed(leaf, param.sharding),
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda leaf: placed(leaf, replicated(mesh)),
+    )
+    return TrainState(placed(shapes.step, replicated(mesh)), params, opt_state)
+
+
 def scored_logprobs(config: DecoderConfig, params: Params, batch: Batch, compute: Compute) -> Array:
     """Returns log pi(target | everything before) of each scored slot: float32 [R, K], 0 in padding."""
-    hidden = hidden_states(
-        config, params, batch.tokens, batch.layout, remat=compute.remat, compute_dtype=jnp.dtype(compute.dtype)
-    )
+    mesh, dtype = compute.mesh, jnp.dtype(compute.dtype)
+    hidden = hidden_states(config, params, batch.tokens, batch.layout, compute.remat, dtype, compute.attention, mesh)
     scored = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)  # [R, K, D]
     head = unembedding(config, params).astype(scored.dtype)
-    logps = token_logprobs(scored, head, batch.target, softcap=config.final_softcap)
+    # The block of logits is spread over the devices, so that each may have one of the usual size.
+    chunk = max(1, BLOCK_BYTES // (4 * config.vocab_size)) * (1 if mesh is None else mesh.devices.size)
+    logps = token_logprobs(constrain(mesh, scored, ROWS, None, None), head, batch.target, chunk, config.final_softcap)
     return jnp.where(batch.pair >= 0, logps, 0.0)
 
 
@@ -144,20 +168,30 @@ def token_sums(batch: Batch) -> Sums:
 
 
 def make_steps(
-    sums_of: Callable[[Params, Batch], tuple[Array, Sums]], optimizer: optax.GradientTransformation
+    sums_of: Callable[[Params, Batch], tuple[Array, Sums]],
+    optimizer: optax.GradientTransformation,
+    placed: TrainState | None = None,
 ) -> tuple[Callable, Callable]:
-    """Returns (accumulate, update).
+    """Returns (accumulate, update). `placed`, from `state_shapes`, says where the state lies, and gradients with it.
 
-    accumulate(params, gradient, batch) -> (gradient + this batch's, sums); the gradient's buffer is reused.
+    accumulate(params, frozen, gradient, batch) -> (gradient + this batch's, sums); the gradient's buffer is reused.
+    `frozen` are parameters that are not trained: the base under adapters, or {}.
     update(state, gradient, count) -> (state, norm of gradient / count before clipping); the state's buffers are reused.
     """
 
-    @partial(jax.jit, donate_argnums=(1,))
-    def accumulate(params: Params, gradient: Params, batch: Batch) -> tuple[Params, Sums]:
-        (_, sums), new = jax.value_and_grad(sums_of, has_aux=True)(params, batch)
+    of_state = None if placed is None else jax.tree.map(lambda leaf: leaf.sharding, placed)
+    of_params = None if of_state is None else of_state.params
+    of_sums = None if placed is None else placed.step.sharding  # whole everywhere
+
+    @partial(jax.jit, donate_argnums=(2,), out_shardings=(of_params, of_sums))
+    def accumulate(params: Params, frozen: Params, gradient: Params, batch: Batch) -> tuple[Params, Sums]:
+        def sums_with(params: Params) -> tuple[Array, Sums]:
+            return sums_of(join(frozen, params), batch)
+
+        (_, sums), new = jax.value_and_grad(sums_with, has_aux=True)(params)
         return jax.tree.map(jnp.add, gradient, new), sums
 
-    @partial(jax.jit, donate_argnums=(0,))
+    @partial(jax.jit, donate_argnums=(0,), out_shardings=(of_state, of_sums))
     def update(state: TrainState, gradient: Params, count: Array) -> tuple[TrainState, Array]:
         mean = jax.tree.map(lambda g: g / count, gradient)
         changes, opt_state = optimizer.update(mean, state.opt_state, state.params)
@@ -165,6 +199,21 @@ def make_steps(
         return TrainState(state.step + 1, params, opt_state), optax.global_norm(mean)
 
     return accumulate, update
+
+
+def compiled_programs(stage: str, program: Any, shapes: int) -> int:
+    """How many programs a jitted function was compiled to, one for each shape of its batches.
+
+    Raises:
+        RuntimeError: they are more than the shapes that were planned; a run would spend its time on compiling.
+    """
+    count = program._cache_size()
+    if count > shapes:
+        raise RuntimeError(
+            f"{stage}: {count} programs were compiled for batches of {shapes} planned shapes, so something else than "
+            "their shape changes between calls: a dtype, a sharding, or the structure of the parameters."
+        )
+    return count
 
 
 def add_sums(total: dict[str, Any], new: Sums) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import HF_CONFIGS
+from tiny import FAMILIES, HF_CONFIGS
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.hf_config import from_hf, read_config, to_hf
@@ -13,11 +13,11 @@ from ctpd_jax.models.hf_config import from_hf, read_config, to_hf
 LLAMA, GEMMA = HF_CONFIGS["llama"], HF_CONFIGS["gemma3"]
 
 
-@pytest.mark.parametrize("name", sorted(HF_CONFIGS))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_round_trip(name):
-    config = from_hf(HF_CONFIGS[name])
+    config = from_hf(FAMILIES[name])
     assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
-    assert hash(config) == hash(from_hf(HF_CONFIGS[name]))
+    assert hash(config) == hash(from_hf(FAMILIES[name]))
 
 
 def test_old_and_new_spelling_of_rope_agree():
@@ -66,6 +66,10 @@ def test_gemma_layer_pattern():
         ({**LLAMA, "num_key_value_heads": 3}, ["num_key_value_heads"]),
         ({**GEMMA, "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ({**GEMMA, "layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
+        (
+            {**FAMILIES["qwen2"], "layer_types": ["sliding_attention"] * FAMILIES["qwen2"]["num_hidden_layers"]},
+            ["layer_types", "use_sliding_window"],
+        ),
         ({**GEMMA, "layer_types": ["full_attention"]}, ["1 layer types", "4 layers"]),
     ],
 )

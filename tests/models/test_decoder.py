@@ -76,9 +76,9 @@ def test_rows_do_not_touch_each_other_and_gradients_agree(name):
             params
         )
 
-    value, grad = run(params, tokens, False)
-    value_remat, grad_remat = run(params, tokens, True)
-    singles = [run(params, tokens[i : i + 1], False) for i in range(3)]
+    value, grad = run(params, tokens, "dots")
+    value_remat, grad_remat = run(params, tokens, "full")
+    singles = [run(params, tokens[i : i + 1], "none") for i in range(3)]
     np.testing.assert_allclose(value, sum(single[0] for single in singles), rtol=1e-5)
     np.testing.assert_allclose(value, value_remat, rtol=1e-5)
     for whole, remat, *parts in zip(*(jax.tree.leaves(g) for g in (grad, grad_remat, *(s[1] for s in singles)))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jax
@@ -199,8 +200,17 @@ def test_a_hub_name_loads_the_downloaded_snapshot(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     _same(load_hf("owner/some-model")[1], params)
-    assert asked["name"] == "owner/some-model" and "*.safetensors" in asked["patterns"]
-    assert not any("bin" in pattern for pattern in asked["patterns"])
+    assert asked["name"] == "owner/some-model"
+
+    def fetched(file):
+        return any(fnmatch(file, pattern) for pattern in asked["patterns"])
+
+    wanted = (
+        *("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "generation_config.json"),
+    )
+    unwanted = ("pytorch_model.bin", "modeling_own.py", "consolidated.safetensors", "original/consolidated.00.pth")
+    assert all(map(fetched, wanted)) and not any(map(fetched, unwanted))
 
 
 def test_saving_replaces_a_model_and_nothing_else(tmp_path):
@@ -222,8 +232,8 @@ def test_saving_replaces_a_model_and_nothing_else(tmp_path):
 def test_a_failed_save_leaves_the_earlier_model(tmp_path):
     config, params = random_model("llama")
     save_hf(tmp_path / "m", config, params)
-    broken = {**params, "lm_head": {"weight": np.zeros((3, 3), ml_dtypes.float8_e4m3fn)}}
-    with pytest.raises(KeyError):
+    broken = {**params, "lm_head": {"weight": np.zeros((97, 32), ml_dtypes.float8_e4m3fn)}}
+    with pytest.raises(UserError, match=r"lm_head\.weight has dtype float8_e4m3fn"):
         save_hf(tmp_path / "m", config, broken)
     _same(load_hf(tmp_path / "m")[1], params)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
@@ -240,7 +250,7 @@ def test_what_killed_saves_left_is_cleared_or_put_back(tmp_path):
 
     (tmp_path / "m").rename(tmp_path / ".m.old.partial")
     (tmp_path / ".m.partial").mkdir()
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match=r"lack lm_head\.weight"):
         save_hf(tmp_path / "m", config, {"model": {}})
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     _same(load_hf(tmp_path / "m")[1], params)
@@ -285,30 +295,73 @@ def test_a_broken_index_is_named(tmp_path, content, message):
         load_hf(tmp_path / "m")
 
 
-def test_tokenizer_files_are_copied_byte_for_byte(tmp_path):
-    config, params = random_model("llama")
-    source = tmp_path / "source"
-    source.mkdir()
-    with pytest.raises(UserError, match="no tokenizer files"):
-        save_hf(tmp_path / "m", config, params, tokenizer=source)
-    (source / "tokenizer.json").write_bytes(b'{"odd":   "spacing"}\r\n')
-    (source / "chat_template.jinja").write_text("{{ x }}")
-    (source / "unrelated.bin").write_text("no")
-    save_hf(tmp_path / "m", config, params, tokenizer=source)
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "m" / name).read_bytes() == (source / name).read_bytes()
-    assert not (tmp_path / "m" / "unrelated.bin").exists()
-
-    class Tokenizer:
-        def save_pretrained(self, folder):
-            (folder / "tokenizer.json").write_text("{}")
-
-    save_hf(tmp_path / "m", config, params, tokenizer=Tokenizer())
-    assert (tmp_path / "m" / "tokenizer.json").read_text() == "{}"
-
-
 def test_a_loaded_model_computes_the_same(tmp_path):
     config, params = random_model("gemma3")
     save_hf(tmp_path / "m", config, params)
     tokens = np.arange(12)[None]
     np.testing.assert_array_equal(apply(*load_hf(tmp_path / "m"), tokens), apply(config, params, tokens))
+
+
+def test_remote_code_is_neither_read_nor_exported(tmp_path):
+    """`auto_map` names Python files of the repository: the field means nothing here."""
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoModel": "modeling_own.Model"}}))
+    (tmp_path / "m" / "modeling_own.py").write_text("raise SystemExit('this code ran')")
+    loaded_config, loaded = load_hf(tmp_path / "m")
+    _same(loaded, params)
+    save_hf(tmp_path / "again", loaded_config, loaded)
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert not (tmp_path / "again" / "modeling_own.py").exists()
+
+
+def test_a_vocabulary_may_be_larger_than_its_tokenizer(tmp_path):
+    """Padded vocabularies are the rule: every row of the embedding comes and goes, whatever the tokenizer knows."""
+    config, params = random_model("llama")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}))
+    save_hf(tmp_path / "m", config, params, tokenizer=tmp_path / "tokenizer")
+    loaded_config, loaded = load_hf(tmp_path / "m")
+    assert loaded_config.vocab_size == 97
+    _same(loaded, params)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (slice(2, 9),),
+        (slice(None), slice(3, 7)),
+        (slice(5, 11), slice(0, 7)),
+        (slice(10, 11), slice(6, 7)),
+        (slice(4, 4),),
+    ],
+)
+@pytest.mark.parametrize("out_dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("piece", [1, 64, 1 << 24])
+def test_a_part_of_a_tensor_is_read(tmp_path, monkeypatch, index, out_dtype, piece):
+    monkeypatch.setattr(safetensors, "_PIECE", piece)
+    values = np.random.default_rng(0).normal(size=(11, 7)).astype(ml_dtypes.bfloat16)
+    _write(tmp_path / "x.safetensors", {"before": np.ones(3, np.float32), "x": values})
+    tensor = safetensors.read_header(tmp_path / "x.safetensors")["x"]
+    expected = values[index].astype(out_dtype)
+    out = np.full(expected.shape, -1, out_dtype)
+    safetensors.read_into(tensor, "x", out, index)
+    np.testing.assert_array_equal(out, expected)
+    with pytest.raises(ValueError, match="does not fit"):
+        safetensors.read_into(tensor, "x", np.empty((12, 7), out_dtype), index)
+
+
+def test_only_the_rows_asked_for_are_read(tmp_path, monkeypatch):
+    values = np.arange(60, dtype=np.float32).reshape(12, 5)
+    _write(tmp_path / "x.safetensors", {"x": values})
+    tensor = safetensors.read_header(tmp_path / "x.safetensors")["x"]
+    read, real = [], safetensors.os.preadv
+
+    def counting(fd, buffers, offset):
+        read.append((offset - tensor.offset, sum(map(len, buffers))))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(safetensors.os, "preadv", counting)
+    safetensors.read_into(tensor, "x", np.empty((3, 5), np.float32), (slice(4, 7),))
+    assert read == [(4 * 20, 3 * 20)]

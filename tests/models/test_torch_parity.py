@@ -1,11 +1,12 @@
-"""Against transformers and torch in float32: the real models, and tiny ones with every feature, in both directions.
+"""Every family against transformers and torch: tiny random models that use every field of their configs.
 
-Slow: torch runs in an environment of its own, and the real models are made from packages the first time.
+torch runs in an environment of its own, in three processes for all families: one makes the models and says what it
+computes with them, two open what we exported, with transformers 5 and with 4.
 """
 
 from __future__ import annotations
 
-import argparse
+import ast
 import json
 from functools import partial
 from pathlib import Path
@@ -14,28 +15,28 @@ import jax
 import numpy as np
 import pytest
 import real_assets
-from tiny import HF_CONFIGS, layout, random_model
-from tokenizers import Tokenizer
+from tiny import FAMILIES, TEACHERS, random_model
 
-from ctpd_jax.models import safetensors
-from ctpd_jax.models.decoder import apply, hidden_states, logits_of
-from ctpd_jax.models.generate import generate
-from ctpd_jax.models.hf import load_hf, save_hf
+from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch
+from ctpd_jax.models.decoder import apply
+from ctpd_jax.models.hf import load_hf, save_hf, tensor_table
+from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.schema import RowLayout
+from ctpd_jax.train.step import Compute, Objective, preference_sums
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.parity
 SCRIPT = Path(__file__).with_name("torch_reference.py")
-NAMES = sorted(HF_CONFIGS)
-REAL = ["smollm2-135m-instruct", "gemma3-270m"]
+TRAINABLE = sorted(set(FAMILIES) - set(TEACHERS))
+ONLY_IN_5 = {"phi3_attention_factor"}  # transformers 4 allows no such field for this family
 LENGTHS = (23, 31)  # longer than the tiny windows
-TINY_TOLERANCE = 1e-4  # on logits of a size of about 10
-LOGPROB_TOLERANCE = 1e-3
-GREEDY = (40, 64)  # prompt, new tokens
+ROW = 56
+BETA = 0.1
+LOGITS = 1e-4  # on logits of a size of about 5
+GRADIENT = 1e-4  # relative to the largest entry of the same tensor
+ZERO = 1e-12  # what is smaller in float64 is zero
 
 
-def _run(jobs, folder):
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    real_assets.run_in_assets_venv(SCRIPT, file)
+# ------------------------------------------------------------------------------------------------ both sides
 
 
 def _sequences(vocab):
@@ -43,106 +44,185 @@ def _sequences(vocab):
     return [random.integers(0, vocab, length).tolist() for length in LENGTHS]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Folders written by us and by transformers for each config, and torch's logits for both."""
-    root = tmp_path_factory.mktemp("parity")
-    jobs = []
-    for name in NAMES:
-        config, params = random_model(name)
-        save_hf(root / f"ours-{name}", config, params)
-        jobs.append({"create": str(root / f"theirs-{name}"), "config": HF_CONFIGS[name]})
-        jobs += [
-            {
-                "logits": str(root / f"{who}-{name}"),
-                "tokens": _sequences(config.vocab_size),
-                "out": str(root / f"{who}-{name}.npz"),
-            }
-            for who in ("ours", "theirs")
-        ]
-    _run(jobs, root)
-    return root
+def _pairs(vocab):
+    """Two preferences. No token is the padding token: torch.nn.Embedding gives that one no gradient."""
+    random = np.random.default_rng(2)
 
+    def tokens(count):
+        return random.integers(3, vocab, count).tolist()
 
-@pytest.mark.parametrize("who", ["ours", "theirs"])
-@pytest.mark.parametrize("name", NAMES)
-def test_tiny_models_agree_with_torch(tiny, name, who):
-    """`ours`: transformers opens our export. `theirs`: we open what transformers saved."""
-    config, params = load_hf(tiny / f"{who}-{name}")
-    expected = np.load(tiny / f"{who}-{name}.npz")
-    first, second = _sequences(config.vocab_size)
-    for i, tokens in enumerate((first, second)):
-        np.testing.assert_allclose(apply(config, params, np.array([tokens]))[0], expected[str(i)], atol=TINY_TOLERANCE)
-    assert np.abs(expected["0"]).max() > 1  # the models are no constants
-    segment = [1] * len(first) + [2] * len(second)
-    row = layout(segment, segment, [*range(len(first)), *range(len(second))])
-    together = apply(config, params, np.array([first + second]), row)[0]
-    np.testing.assert_allclose(together[: len(first)], expected["0"], atol=TINY_TOLERANCE)
-    np.testing.assert_allclose(together[len(first) :], expected["1"], atol=TINY_TOLERANCE)
-
-
-def _text_ids(folder):
-    text = Path(argparse.__file__).read_text(encoding="utf-8")
-    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids[:2048]
-
-
-@pytest.fixture(scope="module")
-def scored(real_models, tmp_path_factory):
-    root = tmp_path_factory.mktemp("scored")
-    jobs = [
-        {
-            "score": str(real_models[name]),
-            "tokens": _text_ids(real_models[name]),
-            "greedy": GREEDY,
-            "out": str(root / f"{name}.npz"),
-        }
-        for name in REAL
+    return [
+        {"prompt": tokens(7), "chosen": tokens(11), "rejected": tokens(9), "reference": [-60.5, -50.25]},
+        {"prompt": tokens(4), "chosen": tokens(6), "rejected": tokens(12), "reference": [-31.0, -70.75]},
     ]
-    _run(jobs, root)
+
+
+def _run(root, jobs, transformers4=False):
+    file = root / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    real_assets.run_in_assets_venv(SCRIPT, file, transformers4=transformers4)
+
+
+def _logits_job(root, label, name, version=5):
+    tokens, out = _sequences(FAMILIES[name]["vocab_size"]), f"{label}-{name}.{version}.npz"
+    return {"logits": str(root / f"{label}-{name}"), "tokens": tokens, "out": str(root / out)}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """For each family a model made by transformers, its logits and its gradients."""
+    root, jobs = tmp_path_factory.mktemp("theirs"), []
+    for name, raw in FAMILIES.items():
+        folder = str(root / f"theirs-{name}")
+        jobs += [{"create": folder, "config": raw}, _logits_job(root, "theirs", name)]
+        if name in TRAINABLE:
+            pairs, out = _pairs(raw["vocab_size"]), str(root / f"dpo-{name}.npz")
+            jobs.append({"dpo": folder, "pairs": pairs, "beta": BETA, "out": out})
+    _run(root, jobs)
     return root
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_real_models_agree_with_torch(real_models, scored, name):
-    config, params = load_hf(real_models[name])
-    ids = np.array(_text_ids(real_models[name]), np.int32)
-    expected = np.load(scored / f"{name}.npz")
-    hidden = jax.jit(partial(hidden_states, config))(params, ids[None])[0, :-1]
-    logprobs = jax.jit(lambda params, part: jax.nn.log_softmax(logits_of(config, params, part)))
-    got = np.concatenate(
-        [
-            np.take_along_axis(np.asarray(logprobs(params, hidden[i : i + 256])), ids[i + 1 : i + 257, None], 1)[:, 0]
-            for i in range(0, len(ids) - 1, 256)
-        ]
-    )
-    print(f"{name}: largest difference of a log-probability {np.abs(got - expected['logprobs']).max():.1e}")
-    assert len(got) == 2047
-    np.testing.assert_allclose(got, expected["logprobs"], atol=LOGPROB_TOLERANCE)
-    prompt, new = GREEDY
-    # A second, shorter prompt in the batch: padding must not change the first answer.
-    answers = generate(config, params, [ids[:prompt].tolist(), ids[:7].tolist()], new, stop_ids=())
-    assert answers[0] == expected["greedy"].tolist()
+@pytest.fixture(scope="module")
+def exported(theirs, tmp_path_factory):
+    """What transformers 5 computes with our exports of its own models, `back`, and of `ours`; of the latter also 4."""
+    root, jobs = tmp_path_factory.mktemp("exported"), []
+    for name in TRAINABLE:
+        save_hf(root / f"back-{name}", *load_hf(theirs / f"theirs-{name}"))
+        save_hf(root / f"ours-{name}", *random_model(name))
+        jobs += [_logits_job(root, "back", name), _logits_job(root, "ours", name)]
+    _run(root, jobs)
+    _run(root, [_logits_job(root, "ours", name, 4) for name in TRAINABLE if name not in ONLY_IN_5], transformers4=True)
+    return root
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_the_export_of_a_real_model_is_the_original(real_models, tmp_path, name):
-    """bfloat16 weights read, widened, written in bfloat16 again: every byte of every tensor as it was."""
-    config, params = load_hf(real_models[name])
-    save_hf(tmp_path / "export", config, params, tokenizer=real_models[name], dtype="bfloat16")
-    before = safetensors.read_header(real_models[name] / "model.safetensors")
-    after = safetensors.read_header(tmp_path / "export" / "model.safetensors")
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert (tensor.code, tensor.shape) == (after[key].code, after[key].shape)
-        first, second = (np.empty(tensor.shape, safetensors.DTYPES[tensor.code]) for _ in range(2))
-        safetensors.read_into(tensor, key, first)
-        safetensors.read_into(after[key], key, second)
-        assert np.array_equal(first.view(np.uint16), second.view(np.uint16)), key
-    tokens = np.array([_text_ids(real_models[name])[:24]])
-    _run(
-        [{"logits": str(tmp_path / "export"), "tokens": tokens.tolist(), "out": str(tmp_path / "logits.npz")}], tmp_path
-    )
-    ours = apply(config, params, tokens)[0]
-    # Relative to the largest logit, about 25: torch's own float32 is 2e-4 away from its float64 here.
-    theirs = np.load(tmp_path / "logits.npz")["0"]
-    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+@pytest.fixture(scope="module")
+def figures():
+    """Largest differences, {family: {what: number}}; printed as a table when all is done (pytest -s)."""
+    table: dict[str, dict[str, float]] = {}
+    yield table
+    print()
+    for name, row in table.items():
+        print(f"{name:24}", "  ".join(f"{what} {value:.1e}" for what, value in row.items()))
+
+
+# ------------------------------------------------------------------------------------------------ logits
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(config, params, tokens, row):
+    return apply(config, params, tokens, row)
+
+
+def _logits(config, params):
+    """Of the two sequences, each in a row of its own, and then once more side by side in one row."""
+    first, second = _sequences(config.vocab_size)
+    a, b = LENGTHS
+    tokens, positions, segment = np.zeros((3, 3, ROW), np.int32)
+    for row, start, number, sequence in ((0, 0, 1, first), (1, 0, 1, second), (2, 0, 1, second), (2, b, 2, first)):
+        place = (row, slice(start, start + len(sequence)))
+        tokens[place], positions[place], segment[place] = sequence, np.arange(len(sequence)), number
+    out = np.asarray(_apply(config, params, tokens, RowLayout(positions, segment, segment)))
+    return {"alone": (out[0, :a], out[1, :b]), "in one row": (out[2, b : a + b], out[2, :b])}
+
+
+def _compare(figures, name, label, ours, file):
+    expected = np.load(file)
+    for how, (first, second) in ours.items():
+        assert np.abs(expected["0"]).max() > 1  # the models are no constants
+        largest = max(np.abs(first - expected["0"]).max(), np.abs(second - expected["1"]).max())
+        figures.setdefault(name, {})[f"{label} {how}"] = largest
+        assert largest < LOGITS, how
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_model_of_transformers_computes_the_same_here(theirs, figures, name):
+    config, params = load_hf(theirs / f"theirs-{name}")
+    assert config == from_hf(FAMILIES[name])  # what transformers writes, and the spelling of older versions
+    _compare(figures, name, "theirs", _logits(config, params), theirs / f"theirs-{name}.5.npz")
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_transformers_opens_what_we_export(theirs, exported, figures, name):
+    for version in (5,) if name in ONLY_IN_5 else (5, 4):
+        _compare(
+            figures, name, f"ours in {version}", _logits(*random_model(name)), exported / f"ours-{name}.{version}.npz"
+        )
+    back = np.load(exported / f"back-{name}.5.npz")
+    _compare(figures, name, "back", {"": (back["0"], back["1"])}, theirs / f"theirs-{name}.5.npz")
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _batches(vocab):
+    """The two pairs in every layout of rows: each response alone, both in one row, both after one prompt.
+
+    All of one shape, the rows that a layout does not need being padding, so that there is one program to compile.
+    """
+    items = [
+        PairItem(
+            np.array(pair["prompt"]),
+            *(
+                ScoredResponse(np.array(pair[side]), np.ones(len(pair[side])), constant)
+                for side, constant in zip(("chosen", "rejected"), pair["reference"])
+            ),
+        )
+        for pair in _pairs(vocab)
+    ]
+    shape = BatchShape(2 * len(items), 36, 20)
+    return {layout: build_batch(items, layout, shape, len(items)) for layout in LAYOUTS}
+
+
+@partial(jax.jit, static_argnums=0)
+def _dpo(config, params, batch):
+    return jax.value_and_grad(lambda p: preference_sums(config, Objective(BETA), Compute(), p, batch)[0])(params)
+
+
+def _by_name(config, tree):
+    """The gradient under the checkpoint's names, one entry a layer."""
+    out = {}
+    for path, entry in tensor_table(config).items():
+        leaf = tree
+        for key in path:
+            leaf = leaf[key]
+        layers = np.asarray(leaf) if "{}" in entry else np.asarray(leaf)[None]
+        out |= {entry.format(number): layer for number, layer in enumerate(layers)}
+    return out
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_the_gradient_of_a_dpo_step_is_that_of_torch(theirs, figures, name):
+    """Every entry of every parameter, against float64.
+
+    A bias of the keys in a layer without positions shifts all scores of a query alike: its gradient is zero, which
+    leaves nothing to be relative to but the gradient of the matrix that it belongs to.
+    """
+    config, params = load_hf(theirs / f"theirs-{name}")
+    expected = np.load(theirs / f"dpo-{name}.npz")
+    names = {key for key in expected.files if key != "loss" and not key.startswith("float32:")}
+    size = {key: np.abs(expected[key]).max() for key in names}
+    unmoved = [key for key in names if size[key] < ZERO]
+    without_positions = [i for i, kind in enumerate(config.layer_kinds) if config.kinds[kind].rope is None]
+    biases = [f"model.layers.{layer}.self_attn.k_proj.bias" for layer in without_positions if config.qkv_bias]
+    assert sorted(unmoved) == biases
+    for key in unmoved:
+        size[key] = size[key.replace("bias", "weight")]
+    for layout, batch in _batches(config.vocab_size).items():
+        loss, gradient = _dpo(config, params, batch)
+        assert loss == pytest.approx(expected["loss"], rel=1e-5)
+        ours = _by_name(config, gradient)
+        assert ours.keys() == names
+        errors = {key: np.abs(ours[key] - expected[key]).max() / size[key] for key in names}
+        worst = max(errors, key=errors.__getitem__)
+        figures.setdefault(name, {})[f"gradient {layout}"] = errors[worst]
+        assert errors[worst] < GRADIENT, (layout, worst)
+    figures[name]["torch float32"] = max(expected[f"float32:{key}"] / size[key] for key in names)
+
+
+# ------------------------------------------------------------------------------------------------ packaging
+
+
+def test_what_runs_torch_here_is_the_extra_called_parity():
+    setup = ast.parse((Path(__file__).parents[2] / "setup.py").read_text())
+    keywords = {node.arg: node.value for node in ast.walk(setup) if isinstance(node, ast.keyword)}
+    assert set(ast.literal_eval(keywords["extras_require"])["parity"]) <= set(real_assets.LIBRARIES)

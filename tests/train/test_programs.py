@@ -68,10 +68,10 @@ def test_no_logits_in_the_compiled_step(raw):
     accumulate, update = make_steps(partial(preference_sums, config, Objective(0.1), Compute()), optimizer)
     state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     programs = {
-        "accumulate": accumulate.lower(params, params, abstract_batch()),
+        "accumulate": accumulate.lower(params, {}, params, abstract_batch()),
         "update": update.lower(state, params, jax.ShapeDtypeStruct((), jnp.float32)),
         "score": make_scorer(config, Compute()).lower(
-            params, abstract_batch(), jax.ShapeDtypeStruct((1, SCORED), jnp.int32)
+            {}, params, abstract_batch(), jax.ShapeDtypeStruct((1, SCORED), jnp.int32)
         ),
     }
     for name, lowered in programs.items():

@@ -10,8 +10,9 @@ import pytest
 
 from ctpd_jax.core.losses import ctpd_loss
 from ctpd_jax.core.projection import span_sums
-from ctpd_jax.data.loader import micro_batches
-from ctpd_jax.data.rows import LAYOUTS, PairItem, RowShape, ScoredResponse, build_batch, choose_shapes
+from ctpd_jax.data.loader import micro_batches, plan_shapes
+from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch
 from ctpd_jax.models.decoder import apply, init_params
 from ctpd_jax.models.hf_config import from_hf
 from ctpd_jax.settings import preference
@@ -59,7 +60,7 @@ def relative(a, b) -> float:
     return float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-12))
 
 
-def update(config, layout, micro=4, remat=False):
+def update(config, layout, micro=4, remat="dots"):
     """The gradient and the metrics of one update of 4 pairs."""
     items, params = random_items(4), start(config)
     sums_of = partial(
@@ -67,8 +68,9 @@ def update(config, layout, micro=4, remat=False):
     )
     accumulate, _ = make_steps(sums_of, make_optimizer(preference(1e-3, 0.1), 10))
     gradient, sums = jax.tree.map(jnp.zeros_like, params), {}
-    for batch, _ in micro_batches(items, layout, choose_shapes(items, layout, buckets=1, multiple=8), micro):
-        gradient, new = accumulate(params, gradient, batch)
+    rows = Rows(layout, buckets=1, multiple=8)
+    for batch, _ in micro_batches(items, micro, rows, plan_shapes(items, [range(4)], micro, rows)):
+        gradient, new = accumulate(params, {}, gradient, batch)
         sums = add_sums(sums, new)
     return gradient, mean_of(sums)
 
@@ -89,14 +91,14 @@ def test_layouts_give_the_same_update(name):
 
 def test_splits_and_remat_give_the_same_update():
     whole = update(GEMMA, "shared")
-    for other in (update(GEMMA, "shared", micro=3), update(GEMMA, "shared", remat=True)):
+    for other in (update(GEMMA, "shared", micro=3), update(GEMMA, "shared", remat="full")):
         assert_same_update(other, whole)
 
 
 def test_window_and_caps_act_on_these_pairs():
     """Else the tests of them would say nothing."""
     everywhere = tuple(replace(kind, window=None) for kind in GEMMA.kinds)
-    batch = build_batch(random_items(4), "shared", RowShape(64, 40), 4)
+    batch = build_batch(random_items(4), "shared", BatchShape(4, 64, 40), 4)
 
     def loss(config):
         return float(preference_sums(config, Objective(0.1), Compute(), start(GEMMA), batch)[0])
@@ -122,7 +124,7 @@ def test_the_step_agrees_with_the_span_form_on_plain_logits(name):
     responses = [
         ScoredResponse(t, w[s], float(w @ r)) for t, w, s, r in zip(tokens, weights, spans, reference, strict=True)
     ]
-    batch = build_batch([PairItem(prompt, *responses)], "shared", RowShape(32, 24), 1)
+    batch = build_batch([PairItem(prompt, *responses)], "shared", BatchShape(1, 32, 24), 1)
 
     def by_step(p):
         return preference_sums(config, Objective(0.1), Compute(), p, batch)[0]
@@ -145,9 +147,13 @@ def test_the_step_agrees_with_the_span_form_on_plain_logits(name):
 
 def test_padding_pairs_change_nothing():
     config, params = LLAMA, start(LLAMA)
-    items, shape = random_items(2), RowShape(64, 40)
-    whole = preference_sums(config, Objective(0.1), Compute(), params, build_batch(items, "shared", shape, 2))
-    padded = preference_sums(config, Objective(0.1), Compute(), params, build_batch(items, "shared", shape, 5))
+    items = random_items(2)
+    whole, padded = (
+        preference_sums(
+            config, Objective(0.1), Compute(), params, build_batch(items, "shared", BatchShape(n, 64, 40), n)
+        )
+        for n in (2, 5)
+    )
     assert relative(padded[0], whole[0]) < 1e-6
     for name, value in whole[1].items():
         if name != "padding":
@@ -158,11 +164,11 @@ def test_sft_counts_tokens_and_update_moves_every_matrix():
     config, params = GEMMA, start(GEMMA)
     items = [PairItem(i.prompt, ScoredResponse(i.chosen.tokens, np.ones(len(i.chosen.tokens), np.float32)), None)
              for i in random_items(3)]  # fmt: skip
-    batch = build_batch(items, "response", RowShape(32, 24), 3)
+    batch = build_batch(items, "response", BatchShape(3, 32, 24), 3)
     optimizer = make_optimizer(preference(1e-3, 0.1), 10)
     accumulate, update = make_steps(partial(sft_sums, config, Compute()), optimizer)
     before = jax.tree.map(np.asarray, params)
-    gradient, sums = accumulate(params, jax.tree.map(jnp.zeros_like, params), batch)
+    gradient, sums = accumulate(params, {}, jax.tree.map(jnp.zeros_like, params), batch)
     assert float(sums["loss"][1]) == sum(len(i.chosen.tokens) for i in items)
     state, norm = update(init_state(jax.tree.map(jnp.array, before), optimizer), gradient, sums["loss"][1])
     assert int(state.step) == 1 and float(norm) > 0

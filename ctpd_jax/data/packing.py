@@ -1,0 +1,248 @@
+"""Which rows a batch's responses lie in, and the few static shapes that all batches of a stage take. NumPy only.
+
+A unit is what lies in a row as one piece: a response with its prompt, or both responses of a pair; see data.rows.
+
+Letters: B micro-batches, U units of a micro-batch, R rows, L row length, K scored tokens of a row, S shapes, C kinds of
+rows, (L, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ctpd_jax.data.rows import BatchShape, PairItem, unit_needs
+from ctpd_jax.errors import UserError
+
+# Kinds of rows are compared on so many units from the beginning of a stage; the rows are then counted on all of them.
+SAMPLE = 8192
+LENGTHS = 32  # row lengths to compare, at most
+LONGEST = 2048  # of a packed row, or three times the longest unit
+SLACK = (1.0, 1.05, 1.1, 1.25)  # scored tokens of a packed row, relative to their share in all tokens
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How responses are laid out in rows, and how many programs may be compiled for that."""
+
+    layout: str = "response"  # see data.rows
+    packed: bool = False  # as many units in a row as it takes; else each has a row of its own
+    buckets: int = 4  # shapes, at most
+    multiple: int = 64  # L and K are multiples of it
+    length: int = 0  # L; 0: chosen from the data
+    row_multiple: int = 1  # R is a multiple of it: the devices that the rows are divided among
+
+
+class Units(NamedTuple):
+    """The units of micro-batches, in each the longest first."""
+
+    tokens: np.ndarray  # int64 [B, U]; 0 where a micro-batch has fewer
+    scored: np.ndarray  # int64 [B, U]
+    order: np.ndarray  # int64 [B, U]: the unit's number before they were sorted
+
+    def part(self, which: np.ndarray) -> Units:
+        return Units(self.tokens[which], self.scored[which], self.order[which])
+
+
+def needs_of(items: Sequence[PairItem], layout: str) -> np.ndarray:
+    """Tokens and scored tokens of every item's units: int64 [items, units of an item, 2]."""
+    if not len(items):
+        raise UserError("There is no pair left to train or score on.")
+    return np.array([unit_needs(item, layout) for item in items], np.int64)
+
+
+def units_of(needs: np.ndarray, groups: Sequence[Sequence[int] | np.ndarray]) -> Units:
+    """The units of micro-batches, given the places of each one's items in `needs`."""
+    places = np.full((len(groups), max(map(len, groups))), len(needs))
+    for row, group in zip(places, groups):
+        row[: len(group)] = group
+    needs = np.concatenate([needs, np.zeros_like(needs[:1])])[places]  # [B, items, units of an item, 2]
+    tokens, scored = needs.reshape(len(groups), -1, 2).transpose(2, 0, 1)
+    order = np.argsort(-tokens, axis=1, kind="stable")
+    return Units(np.take_along_axis(tokens, order, 1), np.take_along_axis(scored, order, 1), order)
+
+
+def split(needs: np.ndarray, micro_batch: int, packed: bool) -> list[np.ndarray]:
+    """Cuts items into groups of at most `micro_batch`: the places of each.
+
+    Packed, the groups come out about equally large, so that few shapes serve them all; otherwise items of about the
+    same length come together, the shortest first.
+    """
+    if not packed:
+        order = np.argsort(needs[:, :, 0].max(axis=1), kind="stable")
+        return [order[first : first + micro_batch] for first in range(0, len(order), micro_batch)]
+    order = np.argsort(-needs[:, :, 0].sum(axis=1), kind="stable")
+    count = -(-len(order) // micro_batch)
+    lap, place = np.divmod(np.arange(len(order)), count)  # dealt out like cards, every second lap backwards
+    owner = np.where(lap % 2 == 0, place, count - 1 - place)
+    return [order[owner == group] for group in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------ places
+
+
+def pack(units: Units, length: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """Best fit, the longest unit first: each into the fullest row that still takes it, or else into a new one.
+
+    Args:
+        length, scored: int [B], what a row of each micro-batch takes; no unit may need more.
+
+    Returns:
+        int64 [B, U], the row of each unit, -1 where there is none. The micro-batches are packed side by side, and what
+        becomes of one does not depend on the others.
+    """
+    count = len(units.tokens)
+    empty = np.stack([length, scored])[:, :, None]  # [2, B, 1]
+    free, every = empty.copy(), np.arange(count)
+    places = np.full(units.tokens.shape, -1)
+    for number, (tokens, slots) in enumerate(zip(units.tokens.T, units.scored.T)):
+        fits = (free[0] >= tokens[:, None]) & (free[1] >= slots[:, None])
+        if not fits.any(axis=1).all():
+            free = np.concatenate([free, empty], axis=2)
+            fits = np.concatenate([fits, np.ones((count, 1), bool)], axis=1)
+        row = np.where(fits, free[0], np.iinfo(np.int64).max).argmin(axis=1)
+        free[:, every, row] -= np.stack([tokens, slots])
+        places[:, number] = np.where(tokens > 0, row, -1)
+    return places
+
+
+def place(units: Units, kinds: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Lays every micro-batch out in rows of every kind, int [C, 2].
+
+    Returns:
+        The row of each unit, int64 [C, B, U], -1 where there is none; and how many rows that makes, float64 [C, B],
+        infinity where a unit is too long for that kind of row.
+    """
+    size, count = units.tokens.shape, len(kinds)
+    units = Units(*(np.tile(array, (count, 1)) for array in units))
+    length, scored = np.repeat(np.asarray(kinds, np.int64), size[0], axis=0).T
+    possible = (units.tokens.max(axis=1) <= length) & (units.scored.max(axis=1) <= scored)
+    if rows.packed:
+        places = np.full(units.tokens.shape, -1)
+        places[possible] = pack(units.part(possible), length[possible], scored[possible])
+        needed = places.max(axis=1) + 1
+    else:
+        places = np.where(units.tokens > 0, units.order, -1)
+        needed = np.full(len(places), size[1])  # also for the last micro-batch, which may have fewer units
+    needed = np.where(possible, round_up(needed, rows.row_multiple), np.inf)
+    return places.reshape(count, *size), needed.reshape(count, size[0])
+
+
+def fit(units: Units, shapes: Sequence[BatchShape], rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """The first of the shapes that takes each micro-batch, int64 [B]; and the row of each unit, int64 [B, U].
+
+    The units are numbered as before they were sorted.
+
+    Raises:
+        UserError: none of the shapes takes a micro-batch.
+    """
+    places, needed = place(units, np.array([(shape.length, shape.scored) for shape in shapes]), rows)
+    fits = needed <= np.array([shape.rows for shape in shapes])[:, None]
+    taken = np.any(fits, axis=0)
+    if not taken.all():
+        worst = units.part(np.logical_not(taken))
+        raise UserError(
+            f"A micro-batch of {int(worst.tokens[0].sum()):,} tokens, {int(worst.scored[0].sum()):,} of them scored "
+            f"and up to {int(worst.tokens[0, 0]):,} in a row, fits none of the shapes {list(shapes)}."
+        )
+    choice = fits.argmax(axis=0)
+    sorted_places = places[choice, np.arange(len(choice))]
+    own = np.empty_like(sorted_places)
+    np.put_along_axis(own, units.order, sorted_places, axis=1)
+    return choice, own
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def choose_shapes(units: Units, rows: Rows) -> tuple[BatchShape, ...]:
+    """Chooses at most `rows.buckets` shapes that take all these micro-batches at the least cost, the cheapest first.
+
+    Raises:
+        UserError: a unit is longer than `rows.length`.
+    """
+    kinds = _kinds(units, rows)
+    longest = units.tokens[:, 0].argmax()  # which is to be among those that decide
+    some = np.unique(np.append(np.arange(min(len(units.tokens), -(-SAMPLE // units.tokens.shape[1]))), longest))
+    few = _cheapest(place(units.part(some), kinds, rows)[1], kinds, rows.buckets)
+    kinds = np.unique([(shape.length, shape.scored) for shape in few], axis=0)
+    return tuple(_cheapest(place(units, kinds, rows)[1], kinds, rows.buckets))
+
+
+def _kinds(units: Units, rows: Rows) -> np.ndarray:
+    """Row lengths and scored tokens that are worth a comparison: int64 [C, 2]."""
+    tokens, scored = units.tokens[:, 0], units.scored.max(axis=1)  # [B]
+    least = int(round_up(tokens.max(), rows.multiple))
+    if rows.length:
+        if tokens.max() > rows.length:
+            raise UserError(
+                f"config.rows.length is {rows.length}, but a row has to take {tokens.max()} tokens at once: raise it, "
+                "set it to 0, or lower config.data.max_prompt_tokens or config.data.max_response_tokens."
+            )
+        lengths = np.array([rows.length])
+    else:
+        if rows.packed:
+            # A row much longer than a device's share of all the tokens would stay empty in part.
+            most = min(max(LONGEST, 3 * least), 2 * units.tokens.sum(axis=1).max() // rows.row_multiple)
+            lengths = np.linspace(least, max(least, most), LENGTHS)
+        else:
+            lengths = np.quantile(tokens, np.linspace(0, 1, LENGTHS))
+        lengths = np.unique(round_up(lengths, rows.multiple))
+    if rows.packed:
+        share = units.scored.sum() / units.tokens.sum()
+        slots = np.maximum(lengths[:, None] * share * np.array(SLACK), scored.max())
+    else:
+        slots = np.array([[scored[tokens <= length].max()] for length in lengths])
+    slots = np.minimum(round_up(slots, rows.multiple), lengths[:, None])
+    return np.unique([(length, slot) for length, own in zip(lengths, slots) for slot in own], axis=0)
+
+
+def cost(shape: BatchShape) -> float:
+    """About how long a batch of that shape takes, in tokens.
+
+    A scored token costs a quarter more for the unembedding, and attention to a row doubles the cost at 16,384 tokens:
+    the proportions of a model of about a billion parameters.
+    """
+    return shape.rows * (shape.length + shape.scored / 4 + shape.length**2 / 16384)
+
+
+def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchShape]:
+    """At most `count` shapes that take all micro-batches, by the rows that each needs of each kind, [C, B].
+
+    The cheapest one that takes all; then what saves most; then one is exchanged for another as long as that saves.
+    """
+    shapes = sorted(
+        {
+            BatchShape(int(number), int(length), int(scored))
+            for (length, scored), own in zip(kinds, needed)
+            for number in np.unique(own[np.isfinite(own)])
+        },
+        key=lambda shape: (cost(shape), shape),
+    )
+    kind = {(int(length), int(scored)): own for (length, scored), own in zip(kinds, needed)}
+    costs = np.array([np.where(kind[s.length, s.scored] <= s.rows, cost(s), np.inf) for s in shapes])  # [S, B]
+
+    def totals(chosen: list[int]) -> np.ndarray:
+        """The cost of all micro-batches with each of the shapes added to the chosen ones: [S]."""
+        return np.minimum(costs, costs[chosen].min(axis=0, initial=np.inf)).sum(axis=1)
+
+    chosen: list[int] = []
+    for _ in range(count):
+        chosen.append(int(totals(chosen).argmin()))
+    best, improved = costs[chosen].min(axis=0).sum(), True
+    while improved:
+        improved = False
+        for other in range(count):
+            rest = chosen[:other] + chosen[other + 1 :]
+            sums = totals(rest)
+            if sums.min() < best * (1 - 1e-9):
+                chosen, best, improved = [*rest, int(sums.argmin())], sums.min(), True
+    used = np.unique(np.array(sorted(chosen))[costs[sorted(chosen)].argmin(axis=0)])
+    return [shapes[i] for i in used]
+
+
+def round_up(values: np.ndarray | float, multiple: int) -> np.ndarray:
+    return (-(-np.asarray(values) // multiple) * multiple).astype(np.int64)

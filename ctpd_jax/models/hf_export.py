@@ -1,0 +1,231 @@
+"""Writing Hugging Face model folders that transformers 4 and 5 open, each read back before it takes its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.files import local_path, read_json, replacing_folder, write_json
+from ctpd_jax.models import safetensors
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import Params
+from ctpd_jax.models.hf_config import eos_field, read_config, to_hf
+from ctpd_jax.models.hf_import import INDEX, LOAD_DTYPES, WEIGHTS, check_weights, model_directory
+from ctpd_jax.models.hf_table import EMBEDDING, checkpoint_shapes, leaves, places, tensor_table
+
+MAX_SHARD_BYTES = 5_000_000_000
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_GENERATION = "generation_config.json"
+
+TensorToWrite = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # name, shape, what gives the array
+
+
+def save_hf(
+    directory: str | Path,
+    config: DecoderConfig,
+    params: Params,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    *,
+    chat_template: str | None = None,
+    card: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model folder that `transformers` opens; `load_hf` of it gives the same parameters, bit for bit.
+
+    The folder is written beside its place, read back and compared with what was meant, and then renamed. An earlier
+    model folder is replaced; a folder that holds anything else is refused. What a killed save left is removed, or put
+    back, by the next.
+
+    Args:
+        directory: where to.
+        config: what the parameters belong to; no adapters and no int8 weights.
+        params: as from `load_hf`, on any number of devices of this process.
+        tokenizer: a folder (or hub id) whose tokenizer files are copied byte for byte and whose other settings of
+            generation are kept, or an object with `save_pretrained`; None writes no tokenizer.
+        dtype: "float32", "bfloat16" or "float16" of the weights; None keeps each parameter's own.
+        chat_template: a template in Jinja; written where the tokenizer's own is another one. None keeps that.
+        card: the text of README.md; None writes none.
+        max_shard_bytes: of the tensors in one file; a larger model becomes several files and an index.
+
+    Raises:
+        UserError: the folder is in use by something else, an unknown dtype, parameters that the config does not imply,
+            a tokenizer folder without tokenizer files, or a folder that reads back otherwise than it was meant.
+    """
+    if dtype is not None and dtype not in LOAD_DTYPES:
+        raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(LOAD_DTYPES)}.")
+    with replacing_folder(local_path(directory), "config.json", "a model folder") as beside:
+        _check_params(config, params)
+        tensors, dtypes = _tensors(config, params, dtype)
+        source = model_directory(tokenizer) if isinstance(tokenizer, str | Path) else None
+        _write_configs(beside, config, dtypes, source)
+        if source is not None:
+            _copy_tokenizer(beside, source)
+        elif tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        if chat_template is not None and chat_template != stored_template(beside):
+            (beside / _TEMPLATE).write_bytes(chat_template.encode("utf-8"))
+        if card is not None:
+            (beside / "README.md").write_bytes(card.encode("utf-8", errors="replace"))
+        write_weights(beside, tensors, dtypes.__getitem__, max_shard_bytes)
+        _read_back(beside, config, tensors, dtypes)
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def _check_params(config: DecoderConfig, params: Params) -> None:
+    if config.lora is not None or config.int8:
+        raise UserError(
+            "A model with adapters or int8 weights has no checkpoint of its own: merge the adapters into the weights "
+            "before the export, and export the weights that were quantized, not the int8 ones."
+        )
+    expected, found = checkpoint_shapes(config), dict(leaves(params))
+    for path in sorted(expected.keys() ^ found.keys()):
+        raise UserError(
+            f"The parameters {'lack' if path in expected else 'hold'} {'.'.join(path)}, which the config "
+            f"{'implies' if path in expected else 'does not imply'}."
+        )
+    for path, leaf in found.items():
+        if leaf.shape != expected[path]:
+            raise UserError(f"{'.'.join(path)} has shape {leaf.shape}, but the config implies {expected[path]}.")
+
+
+def _tensors(
+    config: DecoderConfig, params: Params, dtype: str | None
+) -> tuple[list[TensorToWrite], dict[str, np.dtype]]:
+    """The tensors of the checkpoint in the order of the table, each fetched from its device when its turn comes."""
+    found = dict(leaves(params))
+    tensors: list[TensorToWrite] = []
+    dtypes = {}
+    for path, entry in tensor_table(config).items():
+        kind = jnp.dtype(dtype or found[path].dtype)
+        if kind not in safetensors.DTYPES.values():
+            raise UserError(f"{'.'.join(path)} has dtype {kind}; give dtype, one of {', '.join(LOAD_DTYPES)}.")
+        for place in places(config, entry):
+            name = entry.format(*place)
+            dtypes[name] = kind
+            tensors.append((name, found[path].shape[len(place) :], _fetch(found[path], place)))
+    return tensors, dtypes
+
+
+def _fetch(array: Any, place: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(array[place] if place else array)
+
+
+def write_weights(
+    directory: Path,
+    tensors: list[TensorToWrite],
+    dtype_of: Callable[[str], np.dtype],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write model.safetensors, or, where that would be larger than `max_shard_bytes`, shards of at most that size
+    (but at least one tensor) and their index."""
+    shards: list[list[TensorToWrite]] = [[]]
+    total = filled = 0
+    for tensor in tensors:
+        size = math.prod(tensor[1]) * dtype_of(tensor[0]).itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled, total = filled + size, total + size
+    if len(shards) == 1:
+        safetensors.write(directory / WEIGHTS, shards[0], dtype_of)
+        return
+    stem, suffix = WEIGHTS.split(".")
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        safetensors.write(directory / file, shard, dtype_of)
+        weight_map |= {name: file for name, _, _ in shard}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+# ------------------------------------------------------------------------------------------------ what stands beside
+
+
+def _write_configs(directory: Path, config: DecoderConfig, dtypes: dict[str, np.dtype], source: Path | None) -> None:
+    """config.json, and generation_config.json: the source's, with the token ids of this model."""
+    main = str(dtypes[tensor_table(config)[EMBEDDING]])
+    write_json(directory / "config.json", to_hf(config, main))
+    kept = read_json(source / _GENERATION, "mend it, or fetch the model again") if source else None
+    if kept is not None and not isinstance(kept, dict):
+        raise UserError(f"{source}/{_GENERATION} must hold a JSON object.")
+    # Keys with an underscore are notes of transformers to itself: the file was derived from the source's config.json.
+    generation = {key: value for key, value in (kept or {}).items() if not key.startswith("_")} | {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": eos_field(config),
+        "pad_token_id": config.pad_id,
+    }
+    write_json(directory / _GENERATION, {k: v for k, v in generation.items() if v is not None})
+
+
+def _copy_tokenizer(directory: Path, source: Path) -> None:
+    found = [source / name for name in _TOKENIZER_FILES if (source / name).exists()]
+    if not found:
+        raise UserError(f"There are no tokenizer files in {source}.")
+    for file in found:
+        shutil.copyfile(file, directory / file.name)
+    for file in sorted((source / _MORE_TEMPLATES).glob("*.jinja")):
+        (directory / _MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, directory / _MORE_TEMPLATES / file.name)
+
+
+def stored_template(directory: Path) -> str | None:
+    """The chat template of a tokenizer folder, from whichever file holds it; None where there is none."""
+    if (directory / _TEMPLATE).exists():
+        return (directory / _TEMPLATE).read_bytes().decode("utf-8")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        content = read_json(directory / name, "mend it, or fetch the model again")
+        template = content.get("chat_template") if isinstance(content, dict) else None
+        if isinstance(template, list):  # several, by name
+            named = [part for part in template if isinstance(part, dict) and part.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        if isinstance(template, str):
+            return template
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ self-check
+
+
+def _read_back(
+    directory: Path, config: DecoderConfig, tensors: list[TensorToWrite], dtypes: dict[str, np.dtype]
+) -> None:
+    """Holds the written folder against what was meant."""
+    try:
+        found = read_config(directory)
+        for field in dataclasses.fields(config):
+            meant, there = getattr(config, field.name), getattr(found, field.name)
+            if meant != there:
+                raise UserError(f"{field.name} is {there!r} in config.json and was meant to be {meant!r}")
+        stored = check_weights(directory, config)
+        if len(stored) != len(tensors):
+            raise UserError("tensors were written that were not meant")
+        for name, _, fetch in tensors:
+            if not safetensors.holds(stored[name], name, np.asarray(fetch(), dtypes[name])):
+                raise UserError(f"tensor {name} is not what was meant")
+    except UserError as error:
+        raise UserError(f"The export does not read back as it was written ({error}); nothing was exported.") from error

@@ -1,0 +1,224 @@
+"""Reading Hugging Face model folders: tensor by tensor straight into the shards that the devices hold.
+
+The host never holds more than one device's shard of one (stacked) parameter besides what lies on devices.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.files import read_json
+from ctpd_jax.models import safetensors
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import Params
+from ctpd_jax.models.hf_config import read_config
+from ctpd_jax.models.hf_table import EMBEDDING, HEAD, checkpoint_name, checkpoint_shapes, tensor_names, tensor_table
+
+# One sharding for every parameter, or a function of a parameter's path and shape; None: the default device.
+Placement = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding] | None
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LOAD_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# What is fetched from the hub. Other files, such as pickles, code and second copies of the weights, stay there.
+_FETCHED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model*", "spiece.model", "merges.txt", "vocab.txt")
+# Buffers that old checkpoints stored, and that the config determines: rotary frequencies, causal masks.
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ALIGNMENT = 64  # bytes: XLA's CPU backend takes an array so aligned as it is, without a copy
+
+
+def load_hf(
+    path_or_repo: str | Path, dtype: str = "float32", sharding: Placement = None
+) -> tuple[DecoderConfig, Params]:
+    """Load a model folder, or a model of the Hugging Face hub.
+
+    Args:
+        path_or_repo: a folder with config.json and model.safetensors (or its shards and their index), or a repository
+            id "owner/name", which is downloaded into the hub's cache.
+        dtype: "float32", "bfloat16" or "float16" of the parameters. bfloat16 and float16 weights widen exactly.
+        sharding: where the parameters go: None for the default device, a `jax.sharding.Sharding` for all of them, or a
+            function (path in the tree, shape) -> Sharding. Each process reads only what its own devices hold.
+
+    Returns:
+        The config, and the parameters as a nested dict under Hugging Face's names, the layers stacked on axis 0. The
+        vocabulary has as many rows as the checkpoint, which may be more than its tokenizer has tokens.
+
+    Raises:
+        UserError: no such folder or repository, no config.json, no safetensors, an unsupported architecture or field,
+            a tensor that is missing, unexpected or of the wrong shape, a sharding that does not fit a parameter.
+    """
+    if dtype not in LOAD_DTYPES:
+        raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(LOAD_DTYPES)}.")
+    directory = model_directory(path_or_repo)
+    config = read_config(directory)
+    return config, read_params(directory, config, LOAD_DTYPES[dtype], sharding)
+
+
+def model_directory(path_or_repo: str | Path) -> Path:
+    """The local folder of a model: the path itself, or the downloaded snapshot of a hub repository."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_repo)
+    if not _REPO_ID.fullmatch(name) or path.exists():
+        raise UserError(f"{name} is not a folder, and not a Hugging Face repository id of the form owner/name either.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FETCHED)))
+    except Exception as error:  # the hub client raises a dozen kinds, from HTTP to its own offline mode
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise UserError(
+            f"{name} is no local folder, and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}). Check the spelling, the network and, for a gated model, the login "
+            f"(`hf auth login`)."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ parameters
+
+
+def read_params(directory: Path, config: DecoderConfig, dtype: Any, sharding: Placement = None) -> Params:
+    """Read a folder's weights into arrays of `dtype`; see `load_hf`."""
+    stored, shapes = check_weights(directory, config), checkpoint_shapes(config)
+    params: Params = {}
+    for path, entry in tensor_table(config).items():
+        where = sharding(path, shapes[path]) if callable(sharding) else sharding
+        leaf = _read_array(stored, entry, shapes[path], jnp.dtype(dtype), where)
+        parent = params
+        for key in path[:-1]:
+            parent = parent.setdefault(key, {})
+        parent[path[-1]] = leaf
+    return params
+
+
+def _read_array(
+    stored: dict[str, safetensors.Tensor],
+    entry: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """One parameter. Each part that devices hold is read once, and only then the next."""
+    if sharding is None:
+        whole = [range(size) for size in shape]
+        return jax.block_until_ready(jax.device_put(_read_part(stored, entry, whole, dtype)))
+    try:
+        indices = sharding.addressable_devices_indices_map(shape)
+    except ValueError as error:
+        raise UserError(f"{entry}, of shape {shape}, cannot be laid out as {sharding}: {error}") from error
+    holders: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, index in indices.items():
+        parts = tuple(range(size)[part] for size, part in zip(shape, index or ()))
+        holders.setdefault(parts, []).append(device)
+    arrays = []
+    for parts, devices in holders.items():
+        host = _read_part(stored, entry, parts, dtype)
+        arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
+        del host
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=dtype)
+
+
+def _read_part(stored: dict[str, safetensors.Tensor], entry: str, parts: Any, dtype: np.dtype) -> np.ndarray:
+    """The part of a parameter that `parts`, one range an axis, say; an array that nothing else holds."""
+    out, stacked = _empty([len(part) for part in parts], dtype), entry.count("{}")
+    index = tuple(slice(part.start, part.stop) for part in parts[stacked:])
+    for place in product(*(range(len(part)) for part in parts[:stacked])):
+        name = entry.format(*(part[i] for part, i in zip(parts, place)))
+        safetensors.read_into(stored[name], name, out[place], index)
+    return out
+
+
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Uninitialized and aligned, so that on the CPU it becomes the device's array itself and not a second copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def check_weights(directory: Path, config: DecoderConfig) -> dict[str, safetensors.Tensor]:
+    """Read only the headers of a folder's weights: every tensor by name, all there and of the right shape.
+
+    Raises:
+        UserError: a file or a tensor that is missing, unexpected or of the wrong shape.
+    """
+    stored, shapes, table = _stored_tensors(directory), checkpoint_shapes(config), tensor_table(config)
+    _check_names(directory, config, stored, [name for entry in table.values() for name in tensor_names(config, entry)])
+    for path, entry in table.items():
+        expected = shapes[path][entry.count("{}") :]
+        for name in tensor_names(config, entry):
+            if stored[name].shape != expected:
+                raise UserError(
+                    f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, but config.json implies "
+                    f"{expected}."
+                )
+    return stored
+
+
+def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:
+    """Every tensor of the folder by name, from the single file or from the shards that the index lists."""
+    index = directory / INDEX
+    if (directory / WEIGHTS).exists():
+        return safetensors.read_header(directory / WEIGHTS)
+    if not index.exists():
+        if any(directory.glob("*.bin")) or any(directory.glob("*.pth")) or any(directory.glob("*.pt")):
+            raise UserError(
+                f"{directory} holds its weights as PyTorch pickles only. Pickles can run code when opened: only "
+                f"safetensors are read. Save the model again with save_pretrained (safetensors is its default)."
+            )
+        raise UserError(f"There is neither {WEIGHTS} nor {INDEX} in {directory}.")
+    content = read_json(index, "fetch the model again")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index} is not a safetensors index: it must hold a JSON object with a weight_map.")
+    stored: dict[str, safetensors.Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (directory / shard).exists():
+            raise UserError(f"{index} lists {shard}, but there is no such file in {directory}.")
+        stored |= safetensors.read_header(directory / shard)
+    missing = sorted(set(weight_map) - set(stored))
+    if missing:
+        raise UserError(f"{index} lists tensors that no shard holds: {_some(missing)}.")
+    return stored
+
+
+def _check_names(
+    directory: Path, config: DecoderConfig, stored: dict[str, safetensors.Tensor], expected: list[str]
+) -> None:
+    missing = sorted(set(expected) - set(stored))
+    if missing:
+        raise UserError(f"{directory} lacks tensors that its config.json implies: {_some(missing)}.")
+    extra = {name for name in set(stored) - set(expected) if not _COMPUTED.search(name)}
+    head = checkpoint_name(config, HEAD)
+    if config.tied and head in extra:
+        _check_tied(stored, head, checkpoint_name(config, EMBEDDING))
+        extra.remove(head)
+    if extra:
+        raise UserError(f"{directory} holds tensors that its config.json does not imply: {_some(sorted(extra))}.")
+
+
+def _check_tied(stored: dict[str, safetensors.Tensor], head: str, embedding: str) -> None:
+    """A tied model may store its head a second time; then it must be the same matrix."""
+    if not safetensors.same_values(stored[head], stored[embedding], head):
+        raise UserError(
+            f"{stored[head].file}: config.json has tie_word_embeddings = true, but {head} is not the embedding. Set "
+            f"tie_word_embeddings to false if the stored head is meant."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

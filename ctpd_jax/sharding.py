@@ -1,0 +1,198 @@
+"""One mesh, and where every array lies on it.
+
+Axes: `data` (rows of a batch), `fsdp` (rows too, and every parameter cut along one dimension), `tensor` (heads, MLP
+width and the vocabulary). A rule that matches nothing, or a size that does not divide, is an error: an array that is
+silently whole on every device costs what it costs on one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.schema import Batch
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that a batch's rows are spread over
+
+# The last module and the leaf of a parameter's path -> its axes, without the stacked layers (and experts) in front.
+_OUT, _IN = ("tensor", "fsdp"), ("fsdp", "tensor")  # matrices [out, in] whose output, or input, is heads or MLP width
+_COLUMN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
+_ROW = ("o_proj", "down_proj")
+RULES: Mapping[tuple[str, str], tuple[str | None, ...]] = {
+    ("embed_tokens", "weight"): ("tensor", "fsdp"),
+    ("lm_head", "weight"): ("tensor", "fsdp"),
+    ("gate", "weight"): (None, "fsdp"),
+    **{(name, "weight"): _OUT for name in _COLUMN},
+    **{(name, "bias"): ("tensor",) for name in _COLUMN},
+    **{(name, "scale"): ("tensor",) for name in _COLUMN},
+    **{(name, "lora_a"): (None, "fsdp") for name in _COLUMN},
+    **{(name, "lora_b"): ("tensor", None) for name in _COLUMN},
+    **{(name, "weight"): _IN for name in _ROW},
+    **{(name, "bias"): (None,) for name in _ROW},
+    **{(name, "scale"): ("fsdp",) for name in _ROW},
+    **{(name, "lora_a"): (None, "tensor") for name in _ROW},
+    **{(name, "lora_b"): ("fsdp", None) for name in _ROW},
+}
+
+
+# ------------------------------------------------------------------------------------------------ the mesh
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `sizes` {"data": ..., "fsdp": ..., "tensor": ...}; one of them may be -1, the devices that are left.
+
+    Raises:
+        UserError: sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    asked = [int(sizes[axis]) for axis in AXES]
+    if any(size == 0 or size < -1 for size in asked) or asked.count(-1) > 1:
+        raise UserError(f"The mesh {dict(sizes)} needs positive sizes, and at most one -1 for what is left.")
+    fixed = math.prod(size for size in asked if size != -1)
+    shape = [len(devices) // fixed if size == -1 else size for size in asked]
+    if math.prod(shape) != len(devices):
+        raise UserError(
+            f"The mesh {' x '.join(f'{axis} {size}' for axis, size in zip(AXES, asked))} does not fit {len(devices)} "
+            f"devices: the product of its sizes must be their number (config.mesh)."
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def row_devices(mesh: Mesh) -> int:
+    """Over how many parts the rows of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+# ------------------------------------------------------------------------------------------------ parameters
+
+
+def param_spec(path: Sequence[str], shape: Sequence[int]) -> P:
+    """The axes of a parameter by its path: ("model", "layers", "self_attn", "q_proj", "weight").
+
+    Raises:
+        UserError: no rule for such a name.
+    """
+    if any("norm" in name for name in path[-2:]):
+        return P(*(None,) * len(shape))
+    rule = RULES.get((path[-2], path[-1]))
+    if rule is None or len(rule) > len(shape):
+        raise UserError(f"No rule says how the parameter {'.'.join(path)} {tuple(shape)} lies on the mesh.")
+    return P(*(None,) * (len(shape) - len(rule)), *rule)
+
+
+def param_sharding(mesh: Mesh) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
+    """(path, shape) -> the parameter's sharding, as `load_hf` takes it.
+
+    Raises:
+        UserError: no rule, or a dimension that its axis does not divide.
+    """
+
+    def sharding(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        spec = param_spec(path, shape)
+        for size, axis in zip(shape, spec):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"The parameter {'.'.join(path)} {tuple(shape)} does not divide: {size} over the "
+                    f"{mesh.shape[axis]} devices of the axis {axis!r}. Choose another config.mesh."
+                )
+        return NamedSharding(mesh, spec)
+
+    return sharding
+
+
+def shard_shapes(mesh: Mesh, shapes: Any) -> Any:
+    """A tree of parameters' shapes -> the same, each a jax.ShapeDtypeStruct with its sharding."""
+    sharding = param_sharding(mesh)
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = tuple(entry.key for entry in path)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(names, leaf.shape))
+
+    return jax.tree.map_with_path(place, shapes)
+
+
+def check_heads(mesh: Mesh, heads: int, kv_heads: int, where: str) -> None:
+    """Raises UserError where the heads do not divide over `tensor`: their projections would, and then be torn."""
+    tensor = mesh.shape["tensor"]
+    if heads % tensor or kv_heads % tensor:
+        raise UserError(
+            f"{where} has {heads} heads and {kv_heads} key-value heads; both must divide by the mesh's tensor axis "
+            f"({tensor})."
+        )
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def place_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """A batch, the same on every process, on the mesh: each process hands over only what its devices hold.
+
+    What has a row for its first axis is spread by rows; what belongs to pairs is whole everywhere.
+    """
+    by_row, whole = NamedSharding(mesh, P(ROWS)), replicated(mesh)
+    shardings = jax.tree.map(lambda _: by_row, batch)._replace(constant=whole, start=whole, real=whole)
+    return jax.tree.map(_place, batch, shardings)
+
+
+def place_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """An array [R, ...], the same on every process, spread by rows."""
+    return _place(array, NamedSharding(mesh, P(ROWS)))
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+# ------------------------------------------------------------------------------------------------ inside a program
+
+
+def on_own_rows(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function(q, k, v, extra)` on every device's own rows and heads; kernels know no other way to be spread.
+
+    q, k, v are [R, T, heads, D], and every leaf of `extra` is [R, ...], the same for all heads.
+    """
+    if mesh is None or mesh.devices.size == 1:
+        return function
+    heads, rows = P(ROWS, None, "tensor", None), P(ROWS)
+    return jax.shard_map(function, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+
+
+def constrain(mesh: Mesh | None, array: jax.Array, *axes: Any) -> jax.Array:
+    """Says where an intermediate array lies: one entry of `axes` a dimension, None for a whole one."""
+    if mesh is None or mesh.devices.size == 1:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(*axes)))
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def first_process() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come to the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def whole_on_host(leaf: jax.Array) -> np.ndarray:
+    """An array on the host, whole, wherever it lies; every process calls it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)

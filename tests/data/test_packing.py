@@ -1,0 +1,159 @@
+"""The packer: every unit in one row, no row too full, few shapes that take everything they were planned for."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
+from ctpd_jax.data.packing import Rows, Units, choose_shapes, cost, fit, needs_of, pack, split, units_of
+from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse
+from ctpd_jax.errors import UserError
+
+
+def make_items(rng: np.random.Generator, count: int, sides: int = 2, longest: int = 40) -> list[PairItem]:
+    """Their chosen response says which one it is: all its tokens are the item's number."""
+
+    def response(value: int) -> ScoredResponse:
+        n = int(rng.integers(1, longest))
+        return ScoredResponse(np.full(n, value, np.int32), np.ones(n, np.float32), value, value)
+
+    return [
+        PairItem(np.ones(int(rng.integers(1, 9)), np.int32), response(i), response(i) if sides == 2 else None)
+        for i in range(count)
+    ]
+
+
+def random_units(rng: np.random.Generator, batches: int, units: int) -> Units:
+    needs = rng.integers(1, 30, (batches * units, 1, 1)) + np.array([0, 0])
+    needs[:, :, 0] += rng.integers(1, 10, needs.shape[:2])
+    sizes = [int(rng.integers(1, units + 1)) for _ in range(batches)]
+    return units_of(needs, [np.arange(units * b, units * b + n) for b, n in enumerate(sizes)])
+
+
+many = given(seed=st.integers(0, 10_000), batches=st.integers(1, 6), units=st.integers(1, 20))
+
+
+@many
+@settings(max_examples=60, deadline=None)
+def test_every_unit_lies_in_one_row_and_no_row_takes_too_much(seed, batches, units):
+    rng = np.random.default_rng(seed)
+    found = random_units(rng, batches, units)
+    length, scored = rng.integers(40, 90, batches), rng.integers(30, 80, batches)
+    places = pack(found, length, scored)
+    assert ((places >= 0) == (found.tokens > 0)).all()
+    for own, tokens, slots, most, most_scored in zip(places, found.tokens, found.scored, length, scored):
+        rows = own.max() + 1
+        in_rows = [own == row for row in range(rows)]
+        assert all(which.any() for which in in_rows)  # none is skipped
+        assert all(tokens[which].sum() <= most and slots[which].sum() <= most_scored for which in in_rows)
+        # No two rows would have fitted into one: the bound of every rule that opens a row only where none takes a unit.
+        assert rows < 2 * (tokens.sum() / most + slots.sum() / most_scored) + 1
+
+
+@many
+@settings(max_examples=40, deadline=None)
+def test_a_micro_batch_is_packed_as_if_it_were_alone(seed, batches, units):
+    """So the place of a unit, and with it the numbers, do not depend on what was planned beside it."""
+    found = random_units(np.random.default_rng(seed), batches, units)
+    places = pack(found, np.full(batches, 60), np.full(batches, 45))
+    for number in range(batches):
+        alone = pack(found.part(np.array([number])), np.array([60]), np.array([45]))
+        assert alone[0].tolist() == places[number].tolist()
+
+
+@given(
+    seed=st.integers(0, 10_000), count=st.integers(1, 40), micro_batch=st.integers(1, 12), packed=st.booleans(),
+    layout=st.sampled_from(LAYOUTS), buckets=st.integers(1, 4), row_multiple=st.sampled_from([1, 2, 8]),
+    sides=st.integers(1, 2),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_planned_shapes_take_every_micro_batch(
+    seed, count, micro_batch, packed, layout, buckets, row_multiple, sides
+):
+    rng = np.random.default_rng(seed)
+    rows = Rows(layout, packed, buckets, 8, row_multiple=row_multiple)
+    items = make_items(rng, count, sides)
+    batch_size = int(rng.integers(1, count + 1))
+    updates = [batch_indices(seed, step, count, batch_size) for step in range(5)]
+    shapes = plan_shapes(items, updates, micro_batch, rows)
+    assert 1 <= len(shapes) <= buckets
+    assert [cost(shape) for shape in shapes] == sorted(cost(shape) for shape in shapes)
+    for shape in shapes:
+        assert shape.rows % row_multiple == shape.length % 8 == shape.scored % 8 == 0
+        assert shape.scored <= shape.length
+    batches = update_batches(items, seed, batch_size, micro_batch, rows, shapes)
+    assert plan_shapes(items, updates, micro_batch, rows) == shapes
+    for step, expected in enumerate(updates):
+        seen: list[int] = []
+        for batch in batches(step):
+            assert BatchShape(*batch.tokens.shape, batch.target.shape[1]) in shapes
+            assert batch.real.shape == (min(micro_batch, batch_size),)
+            for number in range(int(batch.real.sum())):
+                own = batch.pair == number
+                (item,) = set(batch.target[own].tolist())  # both sides are here
+                assert own.sum() == sum(len(r.tokens) for r in items[item].responses)
+                assert batch.constant[number].tolist() == ([item, item] if sides == 2 else [item, 0])
+                seen.append(item)
+        assert sorted(seen) == sorted(expected.tolist())  # exactly the pairs of that update
+        for batch, again in zip(batches(step), batches(step)):
+            np.testing.assert_array_equal(batch.tokens, again.tokens)
+
+
+def test_packed_groups_are_about_equally_large():
+    needs = needs_of(make_items(np.random.default_rng(0), 64), "response")
+    groups = split(needs, 8, packed=True)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(64)) and [len(group) for group in groups] == [8] * 8
+    sums = np.array([needs[group, :, 0].sum() for group in groups])
+    assert np.ptp(sums) < 0.05 * sums.mean()
+    shortest_first = [needs[group, :, 0].sum() for group in split(needs, 8, packed=False)]
+    assert np.ptp(shortest_first) > 0.5 * sums.mean()
+    assert max(map(len, split(needs[:13], 5, packed=True))) <= 5
+
+
+def spent(units: Units, rows: Rows) -> float:
+    shapes = choose_shapes(units, rows)
+    choice, _ = fit(units, shapes, rows)
+    return sum(cost(shapes[number]) for number in choice)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_shapes_cost_less_the_more_there_may_be(packed):
+    needs = needs_of(make_items(np.random.default_rng(4), 400, longest=200), "response")
+    units = units_of(needs, [np.arange(8 * b, 8 * b + 8) for b in range(50)])
+    costs = [spent(units, Rows("response", packed, buckets, 8)) for buckets in (1, 2, 4, 8)]
+    assert costs == sorted(costs, reverse=True) and costs[0] > 1.02 * costs[-1]
+
+
+def test_packing_leaves_little_padding():
+    needs = needs_of(make_items(np.random.default_rng(4), 1600, longest=200), "response")
+    units = units_of(needs, [np.arange(16 * b, 16 * b + 16) for b in range(100)])
+    padding = {}
+    for packed in (False, True):
+        rows = Rows("response", packed, 4, 8)
+        shapes = choose_shapes(units, rows)
+        choice, _ = fit(units, shapes, rows)
+        size = sum(shapes[number].rows * shapes[number].length for number in choice)
+        padding[packed] = 1 - units.tokens.sum() / size
+    assert padding[True] < 0.1 < 0.4 < padding[False]
+
+
+def test_a_late_long_pair_is_planned_for():
+    """The kinds of rows are compared on the beginning; what comes after it must fit all the same."""
+    items = make_items(np.random.default_rng(0), 6000)
+    items.append(make_items(np.random.default_rng(1), 1, longest=3)[0]._replace(prompt=np.ones(300, np.int32)))
+    parts = [[i, i + 1] for i in range(0, 6000, 2)] + [[6000]]
+    for rows in (Rows("shared", packed=True), Rows("shared", packed=False)):
+        shapes = plan_shapes(items, parts, 2, rows)
+        needs = needs_of(items, "shared")
+        fit(units_of(needs, parts), shapes, rows)
+        assert max(shape.length for shape in shapes) >= 300
+
+
+def test_a_length_that_is_given_is_kept():
+    items = make_items(np.random.default_rng(0), 20)
+    for packed in (False, True):
+        shapes = plan_shapes(items, [range(20)], 5, Rows("pair", packed, length=200))
+        assert {shape.length for shape in shapes} == {200}
+    with pytest.raises(UserError, match=r"config\.rows\.length is 30, but a row has to take \d+ tokens at once"):
+        plan_shapes(items, [range(20)], 5, Rows("pair", length=30))

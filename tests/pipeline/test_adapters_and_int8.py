@@ -1,0 +1,108 @@
+"""A run whose stages train adapters, and one whose teacher reads with int8 matrices."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ctpd_jax.annotate.store import open_store
+from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
+from ctpd_jax.cli import load_config, main
+from ctpd_jax.data.loader import plan_shapes
+from ctpd_jax.models.hf import load_hf
+from ctpd_jax.models.lora import load_peft
+from ctpd_jax.run import Run
+from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
+from ctpd_jax.train.checkpoint import load_params
+from ctpd_jax.train.metrics import MetricLog, read_metrics
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
+ADAPTED = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
+SMALL = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run with adapters, and the `Run` that sees it."""
+    workdir = tmp_path_factory.mktemp("adapters")
+    overrides = [*ADAPTED, *SMALL]
+    assert main(["run", "--config", CONFIG, "--workdir", str(workdir), *overrides]) == 0
+    with MetricLog(workdir) as log:
+        yield Run(load_config(CONFIG, overrides), workdir, log, say=lambda text: None)
+
+
+def test_only_adapters_are_trained_and_kept(run):
+    for stage, model in (("teacher_sft", "teacher"), ("positive", "teacher"), ("train", "student")):
+        stored, _ = load_params(run.workdir / stage / "params")
+        names = {path[-1].key for path, _ in jax.tree.leaves_with_path(stored)}
+        assert names == {"lora_a", "lora_b"}
+        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(stored))  # B has left zero
+        assert len(read_metrics(run.workdir, stage)) == 4
+        merged, base = run.params_of(stage, model), run.base(stage, model)
+        after, before = (tree["model"]["layers"]["mlp"]["up_proj"]["weight"] for tree in (merged, base))
+        assert np.abs(after - before).max() > 0
+        np.testing.assert_array_equal(merged["model"]["norm"]["weight"], base["model"]["norm"]["weight"])
+
+
+def test_training_starts_at_the_base(run):
+    first = read_metrics(run.workdir, "positive")[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-4) and first["rewards/margins"] == pytest.approx(
+        0, abs=1e-3
+    )
+
+
+def test_two_adapters_read_together_as_two_merged_models_read_alone(run):
+    store, pairs = open_store(run.workdir / "annotations", verify=False), run.pairs("train")[:6]
+    items = [plain_item(pair, "teacher") for pair in pairs]
+    spans = [tuple(pair.tokens("teacher", side).span_ids for side in (CHOSEN, REJECTED)) for pair in pairs]
+    differ = 0.0
+    for name in ("positive", "negative"):
+        scorer, params = make_scorer(run.decoder("teacher"), run.compute("teacher")), run.params_of(name, "teacher")
+        (alone,) = score_pairs(
+            lambda batch, slots, scorer=scorer, params=params: scorer({}, params, batch, slots),
+            items, spans, 2, run.rows, plan_shapes(items, [range(len(items))], 2, run.rows),
+        )  # fmt: skip
+        for i, both in enumerate(alone):
+            for side, values in zip(SIDES, both):
+                scores = store[i][1][side]
+                np.testing.assert_allclose(scores[name], values, atol=1e-4)
+                differ = max(differ, np.abs(values - scores["reference"]).max())
+    assert differ > 1e-2  # the adapters do something
+
+
+def test_the_export_is_base_and_adapters_merged(run):
+    _, exported = load_hf(run.workdir / "export")
+    jax.tree.map(np.testing.assert_array_equal, exported, run.params_of("train", "student"))
+
+
+def test_adapters_are_exported_for_peft(run):
+    overrides = [*ADAPTED, *SMALL, "--config.export.adapters=True"]
+    assert main(["export", "--config", CONFIG, "--workdir", str(run.workdir), *overrides]) == 0
+    config, adapters = load_peft(run.workdir / "adapters", run.decoder("student"))
+    assert config.lora == run.trained_decoder("train", "student").lora
+    jax.tree.map(np.testing.assert_array_equal, adapters, run.adapters("train", "student"))
+
+
+def test_adapters_need_the_users_own_checkpoint_as_base(run, capsys):
+    overrides = [*ADAPTED, "--config.export.adapters=True", "--config.student_dpo.steps=-1"]
+    assert main(["export", "--config", CONFIG, "--workdir", str(run.workdir), *overrides]) == 2
+    assert "student_sft" in capsys.readouterr().err
+
+
+def test_an_unknown_target_is_refused_before_anything_is_trained(tmp_path, capsys):
+    arguments = ["run", "--config", CONFIG, "--workdir", str(tmp_path), "--config.train.lora.rank=4"]
+    assert main([*arguments, "--config.train.lora.targets=qkv"]) == 2
+    assert "qkv" in capsys.readouterr().err and not (tmp_path / "positive").exists()
+
+
+def test_an_int8_teacher_annotates_and_tells_its_error(tmp_path, capsys):
+    prompts = ["--config.weights.source=prompts", "--config.teacher_sft.steps=-1", *SMALL]
+    arguments = ["annotate", "--config", CONFIG, "--workdir", str(tmp_path), *prompts]
+    assert main([*arguments, "--config.annotate.teacher_weights=int8"]) == 0
+    assert "int8 teacher: mean absolute error" in capsys.readouterr().out
+    errors = json.loads((tmp_path / "annotations" / "int8.json").read_text())["mean_absolute_error"]
+    assert set(errors) == {"reference", "positive", "negative"} and all(0 < error < 0.1 for error in errors.values())
+    assert main(arguments) == 2  # float32 now: what int8 measured is not taken for it
+    assert "int8" in capsys.readouterr().err

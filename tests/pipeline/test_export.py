@@ -1,0 +1,82 @@
+"""What `ctpd export` leaves: a model with the template and the ends that it was trained with, and a true card."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ctpd_jax.cli import load_config, main
+from ctpd_jax.models.hf import load_hf
+from ctpd_jax.run import Run
+from ctpd_jax.toy.models import STUDENT_TEMPLATE
+from ctpd_jax.train.metrics import MetricLog
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
+SHORT = [
+    "--config.weights.source=uniform",
+    *(f"--config.{stage}.steps=-1" for stage in ("teacher_sft", "student_sft", "student_dpo")),
+    "--config.evaluate.max_new_tokens=2",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run with a template of its own, evaluated and exported, and its settings."""
+    folder = tmp_path_factory.mktemp("export")
+    template = folder / "own.jinja"
+    template.write_bytes(STUDENT_TEMPLATE.encode() + b"{# mine #}\n")
+    overrides = [*SHORT, f"--config.student.template={template}"]
+    assert main(["run", "--config", CONFIG, "--workdir", str(folder / "run"), *overrides]) == 0
+    return folder / "run", overrides
+
+
+def _export(workdir, overrides):
+    assert main(["export", "--config", CONFIG, "--workdir", str(workdir), *overrides]) == 0
+    return (workdir / "export" / "README.md").read_text("utf-8")
+
+
+def test_the_template_file_is_exported_and_the_tokenizer_is_the_source(trained):
+    workdir, overrides = trained
+    template = Path(overrides[-1].partition("=")[2])
+    assert (workdir / "export" / "chat_template.jinja").read_bytes() == template.read_bytes()
+    source = workdir / "toy" / "models" / "student"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (workdir / "export" / name).read_bytes() == (source / name).read_bytes()
+    with MetricLog(workdir) as log:
+        run = Run(load_config(CONFIG, overrides), workdir, log, say=lambda text: None)
+        stop, params = run.text("student").end_of_turn, run.params_of("train", "student")
+    config, exported = load_hf(workdir / "export")
+    assert stop in config.eos_ids
+    jax.tree.map(np.testing.assert_array_equal, exported, params)
+
+
+def test_the_card_tells_this_run(trained):
+    workdir, overrides = trained
+    text = _export(workdir, overrides)
+    found = json.loads((workdir / "evaluation.json").read_text())
+    bits = found["models"]["ctpd"]["bits_per_byte"]
+    assert f"| {bits:.3f} |" in text and "**`ctpd`**" in text
+    assert "every span counts alike" in text and "48 pairs" in text and "| student, CTPD | 4 | 8 |" in text
+
+
+def test_what_is_exported_already_is_left_alone(trained):
+    workdir, overrides = trained
+    _export(workdir, overrides)
+    before = {path.name: path.stat().st_mtime_ns for path in (workdir / "export").iterdir()}
+    _export(workdir, overrides)
+    assert {path.name: path.stat().st_mtime_ns for path in (workdir / "export").iterdir()} == before
+    _export(workdir, [*overrides, "--config.export.dtype=bfloat16"])
+    assert json.loads((workdir / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_evaluation_of_other_parameters_is_not_told(trained):
+    workdir, overrides = trained
+    samples = workdir / "evaluation" / "samples" / "ctpd.json"
+    content = json.loads(samples.read_text())
+    other = content | {"inputs": content["inputs"] | {"params": "0" * 64}}
+    samples.write_text(json.dumps(other))
+    assert "was not evaluated" in _export(workdir, overrides)
+    samples.write_text(json.dumps(content))
+    assert "was not evaluated" not in _export(workdir, overrides)

@@ -1,0 +1,117 @@
+"""`ctpd generate`: with a model folder, with a run; prompts, draws, stop texts; what it refuses."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from ctpd_jax.cli import main
+from ctpd_jax.models.generate import generate
+from ctpd_jax.models.hf import load_hf
+from ctpd_jax.schema import Message
+from ctpd_jax.text.prompts import load_text_model
+from ctpd_jax.toy.models import make_toy_models
+
+MICRO = str(Path(__file__).parents[2] / "configs" / "micro.py")
+TEA, COFFEE = "Tell me about tea.", "And coffee?\nIn one line."
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_toy_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def ask(folders, capsys):
+    """Answers of the toy student, as they are printed."""
+
+    def run(*arguments, prompts=(TEA,)):
+        line = ["generate", "--folder", str(folders[1]), "--max-new-tokens", "20"]
+        assert main([*line, *(part for prompt in prompts for part in ("--prompt", prompt)), *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def answer_of(folder, prompt, **drawn):
+    """The same without the command line."""
+    text, (config, params) = load_text_model(str(folder)), load_hf(folder)
+    ids = text.prompt([Message("user", prompt)]).tolist()
+    stop_ids = (text.end_of_turn, *config.eos_ids)
+    return text.tokenizer.hf.decode(
+        generate(config, params, [ids], 20, stop_ids=stop_ids, **drawn)[0], skip_special_tokens=True
+    )
+
+
+def test_a_folder_answers_one_prompt_with_the_answer_alone(ask, folders):
+    assert ask() == answer_of(folders[1], TEA) + "\n"
+
+
+def test_several_prompts_are_answered_each_under_its_own(ask):
+    tea, coffee = ask(), ask(prompts=[COFFEE])
+    assert tea != coffee
+    assert ask(prompts=[TEA, COFFEE]) == f"> {TEA}\n{tea}\n> And coffee?\n> In one line.\n{coffee}"
+
+
+def test_draws_are_those_of_the_seed_and_the_settings(ask, folders):
+    drawn = ask("--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--seed", "3")
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    assert drawn == answer_of(folders[1], TEA, temperature=1.5, top_k=40, top_p=0.9, key=key) + "\n"
+    assert drawn != ask("--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--seed", "4")
+    assert ask("--temperature", "1.5", "--top-k", "1") == ask()
+
+
+def test_an_answer_is_cut_before_its_stop_text(ask):
+    whole = ask().removesuffix("\n")
+    stop = whole[len(whole) // 2 :][:3]
+    cut = whole[: whole.index(stop)]
+    assert ask("--stop", "not in there", "--stop", stop) == cut + "\n"
+
+
+def test_a_run_answers_as_its_folder_does_and_says_the_rest_elsewhere(tmp_path, capsys):
+    """The teacher of a run that leaves its training out is the checkpoint that was brought."""
+    workdir = tmp_path / "run"
+    line = ["generate", "--config", MICRO, "--workdir", str(workdir), "--config.teacher_sft.steps=-1"]
+    assert main([*line, "--model", "teacher", "--prompt", TEA, "--max-new-tokens", "20"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == answer_of(workdir / "toy" / "models" / "teacher", TEA) + "\n"
+    assert "JAX" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --config and --workdir of a run, or --folder"),
+        (["--config", MICRO], "give --config and --workdir of a run, or --folder"),
+        (["--folder", "nowhere"], "nowhere is not a folder"),
+        (["--folder", "x", "--config", MICRO], "leave --config out"),
+        (["--folder", "x", "--workdir", "y"], "leave --workdir out"),
+        (["--folder", "x", "--config.seed=1"], "leave --config.seed=1 out"),
+        (["--folder", "x", "--seed", "-1"], "--seed must lie between"),
+    ],
+)
+def test_what_is_missing_or_too_much_is_named(arguments, message, capsys):
+    assert main(["generate", "--prompt", TEA, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-p", "0"], "top_p must lie in (0, 1]"),
+        (["--top-k", "-1"], "top_k must lie between 0"),
+        (["--temperature", "-1"], "temperature must be a number from 0"),
+        (["--max-new-tokens", "100000"], "positions"),
+        (["--stop", ""], "stop string must not be empty"),
+    ],
+)
+def test_settings_out_of_their_range_are_named(folders, arguments, message, capsys):
+    assert main(["generate", "--folder", str(folders[1]), "--prompt", TEA, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out
+
+
+def test_a_folder_or_a_row_of_a_run_but_not_both(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--prompt", TEA, "--folder", "x", "--model", "teacher"])
+    assert "not allowed with argument --folder" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""The two real models: an int8 teacher against the exact one, and a student trained with adapters, opened by PEFT.
+
+Slow: builds the real models the first time, and torch runs in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import real_assets
+from scipy.stats import spearmanr
+
+from ctpd_jax.annotate.coefficients import span_values
+from ctpd_jax.annotate.store import open_store
+from ctpd_jax.cli import load_config, main
+from ctpd_jax.models.decoder import apply
+from ctpd_jax.models.hf import load_hf
+from ctpd_jax.schema import SIDES
+from ctpd_jax.toy.world import generate_pairs
+from ctpd_jax.train.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+CONFIG = str(Path(__file__).parents[2] / "configs" / "pair.py")
+PEFT_SCRIPT = Path(__file__).parents[1] / "models" / "peft_reference.py"
+TOKENS = list(range(300, 340))
+
+
+@pytest.fixture(scope="module")
+def overrides(real_models, tmp_path_factory):
+    """A pair of prompts steers the teacher, so that nothing but the student has to be trained."""
+    data = tmp_path_factory.mktemp("data")
+    for name, number in (("train", 16), ("test", 4)):
+        rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in generate_pairs(name, number)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        f"--config.teacher.path={real_models['gemma3-270m']}",
+        f"--config.student.path={real_models['smollm2-135m-instruct']}",
+        f"--config.data.train={data / 'train.jsonl'}",
+        f"--config.data.test={data / 'test.jsonl'}",
+        "--config.weights.source=prompts",
+        "--config.teacher_sft.steps=-1",
+        "--config.student_sft.steps=-1",
+        "--config.train.steps=4",
+        "--config.train.batch_size=4",
+        "--config.train.lr=5e-4",
+        "--config.train.lora.rank=8",
+        "--config.evaluate.samples=0",
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(overrides, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("adapters")
+    arguments = ["--config", CONFIG, "--workdir", str(workdir), *overrides, "--config.export.adapters=True"]
+    assert main(["run", *arguments]) == 0
+    return workdir
+
+
+def test_ctpd_trains_adapters_on_the_real_student(trained):
+    lines = read_metrics(trained, "train")
+    assert len(lines) == 4 and all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[0]["rewards/margin_from_start"] == pytest.approx(0, abs=1e-3)
+    assert lines[-1]["rewards/margin_from_start"] > 0.01
+    assert (trained / "train" / "params").exists()
+    size = sum(file.stat().st_size for file in (trained / "train" / "params").rglob("*") if file.is_file())
+    assert size < 2e7  # of 538 MB for all parameters
+
+
+def test_peft_opens_the_adapters_and_finds_the_merged_model(trained, real_models, tmp_path):
+    out = tmp_path / "logits.npz"
+    job = {
+        "base": str(real_models["smollm2-135m-instruct"]),
+        "adapters": str(trained / "adapters"),
+        "merged": str(trained / "export"),
+        "tokens": TOKENS,
+        "out": str(out),
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    real_assets.run_in_assets_venv(PEFT_SCRIPT, tmp_path / "job.json")
+    found = np.load(out)
+    ours = apply(*load_hf(trained / "export"), np.array([TOKENS]))[0]
+    print(f"adapters against merged, in torch: {np.abs(found['adapters'] - found['merged']).max():.1e}")
+    np.testing.assert_allclose(found["adapters"], found["merged"], atol=1e-4)
+    np.testing.assert_allclose(ours, found["merged"], atol=1e-4)
+    assert np.abs(found["adapters"] - found["base"]).max() > 0.01
+
+
+def test_an_int8_teacher_gives_nearly_the_same_weights(trained, overrides, tmp_path):
+    arguments = ["annotate", "--config", CONFIG, "--workdir", str(tmp_path), *overrides]
+    assert main([*arguments, "--config.annotate.teacher_weights=int8"]) == 0
+    exact, rounded = (
+        [store[i] for i in range(len(store))]
+        for store in (open_store(folder / "annotations", verify=False) for folder in (trained, tmp_path))
+    )
+    for name in ("reference", "positive", "negative"):
+        gaps = [
+            np.abs(a[1][side][name] - b[1][side][name]) for a, b in zip(exact, rounded, strict=True) for side in SIDES
+        ]
+        error = np.concatenate(gaps).mean()
+        print(f"int8 {name}: mean absolute error of a span's log-probability {error:.4f} nats")
+        assert 0 < error < 0.2
+    config = load_config(CONFIG, overrides)
+    weights = []
+    for examples in (exact, rounded):
+        values, _ = span_values(examples, config.weights, config.train, seed=0)
+        weights.append(np.concatenate([value.weights for both in values for value in both]))
+    correlation = spearmanr(*weights).statistic
+    print(f"int8: rank correlation of {len(weights[0])} weights with the exact ones {correlation:.4f}")
+    assert correlation > 0.95

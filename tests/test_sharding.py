@@ -1,0 +1,79 @@
+"""The rules that say where parameters lie: complete, and strict."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import param_shapes
+from ctpd_jax.models.families import FAMILIES
+from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.lora import with_lora
+from ctpd_jax.sharding import check_heads, make_mesh, param_sharding, param_spec, shard_shapes
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def decoder(family: str) -> DecoderConfig:
+    known = {name: value for name, value in SIZES.items() if name != "moe_intermediate_size" or family == "qwen3_moe"}
+    return from_hf({"model_type": family, **known})
+
+
+def one_device():
+    return make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_parameter_of_every_family_has_a_rule(family):
+    config = decoder(family)
+    trees = [param_shapes(config)]
+    if FAMILIES[family].trainable:
+        trees.append(param_shapes(with_lora(config, 4, 8.0)))
+    for tree in trees:
+        placed = shard_shapes(one_device(), tree)
+        for (path, leaf), whole in zip(jax.tree.leaves_with_path(placed), jax.tree.leaves(tree)):
+            assert leaf.shape == whole.shape and leaf.sharding.mesh.size == 1
+            if leaf.ndim >= 3 and "lora" not in path[-1].key:  # no large matrix is whole everywhere
+                assert any(axis is not None for axis in leaf.sharding.spec), path
+
+
+def test_a_matrix_and_its_transpose_in_spirit():
+    inner = ("model", "layers", "self_attn")
+    assert param_spec((*inner, "q_proj", "weight"), (2, 32, 16)) == P(None, "tensor", "fsdp")
+    assert param_spec((*inner, "o_proj", "weight"), (2, 16, 32)) == P(None, "fsdp", "tensor")
+    assert param_spec((*inner, "q_norm", "weight"), (2, 8)) == P(None, None)
+    experts = ("model", "layers", "mlp", "experts", "up_proj", "weight")
+    assert param_spec(experts, (2, 8, 48, 32)) == P(None, None, "tensor", "fsdp")
+
+
+def test_a_name_without_a_rule_is_refused():
+    with pytest.raises(UserError, match=r"No rule .* model\.layers\.self_attn\.rel_pos\.weight"):
+        param_spec(("model", "layers", "self_attn", "rel_pos", "weight"), (2, 4, 4))
+
+
+def test_a_size_that_does_not_divide_is_refused():
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 5, "tensor": 1})
+    with pytest.raises(UserError, match=r"embed_tokens.* does not divide: 32 over the 5 devices of the axis 'fsdp'"):
+        param_sharding(mesh)(("model", "embed_tokens", "weight"), (96, 32))
+    with pytest.raises(UserError, match=r"4 heads and 2 key-value heads.*tensor axis \(4\)"):
+        check_heads(SimpleNamespace(shape={"tensor": 4}), 4, 2, "The student")
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (-1, -1, 1), (0, 1, 1), (1, -2, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(UserError, match="mesh"):
+        make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), jax.devices()[:1])
