@@ -20,7 +20,7 @@ from ctpd_jax.annotate.store import MANIFEST, open_store
 from ctpd_jax.errors import UserError
 from ctpd_jax.evaluate.preferences import compare
 from ctpd_jax.files import canonical_json, write_json
-from ctpd_jax.measure import score_column
+from ctpd_jax.measure import Measured, score_column
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.generate import cut_at_stop, generate
 from ctpd_jax.models.hf import load_hf, model_directory, save_hf
@@ -31,6 +31,7 @@ from ctpd_jax.report.html import write_report
 from ctpd_jax.run import Run
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message, Model
 from ctpd_jax.settings import TRAINED
+from ctpd_jax.sharding import barrier, first_process
 from ctpd_jax.stages import scorers
 from ctpd_jax.text.prompts import TextModel, load_text_model
 from ctpd_jax.toy.recovery import recovery
@@ -75,8 +76,15 @@ def rows(run: Run) -> dict[str, tuple[str, Model]]:
 
 def evaluate(run: Run) -> None:
     """Scores the held-out pairs with every model, samples from every model, and writes down what came of it."""
+    columns = {name: score_column(run, "test", name, stage, model) for name, (stage, model) in rows(run).items()}
+    if first_process():
+        write_evaluation(run.here, columns)
+    barrier("the evaluation is written")
+
+
+def write_evaluation(run: Run, columns: Mapping[str, Measured]) -> None:
+    """What every model made of the held-out pairs -> evaluation.json, report.html, and the table."""
     pairs, table = run.pairs("test"), rows(run)
-    columns = {name: score_column(run, "test", name, stage, model) for name, (stage, model) in table.items()}
     logps = {
         name: np.array([[scores.sum(dtype=np.float64) for scores in both] for both in column])
         for name, column in columns.items()
@@ -283,6 +291,12 @@ def _print_answers(
 
 def export(run: Run) -> None:
     """The trained student as a Hugging Face model folder, with a card; and its adapters where they are asked for."""
+    if first_process():
+        write_export(run.here)
+    barrier("the export is written")
+
+
+def write_export(run: Run) -> None:
     row = "ctpd" if "ctpd" in rows(run) else "student_start"
     stage, model = rows(run)[row]
     directory, adapters = run.workdir / "export", run.workdir / "adapters"

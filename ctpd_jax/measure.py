@@ -19,7 +19,7 @@ from ctpd_jax.files import write_json
 from ctpd_jax.models.int8 import quantize
 from ctpd_jax.run import Run, Split
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
-from ctpd_jax.sharding import place_batch, place_rows
+from ctpd_jax.sharding import barrier, first_process, place_batch, place_rows
 from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.metrics import Progress
 from ctpd_jax.train.step import compiled_programs
@@ -39,8 +39,15 @@ def score_together(
 ) -> dict[str, Measured]:
     """Columns that are measured in one pass over a split: {name: stage}, several only as adapters over one base."""
     ranges = shard_ranges(len(run.pairs(split)), run.config.annotate.pairs_per_shard)
-    columns = {name: _column(run, split, name, stage, model, instruction) for name, stage in stages.items()}
+    if first_process():  # makes the folders; the others find them
+        columns = {name: _column(run, split, name, stage, model, instruction) for name, stage in stages.items()}
+    barrier(f"the columns of {split}/{'+'.join(stages)} are there")
+    if not first_process():
+        columns = {name: _column(run, split, name, stage, model, instruction) for name, stage in stages.items()}
     missing = sorted(set().union(*(column.missing_shards(len(ranges)) for column in columns.values())))
+    barrier("every process has counted the same missing shards")
+    # Each process takes its share; what one that died has left undone is missing again for those that come after.
+    run, missing = run.here, missing[jax.process_index() :: jax.process_count()]
     if missing:
         pairs, items = run.pairs(split), _items(run, split, model, instruction)
         spans = _spans(pairs, model)
@@ -58,6 +65,7 @@ def score_together(
                     column.write(shard, [values for both in scores for values in both])
                 compiled = compiled_programs(logged, program, len(shapes))
                 run.log.log(logged, shard, {"pairs": len(places), "compiled_programs": compiled})
+    barrier(f"{split}/{'+'.join(stages)} is measured")
     measured = {}
     for name, column in columns.items():
         values = [array for shard in range(len(ranges)) for array in column.read(shard)]

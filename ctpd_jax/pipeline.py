@@ -18,6 +18,7 @@ from ctpd_jax.files import write_json
 from ctpd_jax.models.hf import check_weights
 from ctpd_jax.run import MODELS, Run, check_platform, check_sizes
 from ctpd_jax.settings import TRAINED
+from ctpd_jax.sharding import barrier, first_process
 from ctpd_jax.train.metrics import MetricLog
 
 # In order. Each one knows by itself whether it is finished, has to go on, or is left out.
@@ -45,9 +46,10 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    with MetricLog(workdir) as log:
+    with MetricLog(workdir, active=first_process()) as log:
         # The answers of `generate` may go into a file, where nothing else belongs.
-        run = Run(config, workdir, log, partial(print, file=sys.stderr) if arguments.command == "generate" else print)
+        say = partial(print, file=sys.stderr) if arguments.command == "generate" else print
+        run = Run(config, workdir, log, say if first_process() else lambda text: None)
         run.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
         if run.mesh.devices.size > 1:
             run.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items()))
@@ -57,14 +59,27 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
             assess.answer(run, arguments.model, arguments.prompt, assess.sampling_of(arguments, config.seed))
         else:
             if arguments.command in ("run", "sft", "dpo", "annotate"):
-                check_sizes(run)
+                in_turn(lambda: check_sizes(run), "models")
                 for model in MODELS:
                     run.compute(model)  # refuses an attention back end that cannot do what the model asks
             if arguments.command == "run":
-                preflight(run)
-            write_json(workdir / "config.json", config.to_dict())
+                in_turn(lambda: preflight(run), "data")
+            elif jax.process_count() > 1 and arguments.command != "train":
+                in_turn(lambda: run.pairs("train"), "data")
+            if first_process():
+                write_json(workdir / "config.json", config.to_dict())
             for stage in chosen_stages(arguments):
                 carry_out(run, stage)
+
+
+def in_turn(prepare: Callable[[], object], name: str) -> None:
+    """The first process prepares what all of them need; then the others do, and find on disk what it has made."""
+    if first_process():
+        prepare()
+    barrier(f"{name}: prepared once")
+    if not first_process():
+        prepare()
+    barrier(f"{name}: prepared")
 
 
 def carry_out(run: Run, stage: str) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,15 @@ from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.models.lora import adapter_shapes, merge, with_lora
 from ctpd_jax.models.support import choose_backend, platform_of
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
-from ctpd_jax.sharding import check_heads, make_mesh, param_sharding, row_devices, shard_shapes
+from ctpd_jax.sharding import (
+    check_heads,
+    first_process,
+    make_mesh,
+    param_sharding,
+    row_devices,
+    shard_shapes,
+    whole_on_host,
+)  # fmt: skip
 from ctpd_jax.text.preferences import load_preferences
 from ctpd_jax.text.prepare import Limits, prepare_pairs
 from ctpd_jax.text.prompts import TextModel, load_text_model
@@ -51,6 +59,7 @@ class Run:
     workdir: Path
     log: MetricLog
     say: Callable[[str], None] = print
+    local: bool = False  # sees the devices of its own process alone; see `here`
     _folders: dict[str, Path] = field(default_factory=dict)
     _texts: dict[str, TextModel] = field(default_factory=dict)
     _loaded: dict[str, tuple[list[PreferencePair], list[AlignedPair]]] = field(default_factory=dict)
@@ -87,7 +96,8 @@ class Run:
         if known.get(model, {}).get("files") != key:
             joined = "".join(sha256_file(file) for file in files)
             known[model] = {"files": key, "weights": hashlib.sha256(joined.encode()).hexdigest()}
-            write_json(self.workdir / "models.json", known)
+            if first_process():
+                write_json(self.workdir / "models.json", known)
         return known[model]["weights"]
 
     def text_digest(self, model: Model) -> dict[str, Any]:
@@ -116,7 +126,15 @@ class Run:
 
     @cached_property
     def mesh(self) -> Mesh:
+        """All devices; of several processes' `here`, those of this one, which share every parameter among them."""
+        if self.local:
+            return make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
         return make_mesh(self.config.mesh)
+
+    @cached_property
+    def here(self) -> Run:
+        """The run for work that is divided among processes, or done by one: on the devices of this process alone."""
+        return self if self.local or jax.process_count() == 1 else replace(self, local=True)
 
     def start_params(self, model: Model) -> Params:
         """The checkpoint that the user brought, float32."""
@@ -130,7 +148,7 @@ class Run:
         config = self.trained_decoder(stage, model)
         if config.lora is not None:
             return merge(config, self.base(stage, model), self.adapters(stage, model))
-        return load_params(self.workdir / stage / "params", self.abstract(model))[0]
+        return load_params(self.workdir / stage / "params", self.abstract(model), alone=self.local)[0]
 
     def base(self, stage: str, model: Model) -> Params:
         """What a training stage starts from: SFT from the user's checkpoint, everything else from the model's SFT."""
@@ -141,7 +159,7 @@ class Run:
         """The adapters that a stage trained, relative to `base`."""
         self.require(stage)
         shapes = shard_shapes(self.mesh, adapter_shapes(self.trained_decoder(stage, model)))
-        return load_params(self.workdir / stage / "params", shapes)[0]
+        return load_params(self.workdir / stage / "params", shapes, alone=self.local)[0]
 
     def trained_decoder(self, stage: str, model: Model) -> DecoderConfig:
         """The model's config, with adapters where the stage trains adapters."""
@@ -239,7 +257,8 @@ class Run:
                 )
 
     def _report(self, split: str, spec: str, counters: Counters) -> None:
-        write_json(self.workdir / f"data_{split}.json", {"source": spec, **counters.counts})
+        if first_process():
+            write_json(self.workdir / f"data_{split}.json", {"source": spec, **counters.counts})
         told = {name: count for name, count in counters.counts.items() if count and name not in ("rows", "kept")}
         self.say(f"{split}: {spec}\n  " + "; ".join(f"{name} {count:,}" for name, count in told.items()))
 
@@ -278,7 +297,7 @@ def params_digest(params: Params) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters: equal exactly where they are bit-identical."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        value = np.asarray(leaf)
+        value = whole_on_host(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
         digest.update(np.ascontiguousarray(value).view(np.uint8).data)
     return digest.hexdigest()

@@ -24,6 +24,7 @@ from ctpd_jax.models.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes, init_adapters
 from ctpd_jax.run import Run, params_digest
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, AlignedPair, Model
+from ctpd_jax.sharding import barrier, first_process
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.loop import train
 from ctpd_jax.train.step import Objective, Params, preference_sums, sft_sums
@@ -67,8 +68,9 @@ def train_stage(
         "from": run.base_identity(stage, model),
         **inputs,
     }
-    if begin(directory, inputs) is not None:
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    if begin(directory, inputs, write=first_process()) is not None:
+        if first_process():
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         run.say(f"{stage}: finished before.")
         return
     decoder, compute = run.trained_decoder(stage, model), run.compute(model)
@@ -106,8 +108,10 @@ def train_stage(
     digest = params_digest(params)
     if adapted:  # adapters alone do not say which model this is
         digest = hashlib.sha256(f"{inputs['from']} {digest}".encode()).hexdigest()
-    finish(directory, {"params": digest, "steps": steps, **figures})
-    shutil.rmtree(directory / "checkpoints")
+    if first_process():
+        finish(directory, {"params": digest, "steps": steps, **figures})
+        shutil.rmtree(directory / "checkpoints")
+    barrier(f"{stage} is finished")
 
 
 def sft_items(pairs: Sequence[AlignedPair], model: Model, side: int = CHOSEN) -> list[PairItem]:
@@ -238,7 +242,10 @@ def annotate(run: Run) -> None:
         _, model, instruction = scorers(run)[names[0]]
         columns |= score_together(run, "train", together, model, instruction)
     columns = {name: columns[name] for name in scorers(run)}
-    compare_rounded(run, scorers(run), columns)
+    if not first_process():
+        barrier("the store is written")
+        return
+    compare_rounded(run.here, scorers(run), columns)
     pairs = run.pairs("train")
 
     def record(i: int) -> dict:
@@ -251,6 +258,7 @@ def annotate(run: Run) -> None:
 
     ranges = shard_ranges(len(pairs), run.config.annotate.pairs_per_shard)
     write_store(run.workdir / "annotations", ranges, records, list(columns), manifest(run))
+    barrier("the store is written")
     run.say(f"annotate: {len(pairs)} pairs in {run.workdir / 'annotations'}, measured by {', '.join(columns)}.")
 
 
