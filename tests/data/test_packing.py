@@ -1,12 +1,14 @@
 """The packer: every unit in one row, no row too full, few shapes that take everything they were planned for."""
 
+from itertools import combinations_with_replacement
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
-from ctpd_jax.data.packing import Rows, Units, choose_shapes, cost, fit, needs_of, pack, split, units_of
+from ctpd_jax.data.packing import SAMPLE, Rows, Units, choose_shapes, cost, fit, needs_of, pack, split, units_of
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 
@@ -125,6 +127,22 @@ def test_shapes_cost_less_the_more_there_may_be(packed):
     assert costs == sorted(costs, reverse=True) and costs[0] > 1.02 * costs[-1]
 
 
+def test_the_shapes_are_nearly_the_best_there_are():
+    """Against all triples of lengths, where each micro-batch is one unit."""
+    excess = []
+    for seed in range(40):
+        tokens = 8 * np.random.default_rng(seed).integers(1, 16, 32)
+        units = units_of(np.stack([tokens, 0 * tokens + 8], axis=1)[:, None], [[i] for i in range(32)])
+        best = min(
+            sum(cost(BatchShape(1, min(length for length in three if length >= n), 8)) for n in tokens.tolist())
+            for three in combinations_with_replacement(np.unique(tokens).tolist(), 3)
+            if tokens.max() in three
+        )
+        excess.append(spent(units, Rows("shared", packed=False, buckets=3, multiple=8)) / best - 1)
+    # The first choice alone, without an exchange, would be 0.6% above the best on average.
+    assert min(excess) > -1e-9 and np.mean(excess) < 0.003 and max(excess) < 0.05
+
+
 def test_packing_leaves_little_padding():
     needs = needs_of(make_items(np.random.default_rng(4), 1600, longest=200), "response")
     units = units_of(needs, [np.arange(16 * b, 16 * b + 16) for b in range(100)])
@@ -140,11 +158,11 @@ def test_packing_leaves_little_padding():
 
 def test_a_late_long_pair_is_planned_for():
     """The kinds of rows are compared on the beginning; what comes after it must fit all the same."""
-    items = make_items(np.random.default_rng(0), 6000)
+    items = make_items(np.random.default_rng(0), SAMPLE + 100)
     items.append(make_items(np.random.default_rng(1), 1, longest=3)[0]._replace(prompt=np.ones(300, np.int32)))
-    parts = [[i, i + 1] for i in range(0, 6000, 2)] + [[6000]]
+    parts = [[i] for i in range(len(items))]  # one unit each
     for rows in (Rows("shared", packed=True), Rows("shared", packed=False)):
-        shapes = plan_shapes(items, parts, 2, rows)
+        shapes = plan_shapes(items, parts, 1, rows)
         needs = needs_of(items, "shared")
         fit(units_of(needs, parts), shapes, rows)
         assert max(shape.length for shape in shapes) >= 300
