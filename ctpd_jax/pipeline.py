@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ctpd_jax import assess, preempt, stages
+from ctpd_jax import assess, distributed, preempt, stages
 from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
@@ -35,6 +35,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
+@distributed.joined()
 def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
     """Carries out one command. Raises UserError for what the user can mend."""
     check_platform(config)
