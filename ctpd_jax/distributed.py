@@ -62,7 +62,9 @@ def start() -> None:
     arguments = settings(os.environ)
     if arguments is None or jax.distributed.is_initialized():
         return
-    if "process_id" in arguments:  # where process 0 cannot be reached, JAX aborts: this line then says what it was about
+    if (
+        "process_id" in arguments
+    ):  # where process 0 cannot be reached, JAX aborts: this line then says what it was about
         print(
             f"process {arguments['process_id']} of {arguments['num_processes']}, "
             f"coordinator {arguments['coordinator_address']}",
@@ -133,7 +135,8 @@ def _leave_together(seconds: int, code: int) -> None:
     from jax._src import distributed
 
     try:
-        distributed.global_state.client.wait_at_barrier("ctpd: the end", seconds * 1000)
+        client: Any = distributed.global_state.client  # JAX has no public barrier with a time limit
+        client.wait_at_barrier("ctpd: the end", seconds * 1000)
     except RuntimeError as error:
         print(f"Not every process came to the end: {str(error).splitlines()[0]}", file=sys.stderr)
         atexit.register(_exit_now, code)

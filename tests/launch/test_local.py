@@ -1,4 +1,4 @@
-"""launch/local.sh with a small program in the place of ctpd: what it starts, watches, kills, starts again and answers."""
+"""launch/local.sh with a small program in the place of ctpd: what it starts, watches, kills, and answers."""
 
 import os
 import re
@@ -38,12 +38,13 @@ class Launcher:
         stub.chmod(0o755), body.chmod(0o755)
         self.log = folder / "log"
         settings = {"STUB_FOLDER": str(body.parent), "CTPD": str(stub), "RESTART_DELAY": "0", "GRACE": "1"}
-        self.process = subprocess.Popen(
-            ["bash", str(SCRIPT), str(processes), "run", "--config", "a b.py"],
-            stdout=open(self.log, "wb"),
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"END_ON_TERM": ""} | settings | environment,
-        )
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                ["bash", str(SCRIPT), str(processes), "run", "--config", "a b.py"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"END_ON_TERM": ""} | settings | environment,
+            )
 
     def started(self) -> dict[str, int]:
         """ "ROUND-NUMBER" -> pid."""
@@ -105,9 +106,7 @@ def test_processes_meet_at_one_port_and_have_devices_of_their_own(tmp_path):
     say = 'echo "$CTPD_COORDINATOR $CTPD_PROCESSES $CTPD_PROCESS $JAX_PLATFORMS $XLA_FLAGS"\n'
     launcher = Launcher(tmp_path, 2, say, LOCAL_DEVICES="4", XLA_FLAGS="--xla_dump_to=x")
     assert launcher.end() == 0
-    pattern = (
-        r"\[(\d)\] (127\.0\.0\.1:\d+) 2 \1 cpu --xla_dump_to=x --xla_force_host_platform_device_count=4$"
-    )
+    pattern = r"\[(\d)\] (127\.0\.0\.1:\d+) 2 \1 cpu --xla_dump_to=x --xla_force_host_platform_device_count=4$"
     found = re.findall(pattern, launcher.said(), re.M)
     assert sorted(number for number, _ in found) == ["0", "1"]
     assert len({address for _, address in found}) == 1
