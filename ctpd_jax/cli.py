@@ -1,7 +1,7 @@
 """The command line: parse, call, exit. What each command does stands in pipeline.py.
 
 Exit codes: 0 done, 2 the user can mend it (one sentence on stderr), 75 stopped by SIGTERM with everything saved (give
-the same command again), 130 interrupted; anything else is a bug of ours.
+the same command again), 130 interrupted; 1 of `ctpd plan`, that something does not fit; anything else is a bug of ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
-from ctpd_jax.settings import check_config
+from ctpd_jax.settings import TRAINED, check_config
 
 COMMANDS = {
     "run": "every stage in order; picks up where it stopped",
@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "CTPD of the student on the annotated data",
     "evaluate": "preference accuracies, lambda, sampled answers -> DIR/evaluation.json, DIR/report.html",
     "export": "the trained student in Hugging Face format -> DIR/export",
+    "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
     "inspect": "one aligned pair as text: both tokenizations, spans, and weights where they are known",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
@@ -38,6 +39,15 @@ All of them, with their meaning: ctpd_jax/settings.py.
   ctpd run --config configs/demo.py --workdir runs/demo
 
 Give the same command again and it goes on where it stopped. SIGTERM saves first and ends with exit code 75.
+"""
+
+PLAN_EPILOG = """\
+Compiles the programs of each stage for the topology, or estimates them where the compiler is not installed. All prompts
+and responses are taken to be as long as config.data allows. Exit code 1 where something does not fit.
+
+  ctpd plan --config configs/qwen2.5_14b_to_llama3.1_8b.py --topology v5e:4x4 --stage train
+  ctpd plan --config configs/colab_v5e.py --topology v5e:1x1
+  ctpd plan --config configs/pair.py --config.student.path=DIR --topology v5p:2x2x1 --stage train --search
 """
 
 GENERATE_EPILOG = """\
@@ -62,11 +72,14 @@ def parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog=GENERATE_EPILOG if name == "generate" else EPILOG,
+            epilog={"generate": GENERATE_EPILOG, "plan": PLAN_EPILOG}.get(name, EPILOG),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         needed = name != "generate"
         command.add_argument("--config", required=needed, metavar="FILE.py", help="a file with get_config()")
+        if name == "plan":
+            add_plan_arguments(command)
+            continue
         command.add_argument("--workdir", required=needed, metavar="DIR", type=Path, help="where the run lives")
         if name == "sft":
             command.add_argument("--model", choices=["teacher", "student"], help="only this one")
@@ -79,6 +92,28 @@ def parser() -> argparse.ArgumentParser:
         if name == "generate":
             add_generate_arguments(command)
     return top
+
+
+def add_plan_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--topology", required=True, metavar="KIND:GRID", help="v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1 ..."
+    )
+    command.add_argument(
+        "--stage",
+        action="append",
+        choices=(*TRAINED, "annotate"),
+        metavar="STAGE",
+        help=f"only this one; may be repeated: {', '.join((*TRAINED, 'annotate'))}",
+    )
+    command.add_argument("--search", action="store_true", help="look for a mesh and a micro-batch that fit")
+    command.add_argument("--estimate", action="store_true", help="by arithmetic alone, in seconds, without compiling")
+    command.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="of the peak arithmetic, for the second figure of pairs per second (default: 0.4)",
+    )
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
@@ -189,6 +224,13 @@ def exit_code(known: argparse.Namespace, overrides: Sequence[str]) -> int:
             return 0
         config = load_config(known.config, overrides)
         check_config(config)
+        if known.command == "plan":
+            from ctpd_jax.plan import chips
+
+            chips.quiet_compiler()
+            from ctpd_jax.plan.command import plan_command
+
+            return plan_command(known, config)
         if config.platform != "auto":
             os.environ["JAX_PLATFORMS"] = config.platform
         from ctpd_jax import pipeline  # JAX reads its environment when it is imported

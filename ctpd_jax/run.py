@@ -111,18 +111,7 @@ class Run:
 
     def compute(self, model: Model) -> Compute:
         """How the model is run. Raises UserError where config.attention cannot do what the model or its rows need."""
-        dtype = self.config.compute_dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if jax.default_backend() == "tpu" else "float32"
-        shared = self.config.rows.layout == "shared"
-        try:
-            backend = choose_backend(
-                self.config.attention, self.decoder(model), dtype, shared, platform_of(self.mesh.devices.flat[0])
-            )
-        except UserError as error:
-            raise UserError(f"The {model}: {error}") from error
-        check_heads(self.mesh, self.decoder(model).num_heads, self.decoder(model).num_kv_heads, f"The {model}")
-        return Compute(dtype, self.config[model].remat, backend, self.mesh)
+        return compute_on(self.mesh, self.config, model, self.decoder(model))
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -291,6 +280,19 @@ class Run:
         rows = self.config.rows
         packed = rows.packed == "yes" or (rows.packed == "auto" and jax.default_backend() != "cpu")
         return Rows(rows.layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(self.mesh))
+
+
+def compute_on(mesh: Mesh, config: ConfigDict, model: Model, decoder: DecoderConfig) -> Compute:
+    """How a model is run on a mesh. Raises UserError where config.attention cannot do what model and rows need."""
+    dtype, platform = config.compute_dtype, platform_of(mesh.devices.flat[0])
+    if dtype == "auto":
+        dtype = "bfloat16" if platform == "tpu" else "float32"
+    try:
+        backend = choose_backend(config.attention, decoder, dtype, config.rows.layout == "shared", platform)
+    except UserError as error:
+        raise UserError(f"The {model}: {error}") from error
+    check_heads(mesh, decoder.num_heads, decoder.num_kv_heads, f"The {model}")
+    return Compute(dtype, config[model].remat, backend, mesh)
 
 
 def params_digest(params: Params) -> str:

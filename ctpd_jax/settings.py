@@ -10,6 +10,7 @@ import math
 from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.schema import Model
 
 
 def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 16, **changes) -> ConfigDict:
@@ -163,6 +164,18 @@ CHOICES = {
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
 TRAINED = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train")
+
+
+def trained_model(config: ConfigDict, stage: str) -> Model:
+    """Whose parameters a stage trains."""
+    if stage in ("positive", "negative"):
+        return config.weights[f"{stage}_scorer"]
+    return "teacher" if stage == "teacher_sft" else "student"
+
+
+def learns_responses(config: ConfigDict, stage: str) -> bool:
+    """Whether a stage is SFT, on single responses, rather than on pairs."""
+    return stage.endswith("_sft") or (stage in ("positive", "negative") and config.weights.source == "sft")
 
 
 def check_config(config: ConfigDict) -> None:

@@ -24,6 +24,7 @@ from ctpd_jax.models.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes, init_adapters
 from ctpd_jax.run import Run, params_digest
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, AlignedPair, Model
+from ctpd_jax.settings import learns_responses, trained_model
 from ctpd_jax.sharding import barrier, first_process
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.loop import train
@@ -33,16 +34,9 @@ from ctpd_jax.workdir import begin, finish
 # ------------------------------------------------------------------------------------------------ training
 
 
-def trained_model(run: Run, stage: str) -> Model:
-    """Whose parameters a stage trains."""
-    if stage in ("positive", "negative"):
-        return run.config.weights[f"{stage}_scorer"]
-    return "teacher" if stage == "teacher_sft" else "student"
-
-
 def check_trainable(run: Run, stage: str) -> None:
     """Refuses to train what is for scoring alone, and adapters on matrices that the model does not have."""
-    model = trained_model(run, stage)
+    model = trained_model(run.config, stage)
     if not FAMILIES[run.decoder(model).family].trainable:
         raise UserError(
             f"{stage}: the {model} {run.folder(model)} is a mixture of experts; those can score, but are not trained. "
@@ -139,7 +133,7 @@ def dpo_items(pairs: Sequence[AlignedPair], model: Model, reference: Measured, s
 
 
 def sft(run: Run, stage: str) -> None:
-    model = trained_model(run, stage)
+    model = trained_model(run.config, stage)
     if run.left_out(stage):
         run.say(f"{stage}: left out (config.{stage}.steps = -1).")
         return
@@ -152,10 +146,10 @@ def contrast(run: Run, stage: str) -> None:
     if run.left_out(stage):
         run.say(f"{stage}: left out.")
         return
-    weights, model = run.config.weights, trained_model(run, stage)
+    model = trained_model(run.config, stage)
     pairs, start = run.pairs("train"), f"{model}_sft"
     inputs = {"data": run.data_identity("train"), "model": model}
-    if stage != "student_dpo" and weights.source == "sft":
+    if learns_responses(run.config, stage):
         side = CHOSEN if stage == "positive" else REJECTED
         items = sft_items(pairs, model, side)
         train_stage(run, stage, model, "sft", items, inputs | {"source": "sft"}, {})

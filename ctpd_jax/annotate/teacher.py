@@ -33,7 +33,7 @@ def plain_item(pair: AlignedPair, model: Model, prompt: np.ndarray | None = None
 Scorer = Callable[[Batch, Array], Array]  # batch, slot_spans int32 [R, K] -> sums per row's span number [C, R, K]
 
 
-def make_scorer(config: DecoderConfig, compute: Compute) -> Callable[[Params, Params, Batch, Array], Array]:
+def make_scorer(config: DecoderConfig, compute: Compute) -> jax.stages.Wrapped:
     """Returns the jitted (adapters, base, batch, slot_spans int32 [R, K]) -> sums per row's span number, [C, R, K].
 
     C models read in one pass: one model, with `adapters` {}, or C adapters, stacked [C, ...], over one base; then

@@ -171,7 +171,7 @@ def make_steps(
     sums_of: Callable[[Params, Batch], tuple[Array, Sums]],
     optimizer: optax.GradientTransformation,
     placed: TrainState | None = None,
-) -> tuple[Callable, Callable]:
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Returns (accumulate, update). `placed`, from `state_shapes`, says where the state lies, and gradients with it.
 
     accumulate(params, frozen, gradient, batch) -> (gradient + this batch's, sums); the gradient's buffer is reused.

@@ -1,0 +1,95 @@
+"""The chips that are known, and a topology's devices on a machine that has none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ctpd_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peak rates a second as the maker states them, and the bytes of memory that libtpu gives to programs."""
+
+    memory: float  # bytes; of a chip sold with 16 GB, 15.75 GiB
+    flops: float  # of bfloat16 products
+    bandwidth: float  # bytes to and from its memory
+    links: float  # bytes over all its links to other chips
+
+
+CHIPS = {
+    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
+    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
+    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips of one kind in a grid: "v5e:4x4"."""
+
+    name: str
+    kind: str
+    sizes: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.sizes)
+
+
+def parse_topology(name: str) -> Topology:
+    """ "v5e:4x4" -> Topology. Raises UserError for what is none."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    if not found or found[1] not in CHIPS:
+        raise UserError(
+            f"--topology {name!r}: write the kind of chip ({', '.join(CHIPS)}) and its grid, such as v5e:4x4 for 16 "
+            "chips, or v5p:2x2x1."
+        )
+    sizes = tuple(int(size) for size in found[2].split("x"))
+    if 0 in sizes:
+        raise UserError(f"--topology {name!r}: a grid has at least one chip to each side.")
+    return Topology(name, found[1], sizes)
+
+
+def has_compiler() -> bool:
+    """Whether the compiler for TPUs is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def quiet_compiler() -> None:
+    """To be called before JAX is imported: it stays on the CPU, and libtpu looks for no TPU and writes no logs."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here uses a TPU that somebody else may be using
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """The topology's devices, to compile for. Raises UserError where libtpu knows no such topology."""
+    from jax.experimental import topologies
+
+    # A host has 2 x 2 chips; smaller slices are a part of one.
+    hosts = {"chips_per_host_bounds": (*topology.sizes, 1)[:3]} if topology.count < 4 else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **hosts)
+    except Exception as error:  # whatever libtpu makes of a name: RuntimeError, ValueError, its own
+        raise UserError(f"--topology {topology.name}: {str(error).splitlines()[0]}") from error
+    return list(described.devices)

@@ -1,0 +1,195 @@
+"""What `ctpd plan` prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.plan.chips import GIB, Topology, devices_of, has_compiler, parse_topology
+from ctpd_jax.plan.planner import (
+    Candidate,
+    Plan,
+    bound,
+    candidates,
+    kernels,
+    make_plan,
+    vocabulary_arrays,
+    with_settings,
+)
+from ctpd_jax.plan.programs import STAGES, decoder_of, left_out
+from ctpd_jax.settings import trained_model
+from ctpd_jax.sharding import AXES
+
+TRIED = 4  # candidates of a search that are compiled, at most
+INSTALL = "pip install 'ctpd-jax[tpu]'"
+
+
+def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
+    """Plans the chosen stages and prints what comes of it. Returns 0 if all of them fit, else 1.
+
+    Raises:
+        UserError: a topology or a stage that is none, a model that cannot be found, or what the run would refuse.
+    """
+    topology = parse_topology(arguments.topology)
+    if not 0 < arguments.utilisation <= 1:
+        raise UserError(f"--utilisation {arguments.utilisation}: a share of the peak, above 0 and up to 1.")
+    if not has_compiler() and not arguments.estimate:
+        print(
+            f"The compiler for TPUs is not installed, so this is an estimate by arithmetic. {INSTALL}\n"
+            "brings the compiler; no TPU is needed for it.\n"
+        )
+    compiled = has_compiler() and not arguments.estimate
+    devices: list[Any] = devices_of(topology) if has_compiler() else stand_ins(topology)
+    every = True
+    for stage in chosen(arguments, config):
+        base = decoder_of(config, "teacher" if stage == "annotate" else trained_model(config, stage))
+        if arguments.search:
+            plan = search(config, stage, base, topology, devices, compiled)
+        else:
+            say(f"{stage}: compiling for {topology.name}, which can take minutes ..." if compiled else "")
+            plan = make_plan(config, stage, base, topology, devices, compiled)
+        print("\n".join(described(plan, arguments.utilisation)), flush=True)
+        every = every and plan.fits
+    return 0 if every else 1
+
+
+def say(text: str) -> None:
+    if text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def chosen(arguments: argparse.Namespace, config: ConfigDict) -> list[str]:
+    """The stages to plan: those that were asked for, or all that the config does not leave out."""
+    for stage in arguments.stage or ():
+        if left_out(config, stage):
+            raise UserError(f"--stage {stage}: the config leaves it out (config.{stage}.steps, config.weights.source).")
+    return arguments.stage or [stage for stage in STAGES if not left_out(config, stage)]
+
+
+def stand_ins(topology: Topology) -> list[Any]:
+    """As many devices as the topology has, for shapes and shardings alone."""
+    from jax.sharding import AbstractDevice
+
+    return [AbstractDevice(topology.kind, 1)] * topology.count
+
+
+def search(
+    config: ConfigDict, stage: str, base: DecoderConfig, topology: Topology, devices: Sequence[Any], compiled: bool
+) -> Plan:
+    """The fastest mesh and micro-batch that fit, among those that the estimate finds; prints them all."""
+    found = candidates(config, stage, base, topology, list(devices))
+    if not found:
+        raise UserError(f"{stage}: no mesh of {topology.count} chips divides this model and its rows.")
+    print(f"{stage}: {len(found)} meshes of {topology.name}, the fastest first; GiB and seconds are estimates")
+    for one in found:
+        print(f"  {setting_line(one, stage):58} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s")
+    plan = None
+    for one in found[:TRIED]:
+        say(f"{stage}: compiling {setting_line(one, stage)} ..." if compiled else "")
+        plan = make_plan(with_settings(config, one.settings(stage)), stage, base, topology, list(devices), compiled)
+        if plan.fits:
+            flags = " ".join(f"--config.{name}={value}" for name, value in one.settings(stage).items())
+            print(f"\n  {flags}\n")
+            return plan
+        print(f"  {setting_line(one, stage)}: does not fit, {plan.largest / GIB:.1f} GiB")
+    assert plan is not None
+    return plan
+
+
+def setting_line(one: Candidate, stage: str) -> str:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, one.sizes))
+    return f"{mesh}, micro_batch {one.micro_batch}"
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def described(plan: Plan, utilisation: float) -> Iterator[str]:
+    """The plan of a stage, line by line."""
+    stage, topology = plan.stage, plan.topology
+    annotating = stage.name == "annotate"
+    trained = (
+        f"{billions(stage.frozen)} parameters"
+        if annotating
+        else f"{billions(stage.trained)} parameters trained"
+        + (f" on {billions(stage.frozen)} frozen ones" if stage.frozen else "")
+    )
+    calls = stage.programs[0].times
+    shape = stage.shape
+    yield f"{stage.name}: the {stage.model}, {trained}; {stage.compute.dtype}, attention {stage.compute.attention}"
+    yield (
+        f"  {stage.pairs} pairs a batch"
+        if annotating
+        else f"  {stage.pairs} pairs an update in {calls} micro-batch{'es' if calls > 1 else ''} of {stage.micro_batch}"
+    ) + f": {shape.rows} rows x {shape.length:,} tokens, {shape.scored:,} of them scored, at most"
+    mesh = ", ".join(f"{axis} {size}" for axis, size in stage.mesh.shape.items())
+    yield f"  mesh {mesh} on {topology.name}: {topology.count} x {topology.chip.memory / GIB:.2f} GiB"
+    yield ""
+    yield from memory_table(plan)
+    yield ""
+    yield from time_lines(plan, utilisation)
+    for name, text in plan.texts.items():
+        if text and name != "update":
+            yield f"  {contents(plan, text)}"
+    free = (topology.chip.memory - plan.largest) / GIB
+    how = "" if all(memory.compiled for memory in plan.memory.values()) else ", by estimate"
+    if any(not memory.compiled for memory in plan.memory.values()) and any(text == "" for text in plan.texts.values()):
+        how = ", says the compiler"
+    verdict = f"fits, {free:.1f} GiB left" if free >= 0 else f"DOES NOT FIT, {-free:.1f} GiB too much"
+    yield ""
+    yield f"  {stage.name} {verdict}{how}."
+    yield ""
+
+
+def memory_table(plan: Plan) -> Iterator[str]:
+    """GiB on one chip, a line for each program."""
+    names = list(dict.fromkeys(name for memory in plan.memory.values() for name in memory.parts))
+    yield "  " + f"{'GiB on a chip':14}" + "".join(f"{name:>13}" for name in (*names, "total"))
+    for program, memory in plan.memory.items():
+        values = [f"{memory.parts[name] / GIB:.2f}" if name in memory.parts else "" for name in names]
+        yield "  " + f"{program:14}" + "".join(f"{value:>13}" for value in (*values, f"{memory.total / GIB:.2f}"))
+
+
+def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
+    """FLOPs, bytes, what bounds the time, and pairs a second."""
+    update, chip, pairs = plan.update, plan.topology.chip, plan.stage.pairs
+    times = {
+        "arithmetic": update.flops / chip.flops,
+        "memory": update.memory / chip.bandwidth,
+        "links": update.links / chip.links,
+    }
+    what = "batch" if plan.stage.name == "annotate" else "update"
+    yield (
+        f"  a chip's share of a{'n' if what == 'update' else ''} {what}: {update.flops / 1e12:.1f} TFLOP, "
+        f"{update.memory / 1e9:.1f} GB of memory traffic, {update.links / 1e9:.1f} GB over links"
+    )
+    limit = max(times, key=lambda name: times[name])
+    bounds = ", ".join(f"{name} {seconds:.3f}" for name, seconds in times.items() if seconds)
+    yield f"  seconds at the peak rates: {bounds}; {limit} is the limit"
+    yield (
+        f"  {pairs / plan.seconds():.1f} pairs/s at 100 %, {pairs / bound(update, plan.topology, utilisation):.1f} at "
+        f"{100 * utilisation:.0f} % of the peak arithmetic"
+    )
+
+
+def contents(plan: Plan, text: str) -> str:
+    """What a compiled program holds of attention kernels and of arrays with a vocabulary axis."""
+    arrays = vocabulary_arrays(text, plan.stage.decoder, plan.stage.mesh)
+    largest = {kind: " x ".join(f"{size:,}" for size in shapes[-1]) for kind, shapes in arrays.items() if shapes}
+    told = [
+        f"{name} up to {largest[kind]}"
+        for kind, name in (("unembedding", "the unembedding's shapes,"), ("block", "blocks of logits,"))
+        if kind in largest
+    ]
+    told.append(f"OTHERS up to {largest['other']}" if "other" in largest else "nothing else")
+    return f"in the program: {kernels(text)} splash kernels; with a vocabulary axis: {'; '.join(told)}"
+
+
+def billions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"

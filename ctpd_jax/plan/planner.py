@@ -1,0 +1,277 @@
+"""Does a stage fit a slice of TPUs, and how fast can it be at best? Compiled ahead of time, without a TPU.
+
+Letters: N tokens of a device, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ctpd_jax.core.logprobs import BLOCK_BYTES
+from ctpd_jax.data.rows import BatchShape
+from ctpd_jax.errors import UserError
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.plan.chips import Topology
+from ctpd_jax.plan.costs import Work, work
+from ctpd_jax.plan.programs import Program, Stage, plan_stage, share
+from ctpd_jax.sharding import AXES, make_mesh, row_devices
+
+_OUT_OF_MEMORY = re.compile(r"(?:Used |required for .*?\()([\d.]+)([KMGT])")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a program needs on one device, by what they are; `parts` sum to `total` unless it did not compile."""
+
+    parts: Mapping[str, float]
+    total: float
+    compiled: bool  # otherwise an estimate, or what the compiler said when it gave up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage on a topology."""
+
+    stage: Stage
+    topology: Topology
+    memory: Mapping[str, Memory]  # by program
+    work: Mapping[str, Work]  # of one call of each program, on one device
+    texts: Mapping[str, str]  # the compiled programs, as text
+
+    @property
+    def largest(self) -> float:
+        return max(memory.total for memory in self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.largest <= self.topology.chip.memory
+
+    @property
+    def update(self) -> Work:
+        """Of all calls of an update, or of a batch of an annotation."""
+        return sum((self.work[program.name].times(program.times) for program in self.stage.programs), Work())
+
+    def seconds(self, utilisation: float = 1.0) -> float:
+        """What an update takes at least, with so much of the peak arithmetic in the products."""
+        return bound(self.update, self.topology, utilisation)
+
+
+def bound(update: Work, topology: Topology, utilisation: float = 1.0) -> float:
+    """Seconds: the slowest of arithmetic, memory and links, each of which may hide behind the others."""
+    chip = topology.chip
+    return max(update.flops / (chip.flops * utilisation), update.memory / chip.bandwidth, update.links / chip.links)
+
+
+def make_plan(
+    config: ConfigDict, name: str, base: DecoderConfig, topology: Topology, devices: list[Any], compiled: bool
+) -> Plan:
+    """Compiles the programs of a stage, or estimates what they need.
+
+    Raises:
+        UserError: the run itself would refuse, or the mesh does not fit the topology.
+    """
+    stage = plan_stage(config, name, base, make_mesh(config.mesh, devices))
+    memory, texts = {}, {}
+    for program in stage.programs:
+        if compiled:
+            memory[program.name], texts[program.name] = compile_program(program)
+        else:
+            memory[program.name] = estimate(stage, program)
+    return Plan(stage, topology, memory, work_of(config, name, base, stage), texts)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def compile_program(program: Program) -> tuple[Memory, str]:
+    """What the compiler for TPUs makes of a program: its memory and its text, which is empty where it gave up."""
+    try:
+        compiled = program.traced.lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _OUT_OF_MEMORY.search(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+            raise
+        return Memory(program.memory, float(found[1]) * _UNITS[found[2]] + program.beside, compiled=False), ""
+    stats = compiled.memory_analysis()
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    parts = dict(program.memory) | {
+        "activations": float(stats.temp_size_in_bytes),
+        "output": float(results + stats.generated_code_size_in_bytes),
+    }
+    # The arguments as the compiler lays them out, padding to tiles included.
+    total = stats.argument_size_in_bytes + program.beside + parts["activations"] + parts["output"]
+    parts["batch"] += total - sum(parts.values())
+    return Memory(parts, total, compiled=True), compiled.as_text()
+
+
+def estimate(stage: Stage, program: Program) -> Memory:
+    """The same from arithmetic: see `activations`."""
+    parts = dict(program.memory) | {"activations": activations(stage, program), "output": 0.0}
+    return Memory(parts, sum(parts.values()), compiled=False)
+
+
+def activations(stage: Stage, program: Program) -> float:
+    """Bytes of what lives within a program only; about, to a fifth or so of what the compiler finds.
+
+    Of a forward and backward pass: what each layer keeps; the work on one layer, whose widest arrays live about four at
+    a time; the weights of two layers and the unembedding, whole and in the compute dtype; two blocks of logits; and the
+    gradient of this micro-batch before it is added.
+    """
+    if program.name == "update":
+        return 0.0
+    config, mesh, training = stage.decoder, stage.mesh, program.name == "accumulate"
+    size = 2 if stage.compute.dtype == "bfloat16" else 4
+    tensor, rows = mesh.shape["tensor"], row_devices(mesh)
+    tokens = stage.shape.rows * stage.shape.length / rows
+    scored = stage.shape.rows * stage.shape.scored / rows
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / tensor
+    inner = config.intermediate_size / tensor
+    layer = config.hidden_size * (2 * heads + 3 * inner)  # matrices of one layer, about
+    head = config.vocab_size * config.hidden_size / tensor
+    kept = {"full": 0.0, "dots": heads + config.hidden_size + 3 * inner, "none": 3 * heads + 5 * inner}
+    per_layer = tokens * size * (config.hidden_size + kept[stage.compute.remat]) if training else 0.0
+    working = 4 * tokens * size * (config.hidden_size + heads + inner)
+    gathered = 2 * layer * size + head * size * (2 if training else 1)
+    logits = 2 * BLOCK_BYTES + scored * config.hidden_size * 6
+    gradient = program.memory["gradient"] if training else 0.0
+    return config.num_layers * per_layer + working + gathered + logits + gradient
+
+
+# ------------------------------------------------------------------------------------------------ time
+
+
+def work_of(config: ConfigDict, name: str, base: DecoderConfig, stage: Stage) -> dict[str, Work]:
+    """Arithmetic and bytes of each program on one device, counted on that device's share of it."""
+    tensor, rows = stage.mesh.shape["tensor"], row_devices(stage.mesh)
+    alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [stage.mesh.devices.flat[0]])
+    shape = BatchShape(stage.shape.rows // rows, stage.shape.length, stage.shape.scored)
+    own = plan_stage(config, name, share(base, tensor), alone, shape)
+    found = {program.name: work(program.traced.jaxpr) for program in own.programs}
+    for program in stage.programs:
+        gradient = program.memory.get("gradient", 0.0)
+        if program.name == "update":  # elementwise: everything is read and written, the gradient is read twice
+            trained = gradient + program.memory["optimizer"]
+            found["update"] = Work(0.0, 2 * trained + 2 * gradient)
+        else:
+            found[program.name] += Work(0.0, 3 * gradient, over_links(stage, program.name == "accumulate"))
+    return found
+
+
+def over_links(stage: Stage, training: bool) -> float:
+    """Bytes that a device receives in one call, by the rules of `sharding.py`; in the compute dtype.
+
+    `fsdp`: the layers' matrices and the unembedding are gathered in every pass, and their gradients, where there are
+    any, are summed and scattered. `data`: each gradient's shard is summed. `tensor`: the activations are summed twice
+    in every layer and pass.
+    """
+    mesh, config = stage.mesh, stage.decoder
+    size = 2 if stage.compute.dtype == "bfloat16" else 4
+    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    passes = (3 if stage.compute.remat == "full" else 2) if training else 1
+    whole = (stage.frozen or stage.trained) * size / tensor  # as one device sees it gathered
+    trained = stage.trained * size / tensor
+    tokens = stage.shape.rows * stage.shape.length / (data * fsdp)
+    gathered = passes * whole * (fsdp - 1) / fsdp
+    scattered = trained * (fsdp - 1) / fsdp + 2 * trained / fsdp * (data - 1) / data
+    summed = 2 * passes * config.num_layers * tokens * config.hidden_size * size * 2 * (tensor - 1) / tensor
+    return gathered + scattered + summed if training else gathered + summed
+
+
+# ------------------------------------------------------------------------------------------------ what is in a program
+
+
+def kernels(text: str) -> int:
+    """How many splash attention kernels a compiled program holds."""
+    return len(re.findall(r"^\s*(?:ROOT )?%splash_\w+[\w.]* = ", text, re.MULTILINE))
+
+
+def vocabulary_arrays(text: str, decoder: DecoderConfig, mesh: Mesh) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes in a compiled program that have the vocabulary, or one device's part of it, for an axis.
+
+    "unembedding": the other axis is the width D, or a part of it, and there are no more than [V, D]; its gradient and
+    moments look the same. "block": of logits, no larger than what `core.logprobs` holds at once. "other": what should
+    not be there.
+    """
+    vocabulary = {decoder.vocab_size // tensor for tensor in (1, mesh.shape["tensor"])}
+    widths = {decoder.hidden_size // part for part in (1, mesh.shape["fsdp"], mesh.devices.size)}
+    found: dict[str, set[tuple[int, ...]]] = {"unembedding": set(), "block": set(), "other": set()}
+    for dims in set(re.findall(r"\b(?:f32|bf16|f16|s32|u32|s8|pred)\[([\d,]+)\]", text)):
+        shape = tuple(int(size) for size in dims.split(",") if size != "1")
+        if len(shape) < 2 or not vocabulary & set(shape):
+            continue
+        if widths & set(shape) and math.prod(shape) <= decoder.vocab_size * decoder.hidden_size:
+            found["unembedding"].add(shape)
+        else:
+            found["block" if math.prod(shape) * 4 <= BLOCK_BYTES else "other"].add(shape)
+    return {kind: sorted(shapes, key=math.prod) for kind, shapes in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------ search
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mesh and a micro-batch, and what they are estimated to need."""
+
+    sizes: tuple[int, int, int]  # of AXES
+    micro_batch: int
+    memory: float  # bytes on one device
+    seconds: float  # of an update, or of so many pairs of an annotation, at best
+
+    def settings(self, stage: str) -> dict[str, int]:
+        mesh = {f"mesh.{axis}": size for axis, size in zip(AXES, self.sizes)}
+        return mesh | {f"{stage}.micro_batch": self.micro_batch}
+
+
+def candidates(
+    config: ConfigDict, name: str, base: DecoderConfig, topology: Topology, devices: list[Any]
+) -> list[Candidate]:
+    """What may fit, by the estimate, the fastest first; of each mesh the largest micro-batch that may."""
+    pairs = config.annotate.pairs_per_shard if name == "annotate" else config[name].batch_size
+    found = []
+    for sizes in meshes(topology.count):
+        for micro_batch in micro_batches(pairs):
+            changed = with_settings(config, Candidate(sizes, micro_batch, 0, 0).settings(name))
+            try:
+                stage = plan_stage(changed, name, base, make_mesh(changed.mesh, devices))
+            except UserError:  # what does not divide
+                break
+            if stage.shape.rows > 2 * micro_batch and stage.shape.rows == row_devices(stage.mesh):
+                break  # devices that would compute padding
+            memory = max(estimate(stage, program).total for program in stage.programs)
+            if memory <= topology.chip.memory or micro_batch == 1:
+                times = pairs / micro_batch if name == "annotate" else 1
+                each = work_of(changed, name, base, stage)
+                update = sum((each[one.name].times(one.times * times) for one in stage.programs), Work())
+                found.append(Candidate(sizes, micro_batch, memory, bound(update, topology)))
+                break
+    return sorted(found, key=lambda one: (one.memory > topology.chip.memory, one.seconds, one.memory))
+
+
+def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
+    """All sizes of AXES whose product is `devices`."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    for fsdp, tensor in itertools.product(sizes, sizes):
+        if devices % (fsdp * tensor) == 0:
+            yield devices // (fsdp * tensor), fsdp, tensor
+
+
+def micro_batches(pairs: int) -> list[int]:
+    """The sizes that divide an update, the largest first; of an annotation's batch, at most 64."""
+    return [size for size in range(min(pairs, 64), 0, -1) if pairs % size == 0]
+
+
+def with_settings(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(settings)
+    return changed

@@ -1,0 +1,281 @@
+"""The programs of a stage, traced from shapes alone: no weights, no data.
+
+Letters: R rows, L row length, K scored tokens of a row, P pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from ctpd_jax.annotate.teacher import make_scorer
+from ctpd_jax.data.rows import BatchShape
+from ctpd_jax.errors import UserError
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import param_shapes
+from ctpd_jax.models.families import FAMILIES
+from ctpd_jax.models.hf_config import from_hf, read_config
+from ctpd_jax.models.lora import adapter_shapes, with_lora
+from ctpd_jax.run import compute_on
+from ctpd_jax.schema import Batch, Model, RowLayout
+from ctpd_jax.settings import TRAINED, learns_responses, trained_model
+from ctpd_jax.sharding import ROWS, replicated, row_devices, shard_shapes
+from ctpd_jax.toy.models import make_toy_models
+from ctpd_jax.train.optimizer import make_optimizer
+from ctpd_jax.train.step import Compute, Objective, make_steps, preference_sums, sft_sums, state_shapes
+
+STAGES = (*TRAINED, "annotate")
+KNOWN_MODELS = Path(__file__).with_name("known_models.json")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function with the shapes that it is called with, and what lies in memory meanwhile."""
+
+    name: str
+    traced: Any  # jax.stages.Traced
+    times: int  # calls per update, or per batch of an annotation
+    memory: Mapping[str, float]  # bytes on one device, by what they are
+    beside: float  # of those, what is not among the arguments
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage runs, and on what."""
+
+    name: str
+    model: Model
+    decoder: DecoderConfig
+    mesh: Mesh
+    compute: Compute
+    pairs: int  # of an update, or of a batch of an annotation (SFT: responses)
+    micro_batch: int
+    shape: BatchShape  # of a micro-batch
+    trained: int  # parameters that are trained
+    frozen: int
+    programs: tuple[Program, ...]
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def decoder_of(config: ConfigDict, model: Model) -> DecoderConfig:
+    """The model's config: of a folder, of a model that is known here, or fetched from the hub (config.json alone).
+
+    Raises:
+        UserError: the path is none of them.
+    """
+    path = config[model].path
+    if config.data.train == "toy" and not path:
+        with tempfile.TemporaryDirectory() as folder:
+            return read_config(make_toy_models(folder, config.seed)[("teacher", "student").index(model)])
+    if not path:
+        raise UserError(f"config.{model}.path is empty; give a folder with a config.json, or a hub id.")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return read_config(folder)
+    known = json.loads(KNOWN_MODELS.read_text(encoding="utf-8"))
+    if path in known:
+        return from_hf(known[path], where=path)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_config(Path(hf_hub_download(path, "config.json")).parent)
+    except UserError:
+        raise
+    except Exception as error:  # the hub client raises a dozen kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"config.{model}.path is {path}: no folder, not among the models that are known without the hub "
+            f"({', '.join(known)}), and its config.json could not be fetched ({reason})."
+        ) from error
+
+
+def share(decoder: DecoderConfig, tensor: int) -> DecoderConfig:
+    """One device's part of a model that `tensor` devices share: its heads, its MLP width, its vocabulary."""
+    return replace(
+        decoder,
+        num_heads=decoder.num_heads // tensor,
+        num_kv_heads=decoder.num_kv_heads // tensor,
+        intermediate_size=decoder.intermediate_size // tensor,
+        vocab_size=decoder.vocab_size // tensor,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def left_out(config: ConfigDict, stage: str) -> bool:
+    """Whether the config leaves a stage out."""
+    if stage == "annotate":
+        return False
+    if stage in ("positive", "negative") and config.weights.source not in ("dpo", "sft"):
+        return True
+    return config[stage].steps == -1
+
+
+def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) -> BatchShape:
+    """The shape that takes any micro-batch of `pairs`, all prompts and responses being as long as they may be.
+
+    Packed rows of real data are fewer: few responses are of full length.
+    """
+    prompt, response, rows = config.data.max_prompt_tokens, config.data.max_response_tokens, config.rows
+    together = rows.layout != "response"
+    prompts = responses if rows.layout == "pair" else 1
+    tokens = prompts * prompt + responses * response if together else prompt + response
+    scored = responses * response if together else response
+    length = rows.length or up(tokens, rows.multiple)
+    if tokens > length:
+        raise UserError(
+            f"config.rows.length is {length}, but a row has to take up to {tokens} tokens at once: raise it, set it to "
+            "0, or lower config.data.max_prompt_tokens or config.data.max_response_tokens."
+        )
+    room = length // tokens if rows.packed != "no" else 1  # units of a row
+    units = pairs if together else pairs * responses
+    return BatchShape(up(-(-units // room), devices), length, min(length, up(room * scored, rows.multiple)))
+
+
+def up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def abstract_batch(mesh: Mesh, shape: BatchShape, pairs: int) -> Batch:
+    """A batch as jax.ShapeDtypeStruct, placed as `sharding.place_batch` places it."""
+    by_row, whole = NamedSharding(mesh, P(ROWS)), replicated(mesh)
+
+    def array(size: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=where)
+
+    row = array((shape.rows, shape.length), jnp.int32, by_row)
+    slot = array((shape.rows, shape.scored), jnp.int32, by_row)
+    weight = array((shape.rows, shape.scored), jnp.float32, by_row)
+    both, one = array((pairs, 2), jnp.float32, whole), array((pairs,), jnp.float32, whole)
+    return Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, both, both, one)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of a tree of placed shapes on one device."""
+    return float(
+        sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    )
+
+
+def count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+
+def plan_stage(
+    config: ConfigDict, name: str, base: DecoderConfig, mesh: Mesh, shape: BatchShape | None = None
+) -> Stage:
+    """Traces the programs of a stage, for micro-batches of `shape` or of the largest that can come.
+
+    Raises:
+        UserError: where the run itself would refuse.
+    """
+    model: Model = "teacher" if name == "annotate" else trained_model(config, name)
+    compute = compute_on(mesh, config, model, base)
+    return (annotation if name == "annotate" else training)(config, name, model, base, compute, mesh, shape)
+
+
+def training(
+    config: ConfigDict,
+    name: str,
+    model: Model,
+    base: DecoderConfig,
+    compute: Compute,
+    mesh: Mesh,
+    shape: BatchShape | None,
+) -> Stage:
+    settings, sft = config[name], learns_responses(config, name)
+    if not FAMILIES[base.family].trainable:
+        raise UserError(f"{name}: the {model} is a mixture of experts; those can score, but are not trained.")
+    lora = settings.lora
+    decoder = with_lora(base, lora.rank, lora.alpha, lora.targets) if lora.rank else base
+    params, frozen = shard_shapes(mesh, param_shapes(base)), {}
+    if lora.rank:
+        params = shard_shapes(mesh, adapter_shapes(decoder))
+        frozen = shard_shapes(mesh, param_shapes(base, jnp.dtype(lora.get("base", "float32"))))
+    if sft:
+        sums_of: Any = partial(sft_sums, decoder, compute)
+    else:
+        objective = Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight)
+        sums_of = partial(preference_sums, decoder, objective, compute)
+    optimizer = make_optimizer(settings, 100)
+    state = state_shapes(mesh, optimizer, params)
+    accumulate, update = make_steps(sums_of, optimizer, state)
+
+    micro_batch = min(settings.micro_batch, settings.batch_size)
+    shape = shape or largest_shape(config, micro_batch, 1 if sft else 2, row_devices(mesh))
+    batch = abstract_batch(mesh, shape, micro_batch)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    memory = {
+        "parameters": device_bytes(params) + device_bytes(frozen),
+        "optimizer": device_bytes(state.opt_state),
+        "gradient": device_bytes(params),
+        "batch": device_bytes(batch),
+    }
+    programs = (
+        Program(
+            "accumulate",
+            accumulate.trace(params, frozen, params, batch),
+            -(-settings.batch_size // micro_batch),
+            memory,
+            memory["optimizer"],
+        ),
+        Program("update", update.trace(state, params, scalar), 1, memory | {"batch": 0.0}, device_bytes(frozen)),
+    )
+    return Stage(
+        name, model, decoder, mesh, compute, settings.batch_size, micro_batch, shape, count(params), count(frozen),
+        programs,
+    )  # fmt: skip
+
+
+def annotation(
+    config: ConfigDict,
+    name: str,
+    model: Model,
+    base: DecoderConfig,
+    compute: Compute,
+    mesh: Mesh,
+    shape: BatchShape | None,
+) -> Stage:
+    """The teacher reads; adapters of both contrastive models at once, where they are adapters."""
+    settings = config.annotate
+    stages = [stage for stage in ("positive", "negative") if config.weights[f"{stage}_scorer"] == "teacher"]
+    lora = config[stages[0]].lora if stages and config.weights.source in ("dpo", "sft") else None
+    dtype = jnp.bfloat16 if settings.teacher_weights == "bfloat16" else jnp.float32
+    decoder = replace(base, int8=settings.teacher_weights == "int8")
+    params, adapters = shard_shapes(mesh, param_shapes(decoder, dtype)), {}
+    if lora is not None and lora.rank:
+        adapted = with_lora(base, lora.rank, lora.alpha, lora.targets)
+        together = 2 if len(stages) == 2 and config.positive.lora == config.negative.lora else 1
+        adapters = jax.tree.map(partial(_stacked, mesh, together), shard_shapes(mesh, adapter_shapes(adapted)))
+        decoder = replace(adapted, int8=decoder.int8)
+    shape = shape or largest_shape(config, settings.micro_batch, 2, row_devices(mesh))
+    batch = abstract_batch(mesh, shape, settings.micro_batch)
+    memory = {"parameters": device_bytes(params) + device_bytes(adapters), "batch": device_bytes(batch)}
+    traced = make_scorer(decoder, compute).trace(adapters, params, batch, batch.pair)
+    return Stage(
+        name, model, decoder, mesh, compute, settings.micro_batch, settings.micro_batch, shape, 0,
+        count(params) + count(adapters), (Program("score", traced, 1, memory, 0.0),),
+    )  # fmt: skip
+
+
+def _stacked(mesh: Mesh, models: int, leaf: Any) -> Any:
+    where = NamedSharding(mesh, P(None, *leaf.sharding.spec))
+    return jax.ShapeDtypeStruct((models, *leaf.shape), leaf.dtype, sharding=where)
