@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ctpd_jax", "ctpd_jax.*"]),
-    package_data={"ctpd_jax": ["py.typed", "*.pyi"]},
+    package_data={"ctpd_jax": ["py.typed", "*.pyi", "plan/*.json"]},
     entry_points={"console_scripts": ["ctpd = ctpd_jax.cli:main"]},
     install_requires=[
         # jax and flax are a pair: flax up to 0.12.8 breaks with jax 0.11.1. Both ranges move together, after the tests.
