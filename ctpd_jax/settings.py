@@ -27,6 +27,7 @@ def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 1
             "clip": 1.0,  # global gradient norm
             "adam_b1": 0.9,
             "adam_b2": 0.999,
+            "moments": "float32",  # "bfloat16": Adam's first moment, kept in two bytes a parameter instead of four
             "save_every": 100,  # updates between checkpoints
             "lora": {  # adapters instead of all parameters; the result is relative to what the stage started from
                 "rank": 0,  # 0: train all parameters
@@ -209,6 +210,10 @@ def check_config(config: ConfigDict) -> None:
         settings = config[stage]
         for name in ("lr", "epochs", "batch_size", "micro_batch", "clip", "save_every"):
             require(0 < settings[name] < math.inf, f"{stage}.{name}", "it has to be positive and finite")
+        require(settings.moments in ("float32", "bfloat16"), f"{stage}.moments", "choose one of float32, bfloat16")
+        # One update has to move a bfloat16 by more than it is rounded.
+        coarse = settings.moments == "bfloat16" and settings.adam_b1 > 0.98
+        require(not coarse, f"{stage}.adam_b1", "with moments in bfloat16 it can be 0.98 at most")
         for name in ("adam_b1", "adam_b2"):
             require(0 <= settings[name] < 1, f"{stage}.{name}", "it lies in [0, 1)")
         lora = settings.lora

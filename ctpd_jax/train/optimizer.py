@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -29,15 +30,35 @@ def decay_mask(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def adam(settings: ConfigDict) -> optax.GradientTransformation:
+    """Adam's rescaling, the first moment kept in `settings.moments` between updates.
+
+    Only the first, which moves by 1 - b1 = 10 % an update. The second moves by 1 - b2 = 0.1 %, and bfloat16 rounds to
+    0.4 %: it would stand still.
+    """
+    inner = optax.scale_by_adam(settings.adam_b1, settings.adam_b2)
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        state = inner.init(params)
+        return state._replace(mu=optax.tree.cast(state.mu, settings.moments))
+
+    def update(
+        gradient: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        # Widened first: optax's mu_dtype multiplies in bfloat16, where b1 = 0.9 is 0.898, and every update falls 1.5 %
+        # short.
+        wide = state._replace(mu=optax.tree.cast(state.mu, jnp.float32))
+        changes, new = inner.update(gradient, wide, params)
+        return changes, new._replace(mu=optax.tree.cast(new.mu, settings.moments))
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(settings: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Returns clip by global norm -> AdamW; moments are float32 like the parameters."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip),
-        optax.adamw(
-            learning_rate(settings, steps),
-            b1=settings.adam_b1,
-            b2=settings.adam_b2,
-            weight_decay=settings.weight_decay,
-            mask=decay_mask,
-        ),
+    """Returns clip by global norm -> AdamW; moments are float32 like the parameters, unless `settings.moments`."""
+    adamw = optax.chain(
+        adam(settings),
+        optax.add_decayed_weights(settings.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate(settings, steps)),
     )
+    return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
