@@ -161,6 +161,7 @@ def samples(run: Run, row: str) -> list[dict[str, str]]:
         "count": settings.samples,
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
+        "weights": run.reading_dtype(model),
         "seed": run.config.seed,
     }
     path = run.workdir / "evaluation" / "samples" / f"{row}.json"
@@ -174,11 +175,15 @@ def samples(run: Run, row: str) -> list[dict[str, str]]:
             prompts.setdefault(raw[pair.id].prompt, pair.id)
     asked = list(islice(cycle(prompts), settings.samples))
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=run.config.seed)
-    answers = sample(run.text(model), run.decoder(model), run.params_of(stage, model), asked, sampling)
+    answers = sample(run.text(model), run.decoder(model), reading_params(run, stage, model), asked, sampling)
     drawn = [{"prompt": prompt[-1].content, "answer": answer} for prompt, answer in zip(asked, answers)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"inputs": inputs, "samples": drawn})
     return drawn
+
+
+def reading_params(run: Run, stage: str, model: Model) -> Params:
+    return run.params_of(stage, model, run.reading_dtype(model))
 
 
 def sample(
@@ -264,7 +269,7 @@ def answer(run: Run, row: str, prompts: Sequence[str], sampling: Sampling) -> No
     if row not in table:
         raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
     stage, model = table[row]
-    _print_answers(run.text(model), run.decoder(model), run.params_of(stage, model), prompts, sampling)
+    _print_answers(run.text(model), run.decoder(model), reading_params(run, stage, model), prompts, sampling)
 
 
 def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling) -> None:

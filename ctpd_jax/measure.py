@@ -51,7 +51,7 @@ def score_together(
     if missing:
         pairs, items = run.pairs(split), _items(run, split, model, instruction)
         spans = _spans(pairs, model)
-        scorer, program = reader(run, list(stages.values()), model, rounded(run, split, model))
+        scorer, program = reader(run, list(stages.values()), model, weights_of(run, split, model))
         shapes = plan_shapes(items, ranges, run.config.annotate.micro_batch, run.rows)
         done = len(pairs) - sum(len(ranges[shard]) for shard in missing)
         logged = f"{_home(split)}/{'+'.join(stages)}"
@@ -73,20 +73,22 @@ def score_together(
     return measured
 
 
-def rounded(run: Run, split: Split, model: Model) -> bool:
-    """Whether the model reads with int8 matrices: the teacher, for annotation, if the config says so."""
-    return split == "train" and model == "teacher" and run.config.annotate.teacher_weights == "int8"
+def weights_of(run: Run, split: Split, model: Model) -> str:
+    """What the model reads with: "float32", "bfloat16" or "int8", which is for the annotating teacher alone."""
+    int8 = split == "train" and model == "teacher" and run.config.annotate.teacher_weights == "int8"
+    return "int8" if int8 else run.reading_dtype(model)
 
 
-def reader(run: Run, stages: Sequence[str], model: Model, int8: bool) -> tuple[Scorer, Any]:
-    """The models that stages left, ready to read in one pass, and the jitted program in it."""
+def reader(run: Run, stages: Sequence[str], model: Model, weights: str) -> tuple[Scorer, Any]:
+    """The models that stages left, ready to read in one pass with such weights, and the jitted program in it."""
+    dtype = "float32" if weights == "int8" else weights
     config = run.decoder(model) if run.left_out(stages[0]) else run.trained_decoder(stages[0], model)
     if config.lora is None:
-        base, adapters = run.params_of(stages[0], model), {}
+        base, adapters = run.params_of(stages[0], model, dtype), {}
     else:
-        base = run.base(stages[0], model)
+        base = run.base(stages[0], model, dtype)
         adapters = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(run.adapters(stage, model) for stage in stages))
-    if int8:
+    if weights == "int8":
         config, base = quantize(config, base)
     score, mesh = make_scorer(config, run.compute(model)), run.mesh
     return lambda batch, slots: score(adapters, base, place_batch(mesh, batch), place_rows(mesh, slots)), score
@@ -96,7 +98,7 @@ def _column(run: Run, split: Split, name: str, stage: str, model: Model, instruc
     identity = {
         "params": run.identity(stage, model),
         "model": model,
-        "weights": "int8" if rounded(run, split, model) else "float32",
+        "weights": weights_of(run, split, model),
         "instruction": instruction,
         "data": run.data_identity(split),
         "compute": run.compute(model).dtype,
@@ -161,14 +163,14 @@ def compare_rounded(
 ) -> None:
     """Lets the exact teacher read the first pairs too, and tells how far the int8 one is from it."""
     count, path = run.config.annotate.compared_pairs, run.workdir / "annotations" / "int8.json"
-    chosen = {name: entry for name, entry in columns.items() if rounded(run, "train", entry[1])}
+    chosen = {name: entry for name, entry in columns.items() if weights_of(run, "train", entry[1]) == "int8"}
     if not chosen or not count or path.exists():
         return
     pairs, errors = run.pairs("train"), {}
     places = range(min(count, len(pairs)))
     for name, (stage, model, instruction) in chosen.items():
         items = _items(run, "train", model, instruction)
-        scorer, _ = reader(run, [stage], model, int8=False)
+        scorer, _ = reader(run, [stage], model, "float32")
         shapes = plan_shapes(items, [places], run.config.annotate.micro_batch, run.rows)
         exact = _read(run, scorer, items, places, _spans(pairs, model), shapes)[0]
         gaps = [abs(a - b) for one, other in zip(exact, measured[name]) for a, b in zip(one, other)]

@@ -125,24 +125,32 @@ class Run:
         """The run for work that is divided among processes, or done by one: on the devices of this process alone."""
         return self if self.local or jax.process_count() == 1 else replace(self, local=True)
 
-    def start_params(self, model: Model) -> Params:
-        """The checkpoint that the user brought, float32."""
-        return load_hf(self.folder(model), dtype="float32", sharding=param_sharding(self.mesh))[1]
+    def reading_dtype(self, model: Model) -> str:
+        """Of the model's parameters where it only reads or answers."""
+        half = model == "teacher" and self.config.annotate.teacher_weights == "bfloat16"
+        return "bfloat16" if half else "float32"
 
-    def params_of(self, stage: str, model: Model) -> Params:
-        """The parameters that a training stage left, adapters merged; what it would start from where it is left out."""
+    def start_params(self, model: Model, dtype: str = "float32") -> Params:
+        """The checkpoint that the user brought."""
+        return load_hf(self.folder(model), dtype=dtype, sharding=param_sharding(self.mesh))[1]
+
+    def params_of(self, stage: str, model: Model, dtype: str = "float32") -> Params:
+        """The parameters that a training stage left, adapters merged; what it would start from where it is left out.
+
+        They are read as `dtype`: no wider copy lies on the devices at any time.
+        """
         if self.left_out(stage):
-            return self.base(stage, model)
+            return self.base(stage, model, dtype)
         self.require(stage)
         config = self.trained_decoder(stage, model)
         if config.lora is not None:
-            return merge(config, self.base(stage, model), self.adapters(stage, model))
-        return load_params(self.workdir / stage / "params", self.abstract(model), alone=self.local)[0]
+            return merge(config, self.base(stage, model, dtype), self.adapters(stage, model))
+        return load_params(self.workdir / stage / "params", self.abstract(model, dtype), self.local, cast=True)[0]
 
-    def base(self, stage: str, model: Model) -> Params:
+    def base(self, stage: str, model: Model, dtype: str = "float32") -> Params:
         """What a training stage starts from: SFT from the user's checkpoint, everything else from the model's SFT."""
         sft = f"{model}_sft"
-        return self.start_params(model) if stage == sft else self.params_of(sft, model)
+        return self.start_params(model, dtype) if stage == sft else self.params_of(sft, model, dtype)
 
     def adapters(self, stage: str, model: Model) -> Params:
         """The adapters that a stage trained, relative to `base`."""
@@ -155,9 +163,18 @@ class Run:
         lora, decoder = self.config[stage].lora, self.decoder(model)
         return with_lora(decoder, lora.rank, lora.alpha, lora.targets) if lora.rank else decoder
 
-    def abstract(self, model: Model) -> Any:
-        """The model's parameters as shapes, and where they lie."""
-        return shard_shapes(self.mesh, param_shapes(self.decoder(model), jnp.float32))
+    def abstract(self, model: Model, dtype: str = "float32") -> Any:
+        """The model's parameters as shapes, and where they lie; norms in float32 whatever the `dtype`.
+
+        Norms are computed in float32, everything else in the compute dtype: where that is bfloat16 too, such parameters
+        give the very numbers of float32 ones.
+        """
+
+        def kept(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            norm = any("norm" in entry.key for entry in path[-2:])
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if norm else jnp.dtype(dtype))
+
+        return shard_shapes(self.mesh, jax.tree.map_with_path(kept, param_shapes(self.decoder(model))))
 
     # ------------------------------------------------------------------------------------------ stages
 

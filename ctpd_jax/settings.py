@@ -111,7 +111,9 @@ def default_config() -> ConfigDict:
             "annotate": {
                 "pairs_per_shard": 256,  # annotation goes on after the last whole shard
                 "micro_batch": 4,  # pairs per forward pass
-                "teacher_weights": "float32",  # "int8": the teacher's matrices rounded, a quarter of the memory
+                # The teacher's parameters while it reads. "bfloat16": half the memory, also where it is evaluated and
+                # answers; exact for a bfloat16 checkpoint. "int8": its matrices rounded, a quarter of the memory.
+                "teacher_weights": "float32",
                 "compared_pairs": 8,  # with int8: so many pairs are read by the exact model too, and the error told
             },
             "train": preference(
@@ -161,7 +163,7 @@ CHOICES = {
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
-    "annotate.teacher_weights": ("float32", "int8"),
+    "annotate.teacher_weights": ("float32", "bfloat16", "int8"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
 TRAINED = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train")

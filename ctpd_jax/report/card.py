@@ -33,6 +33,11 @@ _SOURCES = {
     "random": "random numbers, a control",
 }
 _REFERENCES = {"teacher": "the teacher", "student": "the student's own start", "none": "none"}
+_ROUNDED = {
+    "float32": "",
+    "bfloat16": "the teacher read with its parameters in bfloat16",
+    "int8": "the teacher's matrices were rounded to int8",
+}
 _SENSES = {
     "per_byte": "log-probability per byte of text",
     "vs_start": "implicit reward against the model's own start",
@@ -169,7 +174,7 @@ def _origins(
             f"spans: aligned at every {data['unit']} border that both tokenizers share; log-probabilities as "
             f"{'sums' if train['span_logprob'] == 'sum' else 'means'} over a span, normalized by "
             f"{_code(train['normalize'])}",
-            "the teacher's matrices were rounded to int8" if config["annotate"]["teacher_weights"] == "int8" else "",
+            _ROUNDED[config["annotate"]["teacher_weights"]],
         ]
     return "\n".join(f"- {line}" for line in lines if line)
 

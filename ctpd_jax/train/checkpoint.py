@@ -80,13 +80,19 @@ def _with_values(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {name: leaf for name, leaf in leaves.items() if leaf.size}
 
 
-def _check_leaves(where: Path, stored: Mapping[str, tuple[list[int], str]], wanted: Mapping[str, Any]) -> None:
-    """Raises UserError naming the first leaf that is missing, unasked for, or of another shape or dtype."""
+def _check_leaves(
+    where: Path, stored: Mapping[str, tuple[list[int], str]], wanted: Mapping[str, Any], cast: bool = False
+) -> None:
+    """Raises UserError naming the first leaf that is missing, unasked for, or of another shape or dtype.
+
+    With `cast` a float32 may be wanted as bfloat16.
+    """
     for name, leaf in wanted.items():
         if name not in stored:
             raise UserError(f"The checkpoint {where} has no leaf {name!r}; another model or optimizer wrote it.")
         (stored_shape, stored_dtype), (shape, dtype) = stored[name], _describe(leaf)
-        if (stored_shape, stored_dtype) != (shape, dtype):
+        rounded = cast and (stored_dtype, dtype) == ("float32", "bfloat16")
+        if stored_shape != shape or (stored_dtype != dtype and not rounded):
             raise UserError(
                 f"The leaf {name!r} is {stored_dtype}{stored_shape} in the checkpoint {where}, but {dtype}{shape} is "
                 "wanted; restore with the settings it was saved with, or start in another folder."
@@ -171,8 +177,9 @@ def _remove(folder: Path) -> None:
 
 
 def _restore_leaves(checkpointer: ocp.AsyncCheckpointer, folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads every leaf, bit for bit: NumPy where NumPy is wanted, else a JAX array with the sharding asked for.
+    """Reads every leaf: NumPy where NumPy is wanted, else a JAX array with the sharding asked for.
 
+    Bit for bit; where another dtype is asked for, Orbax rounds on the host, and nothing wider goes to the device.
     Without a sharding it lies on the default device, uncommitted, as if `jnp` had made it.
     """
 
@@ -198,9 +205,11 @@ def _restore_leaves(checkpointer: ocp.AsyncCheckpointer, folder: Path, wanted: M
     return {name: place(leaf, values[name]) for name, leaf in wanted.items()}
 
 
-def _restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, record: _Record, target: PyTree) -> PyTree:
+def _restore(
+    checkpointer: ocp.AsyncCheckpointer, folder: Path, record: _Record, target: PyTree, cast: bool = False
+) -> PyTree:
     wanted = _named_leaves(abstract(target))
-    _check_leaves(folder, record.leaves, wanted)
+    _check_leaves(folder, record.leaves, wanted, cast)
     values = _restore_leaves(checkpointer, folder, wanted)
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
 
@@ -346,14 +355,14 @@ def save_params(directory: str | os.PathLike[str], params: PyTree, meta: Mapping
 
 
 def load_params(
-    directory: str | os.PathLike[str], target: PyTree | None = None, alone: bool = False
+    directory: str | os.PathLike[str], target: PyTree | None = None, alone: bool = False, cast: bool = False
 ) -> tuple[PyTree, dict[str, Any]]:
     """(params, meta) from `save_params`, every file checked against its checksum.
 
     `target` gives structure, shapes, dtypes and shardings as in `Checkpoints.restore_latest`; without it the nested
-    dict comes back as it was saved, as NumPy arrays. Raises UserError if the folder is not there, is not whole, or
-    does not fit `target` (naming the leaf). Of several processes all load together, unless `alone` says that this one
-    loads for itself, onto its own devices.
+    dict comes back as it was saved, as NumPy arrays. With `cast`, float32 parameters fit a bfloat16 target and are
+    rounded. Raises UserError if the folder is not there, is not whole, or does not fit `target` (naming the leaf). Of
+    several processes all load together, unless `alone` says that this one loads for itself, onto its own devices.
     """
     folder = local_path(directory)
     if not folder.is_dir():
@@ -365,7 +374,7 @@ def load_params(
         raise UserError(message) from None
     with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **_processes(alone)) as checkpointer:
         if target is not None:
-            return _restore(checkpointer, folder, record, target), record.meta
+            return _restore(checkpointer, folder, record, target, cast), record.meta
         empty = {name: np.empty(shape, np.dtype(dtype)) for name, (shape, dtype) in record.leaves.items()}
         return _nested(_restore_leaves(checkpointer, folder, empty)), record.meta
 

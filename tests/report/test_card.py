@@ -52,6 +52,8 @@ def test_other_sources_of_weights_are_told():
     assert "leaning to" not in card({"weights.source": "uniform"}, updates={"train": 3})
     assert "every span counts alike" in card({"weights.source": "uniform"}, updates={"train": 3})
     assert "int8" in card({"annotate.teacher_weights": "int8"}) and "int8" not in card()
+    half = "parameters in bfloat16"
+    assert half in card({"annotate.teacher_weights": "bfloat16"}) and half not in card()
     mixed = card({"weights.negative_scorer": "student"})
     assert "student, leaning to the rejected responses" in mixed
     assert "| teacher, leaning to the chosen responses | 1,200 | 16 | 2e-06 |  |  |" in card({"weights.source": "sft"})

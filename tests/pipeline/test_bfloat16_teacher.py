@@ -1,0 +1,145 @@
+"""A teacher that reads with bfloat16 parameters: from the user's checkpoint, from a trained stage, merged, adapted."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctpd_jax import run as run_module
+from ctpd_jax.annotate.store import open_store
+from ctpd_jax.assess import reading_params
+from ctpd_jax.cli import load_config, main
+from ctpd_jax.errors import UserError
+from ctpd_jax.models.decoder import hidden_states
+from ctpd_jax.run import Run
+from ctpd_jax.schema import SIDES
+from ctpd_jax.train.checkpoint import load_params, save_params
+from ctpd_jax.train.metrics import MetricLog
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
+HALF = "--config.annotate.teacher_weights=bfloat16"
+SHORT = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1", "--config.train.steps=-1"]
+# Where the teacher's parameters come from: SFT and the contrastive pair.
+SOURCES = {
+    "checkpoint": ["--config.weights.source=prompts", "--config.teacher_sft.steps=-1"],
+    "trained": ["--config.weights.source=sft", "--config.positive.steps=2", "--config.negative.steps=2"],
+    "adapters over merged ones": [
+        "--config.teacher_sft.lora.rank=4", "--config.positive.lora.rank=4", "--config.negative.lora.rank=4",
+    ],
+}  # fmt: skip
+
+
+def read(workdir: Path) -> list:
+    store = open_store(workdir / "annotations", verify=False)
+    return [store[i][1] for i in range(len(store))]
+
+
+def dtypes(tree) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda name: name.replace(" ", "_"))
+def runs(request, tmp_path_factory):
+    """(scores with float32 parameters, scores with bfloat16 ones, the Run of these)."""
+    workdir = tmp_path_factory.mktemp("half")
+    # The same stages: only the annotation is made twice.
+    overrides = [*SHORT, *SOURCES[request.param]]
+    for command in (["sft"], ["dpo"], ["dpo", "--reverse"], ["annotate"]):
+        assert main([*command, "--config", CONFIG, "--workdir", str(workdir), *overrides]) == 0
+    exact = read(workdir)
+    (workdir / "annotations").rename(workdir / "exact")
+    assert main(["annotate", "--config", CONFIG, "--workdir", str(workdir), *overrides, HALF]) == 0
+    with MetricLog(workdir) as log:
+        yield exact, read(workdir), Run(load_config(CONFIG, [*overrides, HALF]), workdir, log, say=lambda text: None)
+
+
+def test_annotations_are_nearly_those_of_float32(runs):
+    exact, half, _ = runs
+    names = set(half[0][SIDES[0]])
+    for name in sorted(names):
+        gaps = np.concatenate(
+            [np.abs(a[s][name] - b[s][name]) for a, b in zip(exact, half, strict=True) for s in SIDES]
+        )
+        print(f"{name}: mean absolute error of a span's log-probability {gaps.mean():.1e}, at most {gaps.max():.1e}")
+        assert (gaps.max() == 0) == (name == "start")  # the student reads as before
+        assert gaps.mean() < 0.02
+
+
+def test_parameters_are_the_float32_ones_rounded(runs):
+    _, _, run = runs
+    for stage in ("teacher_sft", "positive"):
+        half, exact = reading_params(run, stage, "teacher"), run.params_of(stage, "teacher")
+        assert dtypes(exact) == {"float32"}
+        for (path, a), b in zip(jax.tree.leaves_with_path(half), jax.tree.leaves(exact), strict=True):
+            norm = any("norm" in key.key for key in path)
+            assert a.dtype == jnp.bfloat16 or norm
+            if any(not run.left_out(name) and run.config[name].lora.rank for name in ("teacher_sft", stage)):
+                # What adapters are merged into is rounded before and after.
+                assert np.linalg.norm(a.astype(jnp.float32) - b) <= 2**-8 * np.linalg.norm(b)
+            else:
+                np.testing.assert_array_equal(a, b.astype(a.dtype))
+    assert dtypes(reading_params(run, "student_sft", "student")) == {"float32"}
+
+
+def test_no_wider_copy_is_read(runs, monkeypatch):
+    _, _, run = runs
+    trees: list = []
+
+    def spied(original):
+        def spy(*args, **kwargs):
+            found = original(*args, **kwargs)
+            trees.append(found[0] if isinstance(found[0], dict) else found[1])
+            return found
+
+        return spy
+
+    for name in ("load_hf", "load_params"):
+        monkeypatch.setattr(run_module, name, spied(getattr(run_module, name)))
+    reading_params(run, "positive", "teacher")
+    wide = [path for tree in trees for path, leaf in jax.tree.leaves_with_path(tree) if leaf.dtype != jnp.bfloat16]
+    assert trees and all("lora" in path[-1].key or "norm" in path[-2].key for path in wide)
+
+
+def test_float32_annotations_are_not_taken_for_bfloat16_ones(runs, capsys):
+    _, _, run = runs
+    arguments = ["annotate", "--config", CONFIG, "--workdir", str(run.workdir), *SHORT]
+    config = run.config
+    arguments += [f"--config.weights.source={config.weights.source}"]
+    for stage in ("teacher_sft", "positive", "negative"):
+        arguments += [f"--config.{stage}.steps={config[stage].steps}"]
+        arguments += [f"--config.{stage}.lora.rank={config[stage].lora.rank}"]
+    assert main(arguments) == 2
+    assert "weights is 'bfloat16' there and 'float32' here" in capsys.readouterr().err
+
+
+def test_stored_parameters_are_rounded_only_where_that_is_asked_for(tmp_path):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    values = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)}
+    save_params(tmp_path / "params", values)
+    target = {"w": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16, sharding=sharding)}
+    with pytest.raises(UserError, match="float32"):
+        load_params(tmp_path / "params", target)
+    found, _ = load_params(tmp_path / "params", target, cast=True)
+    np.testing.assert_array_equal(found["w"], values["w"].astype(jnp.bfloat16))
+    whole = {"w": jax.ShapeDtypeStruct((64, 32), jnp.int32, sharding=sharding)}
+    with pytest.raises(UserError, match="int32"):
+        load_params(tmp_path / "params", whole, cast=True)
+
+
+def test_where_products_are_bfloat16_nothing_changes(runs):
+    """Else the compute dtype of the runs here, float32, would hide what a TPU sees."""
+    _, _, run = runs
+    config, tokens = run.decoder("teacher"), np.arange(3, 43)[None]
+    exact = run.params_of("positive", "teacher")
+    half = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), exact, run.abstract("teacher", "bfloat16"))
+    compute = jax.jit(partial(hidden_states, config, compute_dtype=jnp.bfloat16))
+    # XLA would leave out the rounding of float32 weights on a CPU, whose products are float32 ones.
+    options = {"xla_allow_excess_precision": False}
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact)
+    a, b, c = (compute.lower(params, tokens).compile(options)(params, tokens) for params in (exact, half, rounded))
+    np.testing.assert_array_equal(a, b)
+    if not run.left_out("positive") and not run.config.positive.lora.rank:  # its norms were trained
+        assert (a != c).any()
