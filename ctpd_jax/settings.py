@@ -33,6 +33,7 @@ def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 1
                 "rank": 0,  # 0: train all parameters
                 "alpha": 16.0,  # the adapters' product counts alpha / rank times
                 "targets": "all",  # matrices of a layer: "all", or names with commas, "q_proj,v_proj"
+                "base": "float32",  # "bfloat16": the parameters under the adapters, half the memory while they train
             },
         }
     )
@@ -221,6 +222,9 @@ def check_config(config: ConfigDict) -> None:
         lora = settings.lora
         require(lora.rank >= 0, f"{stage}.lora.rank", "it cannot be negative; 0 trains all parameters")
         require(0 < lora.alpha < math.inf, f"{stage}.lora.alpha", "it has to be positive and finite")
+        require(lora.base in ("float32", "bfloat16"), f"{stage}.lora.base", "choose one of float32, bfloat16")
+        frozen = lora.rank > 0 or lora.base == "float32"
+        require(frozen, f"{stage}.lora.base", f"without adapters ({stage}.lora.rank 0) parameters train in float32")
         require(settings.weight_decay >= 0, f"{stage}.weight_decay", "it cannot be negative")
         require(settings.steps >= -1, f"{stage}.steps", "0 means as many as the epochs give, -1 leaves the stage out")
         require(0 <= settings.warmup <= 1, f"{stage}.warmup", "it is a share of the steps, from 0 to 1")

@@ -95,7 +95,7 @@ def train_stage(
         run.log,
         figures,
         run.config.log_every,
-        frozen=run.base(stage, model) if adapted else None,
+        frozen=run.base(stage, model, settings.lora.base) if adapted else None,
         mesh=run.mesh,
     )
     save_params(directory / "params", params, {"stage": stage, "steps": steps})
