@@ -1,4 +1,4 @@
-"""The two real models: an int8 teacher against the exact one, and a student trained with adapters, opened by PEFT.
+"""The two real models: int8 and bfloat16 teachers against the exact one, a student with adapters, opened by PEFT.
 
 Slow: builds the real models the first time, and torch runs in an environment of its own.
 """
@@ -110,3 +110,14 @@ def test_an_int8_teacher_gives_nearly_the_same_weights(trained, overrides, tmp_p
     correlation = spearmanr(*weights).statistic
     print(f"int8: rank correlation of {len(weights[0])} weights with the exact ones {correlation:.4f}")
     assert correlation > 0.95
+
+
+def test_a_bfloat16_teacher_gives_the_very_numbers(trained, overrides, tmp_path):
+    """Its checkpoint is bfloat16."""
+    arguments = ["annotate", "--config", CONFIG, "--workdir", str(tmp_path), *overrides]
+    assert main([*arguments, "--config.annotate.teacher_weights=bfloat16"]) == 0
+    exact, half = (open_store(folder / "annotations", verify=False) for folder in (trained, tmp_path))
+    for i in range(len(exact)):
+        for side in SIDES:
+            for name, values in exact[i][1][side].items():
+                np.testing.assert_array_equal(half[i][1][side][name], values, err_msg=name)
