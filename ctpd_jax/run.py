@@ -299,9 +299,11 @@ class Run:
         return Rows(rows.layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(self.mesh))
 
 
-def compute_on(mesh: Mesh, config: ConfigDict, model: Model, decoder: DecoderConfig) -> Compute:
+def compute_on(
+    mesh: Mesh, config: ConfigDict, model: Model, decoder: DecoderConfig, platform: str | None = None
+) -> Compute:
     """How a model is run on a mesh. Raises UserError where config.attention cannot do what model and rows need."""
-    dtype, platform = config.compute_dtype, platform_of(mesh.devices.flat[0])
+    dtype, platform = config.compute_dtype, platform or platform_of(mesh.devices.flat[0])
     if dtype == "auto":
         dtype = "bfloat16" if platform == "tpu" else "float32"
     try:

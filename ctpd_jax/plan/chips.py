@@ -47,6 +47,11 @@ class Topology:
     def count(self) -> int:
         return math.prod(self.sizes)
 
+    @property
+    def hosts(self) -> int:
+        """How many hosts it has, and so processes: of four chips each."""
+        return max(1, self.count // 4)
+
 
 def parse_topology(name: str) -> Topology:
     """ "v5e:4x4" -> Topology. Raises UserError for what is none."""
@@ -83,9 +88,16 @@ def quiet_compiler() -> None:
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """The topology's devices, to compile for. Raises UserError where libtpu knows no such topology."""
+    """The topology's devices to compile for; without the compiler as many of the CPU's, for shapes and shardings.
+
+    To be called before JAX has devices. Raises UserError where libtpu knows no such topology.
+    """
+    import jax
     from jax.experimental import topologies
 
+    if not has_compiler():
+        jax.config.update("jax_num_cpu_devices", topology.count)
+        return jax.devices()
     # A host has 2 x 2 chips; smaller slices are a part of one.
     hosts = {"chips_per_host_bounds": (*topology.sizes, 1)[:3]} if topology.count < 4 else {}
     try:

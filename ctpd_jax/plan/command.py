@@ -45,7 +45,7 @@ def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
             "brings the compiler; no TPU is needed for it.\n"
         )
     compiled = has_compiler() and not arguments.estimate
-    devices: list[Any] = devices_of(topology) if has_compiler() else stand_ins(topology)
+    devices = devices_of(topology)
     every = True
     for stage in chosen(arguments, config):
         base = decoder_of(config, "teacher" if stage == "annotate" else trained_model(config, stage))
@@ -70,13 +70,6 @@ def chosen(arguments: argparse.Namespace, config: ConfigDict) -> list[str]:
         if left_out(config, stage):
             raise UserError(f"--stage {stage}: the config leaves it out (config.{stage}.steps, config.weights.source).")
     return arguments.stage or [stage for stage in STAGES if not left_out(config, stage)]
-
-
-def stand_ins(topology: Topology) -> list[Any]:
-    """As many devices as the topology has, for shapes and shardings alone."""
-    from jax.sharding import AbstractDevice
-
-    return [AbstractDevice(topology.kind, 1)] * topology.count
 
 
 def search(

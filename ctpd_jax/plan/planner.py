@@ -80,7 +80,7 @@ def make_plan(
     Raises:
         UserError: the run itself would refuse, or the mesh does not fit the topology.
     """
-    stage = plan_stage(config, name, base, make_mesh(config.mesh, devices))
+    stage = plan_stage(config, name, base, mesh_of(config, name, topology, devices))
     memory, texts = {}, {}
     for program in stage.programs:
         if compiled:
@@ -88,6 +88,13 @@ def make_plan(
         else:
             memory[program.name] = estimate(stage, program)
     return Plan(stage, topology, memory, work_of(config, name, base, stage), texts)
+
+
+def mesh_of(config: ConfigDict, name: str, topology: Topology, devices: list[Any]) -> Mesh:
+    """The mesh that a stage has on a topology. Annotation is divided among hosts, each with the whole teacher."""
+    if name == "annotate" and topology.hosts > 1:
+        return make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, devices[: topology.count // topology.hosts])
+    return make_mesh(config.mesh, devices)
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -124,8 +131,8 @@ def activations(stage: Stage, program: Program) -> float:
     """Bytes of what lives within a program only; about, to a fifth or so of what the compiler finds.
 
     Of a forward and backward pass: what each layer keeps; the work on one layer, whose widest arrays live about four at
-    a time; the weights of two layers and the unembedding, whole and in the compute dtype; two blocks of logits; and the
-    gradient of this micro-batch before it is added.
+    a time; the weights of two layers, whole, and the unembedding, both in the compute dtype; two blocks of logits; and
+    the gradient of this micro-batch before it is added.
     """
     if program.name == "update":
         return 0.0
@@ -137,7 +144,7 @@ def activations(stage: Stage, program: Program) -> float:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / tensor
     inner = config.intermediate_size / tensor
     layer = config.hidden_size * (2 * heads + 3 * inner)  # matrices of one layer, about
-    head = config.vocab_size * config.hidden_size / tensor
+    head = config.vocab_size * config.hidden_size / tensor / mesh.shape["fsdp"]  # its groups are gathered one by one
     kept = {"full": 0.0, "dots": heads + config.hidden_size + 3 * inner, "none": 3 * heads + 5 * inner}
     per_layer = tokens * size * (config.hidden_size + kept[stage.compute.remat]) if training else 0.0
     working = 4 * tokens * size * (config.hidden_size + heads + inner)

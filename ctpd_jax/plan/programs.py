@@ -79,8 +79,8 @@ def decoder_of(config: ConfigDict, model: Model) -> DecoderConfig:
     """
     path = config[model].path
     if config.data.train == "toy" and not path:
-        with tempfile.TemporaryDirectory() as folder:
-            return read_config(make_toy_models(folder, config.seed)[("teacher", "student").index(model)])
+        with tempfile.TemporaryDirectory() as made:
+            return read_config(make_toy_models(made, config.seed)[("teacher", "student").index(model)])
     if not path:
         raise UserError(f"config.{model}.path is empty; give a folder with a config.json, or a hub id.")
     folder = Path(path).expanduser()
@@ -188,7 +188,7 @@ def plan_stage(
         UserError: where the run itself would refuse.
     """
     model: Model = "teacher" if name == "annotate" else trained_model(config, name)
-    compute = compute_on(mesh, config, model, base)
+    compute = compute_on(mesh, config, model, base, platform="tpu")
     return (annotation if name == "annotate" else training)(config, name, model, base, compute, mesh, shape)
 
 
@@ -209,7 +209,7 @@ def training(
     params, frozen = shard_shapes(mesh, param_shapes(base)), {}
     if lora.rank:
         params = shard_shapes(mesh, adapter_shapes(decoder))
-        frozen = shard_shapes(mesh, param_shapes(base, jnp.dtype(lora.get("base", "float32"))))
+        frozen = shard_shapes(mesh, param_shapes(base, jnp.dtype(lora.base)))
     if sft:
         sums_of: Any = partial(sft_sums, decoder, compute)
     else:
