@@ -79,6 +79,17 @@ def start() -> None:
         raise ConnectionError(f"The processes of this run did not find each other: {error}") from error
 
 
+def check_joined() -> None:
+    """Refuses what JAX can do on a pod slice: to see the chips of all hosts from processes that cannot tell each other
+    anything. Starts JAX's back end.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"JAX sees {jax.process_count()} processes, but they have not joined each other: start ctpd on each of "
+            "them with CTPD_DISTRIBUTED=detect in the environment, as launch/tpu_vm.sh does."
+        )
+
+
 def settings(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """The arguments of jax.distributed.initialize; empty where JAX detects them, None for a process that is alone.
 

@@ -39,6 +39,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
     """Carries out one command. Raises UserError for what the user can mend."""
     check_platform(config)
+    distributed.check_joined()
     workdir = Path(arguments.workdir).expanduser().absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)

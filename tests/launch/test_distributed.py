@@ -4,10 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from ctpd_jax.distributed import settings
+from ctpd_jax import cli
+from ctpd_jax.distributed import check_joined, settings
 from ctpd_jax.errors import UserError
 
 EXPLICIT = {"CTPD_COORDINATOR": "host:1234", "CTPD_PROCESSES": "2", "CTPD_PROCESS": "1"}
@@ -61,6 +63,25 @@ def test_what_does_not_belong_together_is_a_sentence(wrong, said):
 def test_an_unknown_word_is_a_sentence():
     with pytest.raises(UserError, match="CTPD_DISTRIBUTED=yes"):
         settings({"CTPD_DISTRIBUTED": "yes"})
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_processes_that_have_not_joined_are_refused(monkeypatch, joined):
+    monkeypatch.setattr("jax.process_count", lambda: 2)  # as JAX counts on a pod slice, joined or not
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: joined)
+    if joined:
+        check_joined()
+        return
+    with pytest.raises(UserError, match=r"2 processes, but .* CTPD_DISTRIBUTED=detect"):
+        check_joined()
+
+
+def test_the_command_line_refuses_before_it_writes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    config = str(Path(__file__).parents[2] / "configs" / "micro.py")
+    assert cli.main(["evaluate", "--config", config, "--workdir", str(tmp_path / "run")]) == 2
+    assert "CTPD_DISTRIBUTED=detect" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 LEAVE = """
