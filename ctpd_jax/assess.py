@@ -31,7 +31,7 @@ from ctpd_jax.report.html import write_report
 from ctpd_jax.run import Run
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message, Model
 from ctpd_jax.settings import TRAINED
-from ctpd_jax.sharding import barrier, first_process
+from ctpd_jax.sharding import first_process
 from ctpd_jax.stages import scorers
 from ctpd_jax.text.prompts import TextModel, load_text_model
 from ctpd_jax.toy.recovery import recovery
@@ -77,9 +77,9 @@ def rows(run: Run) -> dict[str, tuple[str, Model]]:
 def evaluate(run: Run) -> None:
     """Scores the held-out pairs with every model, samples from every model, and writes down what came of it."""
     columns = {name: score_column(run, "test", name, stage, model) for name, (stage, model) in rows(run).items()}
-    if first_process():
-        write_evaluation(run.here, columns)
-    barrier("the evaluation is written")
+    with preempt.apart("the evaluation is written"):
+        if first_process():
+            write_evaluation(run.here, columns)
 
 
 def write_evaluation(run: Run, columns: Mapping[str, Measured]) -> None:
@@ -296,9 +296,9 @@ def _print_answers(
 
 def export(run: Run) -> None:
     """The trained student as a Hugging Face model folder, with a card; and its adapters where they are asked for."""
-    if first_process():
-        write_export(run.here)
-    barrier("the export is written")
+    with preempt.apart("the export is written"):
+        if first_process():
+            write_export(run.here)
 
 
 def write_export(run: Run) -> None:

@@ -48,24 +48,24 @@ def score_together(
     barrier("every process has counted the same missing shards")
     # Each process takes its share; what one that died has left undone is missing again for those that come after.
     run, missing = run.here, missing[jax.process_index() :: jax.process_count()]
-    if missing:
-        pairs, items = run.pairs(split), _items(run, split, model, instruction)
-        spans = _spans(pairs, model)
-        scorer, program = reader(run, list(stages.values()), model, weights_of(run, split, model))
-        shapes = plan_shapes(items, ranges, run.config.annotate.micro_batch, run.rows)
-        done = len(pairs) - sum(len(ranges[shard]) for shard in missing)
-        logged = f"{_home(split)}/{'+'.join(stages)}"
-        run.log.rewind(logged, missing[0] - 1)
-        with Progress(len(pairs), f"{split}/{'+'.join(stages)}", done, unit="pair") as progress:
-            for shard in missing:
-                places = ranges[shard]
-                found = _read(run, scorer, items, places, spans, shapes, progress.update)
-                for (name, column), scores in zip(columns.items(), found, strict=True):
-                    _check_finite(run, name, stages[name], pairs, places, scores)
-                    column.write(shard, [values for both in scores for values in both])
-                compiled = compiled_programs(logged, program, len(shapes))
-                run.log.log(logged, shard, {"pairs": len(places), "compiled_programs": compiled})
-    barrier(f"{split}/{'+'.join(stages)} is measured")
+    with preempt.apart(f"{split}/{'+'.join(stages)} is measured"):
+        if missing:
+            pairs, items = run.pairs(split), _items(run, split, model, instruction)
+            spans = _spans(pairs, model)
+            scorer, program = reader(run, list(stages.values()), model, weights_of(run, split, model))
+            shapes = plan_shapes(items, ranges, run.config.annotate.micro_batch, run.rows)
+            done = len(pairs) - sum(len(ranges[shard]) for shard in missing)
+            logged = f"{_home(split)}/{'+'.join(stages)}"
+            run.log.rewind(logged, missing[0] - 1)
+            with Progress(len(pairs), f"{split}/{'+'.join(stages)}", done, unit="pair") as progress:
+                for shard in missing:
+                    places = ranges[shard]
+                    found = _read(run, scorer, items, places, spans, shapes, progress.update)
+                    for (name, column), scores in zip(columns.items(), found, strict=True):
+                        _check_finite(run, name, stages[name], pairs, places, scores)
+                        column.write(shard, [values for both in scores for values in both])
+                    compiled = compiled_programs(logged, program, len(shapes))
+                    run.log.log(logged, shard, {"pairs": len(places), "compiled_programs": compiled})
     measured = {}
     for name, column in columns.items():
         values = [array for shard in range(len(ranges)) for array in column.read(shard)]
@@ -137,7 +137,7 @@ def _read(
 
     def score(batch: Batch, slot_spans: Array) -> Array:
         # Not after the shard: one of a large teacher takes longer than the grace of a preemption.
-        preempt.check("the shards that are written are kept", alone=True)
+        preempt.check("the shards that are written are kept")
         return scorer(batch, slot_spans)
 
     return score_pairs(score, some, own, run.config.annotate.micro_batch, run.rows, shapes, done)

@@ -18,7 +18,7 @@ from ctpd_jax.files import write_json
 from ctpd_jax.models.hf import check_weights
 from ctpd_jax.run import MODELS, Run, check_platform, check_sizes
 from ctpd_jax.settings import TRAINED
-from ctpd_jax.sharding import barrier, first_process
+from ctpd_jax.sharding import first_process
 from ctpd_jax.train.metrics import MetricLog
 
 # In order. Each one knows by itself whether it is finished, has to go on, or is left out.
@@ -76,12 +76,12 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
 
 def in_turn(prepare: Callable[[], object], name: str) -> None:
     """The first process prepares what all of them need; then the others do, and find on disk what it has made."""
-    if first_process():
-        prepare()
-    barrier(f"{name}: prepared once")
-    if not first_process():
-        prepare()
-    barrier(f"{name}: prepared")
+    with preempt.apart(f"{name}: prepared once"):
+        if first_process():
+            prepare()
+    with preempt.apart(f"{name}: prepared"):
+        if not first_process():
+            prepare()
 
 
 def carry_out(run: Run, stage: str) -> None:

@@ -31,6 +31,7 @@ _noticed = threading.Event()  # several processes: one of them was
 _agreed = threading.Event()  # several processes: all of them stop here
 _turns = itertools.count(1)  # several processes: JAX's name of a point is a number that grows over the whole run
 _looked = -_EVERY
+_by_itself = False  # several processes: this one is in a block of `apart`
 
 
 class Preempted(Exception):
@@ -115,7 +116,7 @@ def _has(client: Any, key: str) -> bool:
 def stop_now() -> bool:
     """Whether to stop here. Several processes get the same answer, if all of them ask equally often.
 
-    So it is asked where all of them pass: before each stage and before each update, never in work that is divided.
+    So it is asked where all of them pass: before each stage and before each update, never in a block of `apart`.
     """
     if not _several():
         return _asked.is_set()
@@ -128,12 +129,35 @@ def stop_now() -> bool:
     return _agreed.is_set()
 
 
-def check(kept: str, alone: bool = False) -> None:
+def check(kept: str) -> None:
     """Raises Preempted where the run was asked to stop, and what was done since the last file may be dropped.
 
-    `kept` ends the sentence "stopped in annotate: ...". Of several processes one may leave by itself only where it
-    works `alone`, on its share of something: elsewhere the others could be waiting for it, and all go on to the next
-    `stop_now`.
+    `kept` ends the sentence "stopped in annotate: ...". Of several processes one may stop by itself only in a block of
+    `apart`: elsewhere the others could be waiting for it, and all go on to the next `stop_now`.
     """
-    if (alone or not _several()) and requested():
+    if (_by_itself or not _several()) and requested():
         raise Preempted(kept)
+
+
+@contextlib.contextmanager
+def apart(name: str) -> Iterator[None]:
+    """Inside the block each process works by itself: on its share of something, or one of them for all.
+
+    At its end they wait for each other, and where one was stopped in it, all of them stop.
+    """
+    global _by_itself
+    if not _several():
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    stop, _by_itself = None, True
+    try:
+        yield
+    except Preempted as error:
+        stop = error
+    finally:
+        _by_itself = False
+    multihost_utils.sync_global_devices(name)
+    if multihost_utils.process_allgather(stop is not None).any():
+        raise stop or Preempted("another process has stopped, and says what is kept")

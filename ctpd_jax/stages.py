@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -236,10 +236,14 @@ def annotate(run: Run) -> None:
         _, model, instruction = scorers(run)[names[0]]
         columns |= score_together(run, "train", together, model, instruction)
     columns = {name: columns[name] for name in scorers(run)}
-    if not first_process():
-        barrier("the store is written")
-        return
-    compare_rounded(run.here, scorers(run), columns)
+    with preempt.apart("the store is written"):
+        if first_process():
+            write_annotations(run.here, columns)
+
+
+def write_annotations(run: Run, columns: Mapping[str, Measured]) -> None:
+    """What every model made of the training pairs -> the store."""
+    compare_rounded(run, scorers(run), columns)
     pairs = run.pairs("train")
 
     def record(i: int) -> dict:
@@ -252,7 +256,6 @@ def annotate(run: Run) -> None:
 
     ranges = shard_ranges(len(pairs), run.config.annotate.pairs_per_shard)
     write_store(run.workdir / "annotations", ranges, records, list(columns), manifest(run))
-    barrier("the store is written")
     run.say(f"annotate: {len(pairs)} pairs in {run.workdir / 'annotations'}, measured by {', '.join(columns)}.")
 
 

@@ -1,11 +1,13 @@
-"""`ctpd train` by 2 processes of 4 simulated devices each: against one device, repeated, with one killed."""
+"""`ctpd` on 2 processes of 4 simulated devices each: against one device, repeated, with one killed or both stopped."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +53,24 @@ def launch(workdir: Path, **settings: str) -> subprocess.Popen:
             ["bash", str(ROOT / "launch" / "local.sh"), "2", *TRAIN, "--workdir", str(workdir)],
             stdout=log, stderr=subprocess.STDOUT, env=environment(1) | two | settings,
         )  # fmt: skip
+
+
+def two_processes(workdir: Path, arguments: list[str]) -> list[subprocess.Popen]:
+    """The same without the launcher, which tells only how the first one ended; each has a log of its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = []
+    for number in range(2):
+        own = {"CTPD_COORDINATOR": address, "CTPD_PROCESSES": "2", "CTPD_PROCESS": str(number)}
+        with open(workdir.with_suffix(f".{number}.log"), "wb") as log:
+            started.append(
+                subprocess.Popen(
+                    [*CTPD, *arguments, "--workdir", str(workdir)],
+                    stdout=log, stderr=subprocess.STDOUT, env=environment(4) | own,
+                )
+            )  # fmt: skip
+    return started
 
 
 def end(launcher: subprocess.Popen, workdir: Path) -> tuple[int, str]:
@@ -170,3 +190,41 @@ def test_after_a_kill_the_launcher_starts_both_again_to_the_same_bits(annotated,
     assert first >= SAVED and first % SAVE_EVERY == 0
     assert losses(workdir).tolist() == losses(undisturbed).tolist()
     assert digest(workdir) == digest(undisturbed)
+
+
+# What each process does by itself, and the file that says that it has begun: shares of a column, samples by one alone.
+APART = {
+    "annotate": ("annotations/columns/reference/0*", ["--config.annotate.pairs_per_shard=4"]),
+    "evaluate": (
+        "evaluation/samples/student_start.json",
+        ["--config.evaluate.samples=256", "--config.evaluate.max_new_tokens=32"],
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", APART)
+@pytest.mark.parametrize("told", [[0, 1], [1]])
+def test_sigterm_stops_both_where_each_works_by_itself(annotated, stage, told):
+    begun, settings = APART[stage]
+    workdir = copy(annotated, f"{stage}-{len(told)}")
+    shutil.rmtree(workdir / "annotations" if stage == "annotate" else workdir / "evaluation" / "samples")
+    processes = two_processes(workdir, [stage, *SETTINGS, "--config.train.steps=-1", *settings])
+    logs = [workdir.with_suffix(f".{number}.log") for number in range(2)]
+    try:
+        while not any(workdir.glob(begun)):
+            assert all(process.poll() is None for process in processes), logs[0].read_text()[-3000:]
+            time.sleep(0.01)
+        asked = time.monotonic()
+        for number in told:
+            processes[number].send_signal(signal.SIGTERM)
+        codes = [process.wait(120) for process in processes]
+        print(f"\n{stage}, {told} told: both had left after {time.monotonic() - asked:.1f} seconds")
+    finally:
+        for process in processes:
+            process.kill()
+    for log in logs:
+        said = log.read_text()
+        assert re.search(rf"^ctpd {stage}: stopped in {stage}: ", said, re.M), said[-3000:]
+        assert "Not every process came to the end" not in said
+    assert codes == [75, 75]
+    assert any(workdir.glob(begun))

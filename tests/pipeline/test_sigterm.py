@@ -168,9 +168,10 @@ with preempt.listening():
         time.sleep(0.01 * (1 + number))
     preempt.check("the others may wait here")
     try:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            preempt.check("kept", alone=True)
+        with preempt.apart("one works, the other waits"):
+            deadline = time.monotonic() + 10 * (number == 0)
+            while time.monotonic() < deadline:
+                preempt.check("kept")
         left = False
     except preempt.Preempted:
         left = True
