@@ -1,0 +1,44 @@
+"""A training stage whose batches have more shapes than were planned stops, and says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctpd_jax.schema import Batch, RowLayout
+from ctpd_jax.settings import training
+from ctpd_jax.train.loop import train
+from ctpd_jax.train.metrics import MetricLog, read_metrics
+
+LENGTHS = (4, 8, 4, 12)  # of the rows, update for update
+
+
+def batches(step: int) -> list[Batch]:
+    row, slot = np.zeros((1, LENGTHS[step]), np.int32), np.zeros((1, 2), np.int32)
+    pair, weight = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)
+    return [Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, pair, pair, np.ones(1, np.float32))]
+
+
+def sums_of(params, batch):
+    loss, one = jnp.sum(params["model"]["norm"]["weight"] ** 2), jnp.ones(())
+    return loss, {"loss": jnp.stack([loss, one]), "num_tokens": jnp.stack([batch.tokens.size * one, 0 * one])}
+
+
+@pytest.mark.parametrize("planned", [2, 3])
+def test_a_shape_too_many_stops_the_training(tmp_path, planned):
+    shapes = {"model": {"norm": {"weight": jax.ShapeDtypeStruct((4,), jnp.float32)}}}
+
+    def run(log: MetricLog) -> None:
+        train(
+            "stage", tmp_path / "checkpoints", training(lr=0.1), len(LENGTHS),
+            lambda: {"model": {"norm": {"weight": jnp.arange(4.0)}}}, shapes, sums_of, batches, planned, log,
+        )  # fmt: skip
+
+    with MetricLog(tmp_path, tensorboard=False) as log:
+        if planned == 3:
+            run(log)
+        else:
+            with pytest.raises(RuntimeError, match="stage: 3 programs were compiled for batches of 2 planned shapes"):
+                run(log)
+    counts = [line["compiled_programs"] for line in read_metrics(tmp_path)]
+    assert counts == [1, 2, 2, 3][: 4 if planned == 3 else 3]
