@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -49,8 +50,14 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """How many hosts it has, and so processes: of four chips each."""
+        """How many hosts it has, and so processes: of 2 x 2 chips each."""
         return max(1, self.count // 4)
+
+    @property
+    def host(self) -> Topology:
+        """The chips of one host."""
+        sizes = (2, 2, 1)[: len(self.sizes)]
+        return self if self.hosts == 1 else Topology(f"{self.kind}:{'x'.join(map(str, sizes))}", self.kind, sizes)
 
 
 def parse_topology(name: str) -> Topology:
@@ -96,9 +103,10 @@ def devices_of(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     if not has_compiler():
-        jax.config.update("jax_num_cpu_devices", topology.count)
-        return jax.devices()
-    # A host has 2 x 2 chips; smaller slices are a part of one.
+        with contextlib.suppress(RuntimeError):  # there are devices already: of the whole topology, planned before
+            jax.config.update("jax_num_cpu_devices", topology.count)
+        return jax.devices()[: topology.count]
+    # Slices smaller than a host are a part of one.
     hosts = {"chips_per_host_bounds": (*topology.sizes, 1)[:3]} if topology.count < 4 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **hosts)

@@ -19,11 +19,12 @@ from ctpd_jax.plan.planner import (
     candidates,
     kernels,
     make_plan,
+    settings_of,
     vocabulary_arrays,
     with_settings,
 )
 from ctpd_jax.plan.programs import STAGES, decoder_of, left_out
-from ctpd_jax.settings import trained_model
+from ctpd_jax.settings import learns_responses, trained_model
 from ctpd_jax.sharding import AXES
 
 TRIED = 4  # candidates of a search that are compiled, at most
@@ -46,13 +47,18 @@ def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
         )
     compiled = has_compiler() and not arguments.estimate
     devices = devices_of(topology)
-    every = True
+    every, planned = True, dict[object, str]()
     for stage in chosen(arguments, config):
+        same = planned.setdefault(programs_of(config, stage), stage)
+        if same != stage:
+            print(f"{stage}: the same programs as {same}.\n")
+            continue
         base = decoder_of(config, "teacher" if stage == "annotate" else trained_model(config, stage))
         if arguments.search:
             plan = search(config, stage, base, topology, devices, compiled)
         else:
-            say(f"{stage}: compiling for {topology.name}, which can take minutes ..." if compiled else "")
+            if compiled:
+                say(f"{stage}: compiling for {topology.name}, which can take minutes ...")
             plan = make_plan(config, stage, base, topology, devices, compiled)
         print("\n".join(described(plan, arguments.utilisation)), flush=True)
         every = every and plan.fits
@@ -60,8 +66,18 @@ def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
 
 
 def say(text: str) -> None:
-    if text:
-        print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
+
+
+def programs_of(config: ConfigDict, stage: str) -> object:
+    """What decides which programs a stage runs; of `positive` and `negative` it is often the same."""
+    if stage == "annotate":
+        return stage
+    settings = config[stage]
+    return (
+        trained_model(config, stage), learns_responses(config, stage), settings.batch_size, settings.micro_batch,
+        settings.lora.to_json(), settings.moments,
+    )  # fmt: skip
 
 
 def chosen(arguments: argparse.Namespace, config: ConfigDict) -> list[str]:
@@ -81,21 +97,23 @@ def search(
         raise UserError(f"{stage}: no mesh of {topology.count} chips divides this model and its rows.")
     print(f"{stage}: {len(found)} meshes of {topology.name}, the fastest first; GiB and seconds are estimates")
     for one in found:
-        print(f"  {setting_line(one, stage):58} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s")
+        print(f"  {in_words(one):58} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s")
     plan = None
     for one in found[:TRIED]:
-        say(f"{stage}: compiling {setting_line(one, stage)} ..." if compiled else "")
-        plan = make_plan(with_settings(config, one.settings(stage)), stage, base, topology, list(devices), compiled)
+        if compiled:
+            say(f"{stage}: compiling {in_words(one)} ...")
+        settings = settings_of(stage, one.sizes, one.micro_batch)
+        plan = make_plan(with_settings(config, settings), stage, base, topology, list(devices), compiled)
         if plan.fits:
-            flags = " ".join(f"--config.{name}={value}" for name, value in one.settings(stage).items())
+            flags = " ".join(f"--config.{name}={value}" for name, value in settings.items())
             print(f"\n  {flags}\n")
             return plan
-        print(f"  {setting_line(one, stage)}: does not fit, {plan.largest / GIB:.1f} GiB")
+        print(f"  {in_words(one)}: does not fit, {plan.largest / GIB:.1f} GiB")
     assert plan is not None
     return plan
 
 
-def setting_line(one: Candidate, stage: str) -> str:
+def in_words(one: Candidate) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, one.sizes))
     return f"{mesh}, micro_batch {one.micro_batch}"
 
@@ -122,7 +140,8 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
         else f"  {stage.pairs} pairs an update in {calls} micro-batch{'es' if calls > 1 else ''} of {stage.micro_batch}"
     ) + f": {shape.rows} rows x {shape.length:,} tokens, {shape.scored:,} of them scored, at most"
     mesh = ", ".join(f"{axis} {size}" for axis, size in stage.mesh.shape.items())
-    yield f"  mesh {mesh} on {topology.name}: {topology.count} x {topology.chip.memory / GIB:.2f} GiB"
+    hosts = f", on each of {topology.hosts} hosts" if stage.mesh.devices.size < topology.count else ""
+    yield f"  mesh {mesh}{hosts} on {topology.name}: {topology.count} x {topology.chip.memory / GIB:.2f} GiB"
     yield ""
     yield from memory_table(plan)
     yield ""
@@ -131,12 +150,10 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
         if text and name != "update":
             yield f"  {contents(plan, text)}"
     free = (topology.chip.memory - plan.largest) / GIB
-    how = "" if all(memory.compiled for memory in plan.memory.values()) else ", by estimate"
-    if any(not memory.compiled for memory in plan.memory.values()) and any(text == "" for text in plan.texts.values()):
-        how = ", says the compiler"
+    estimated = ", by estimate" if any(memory.source == "estimated" for memory in plan.memory.values()) else ""
     verdict = f"fits, {free:.1f} GiB left" if free >= 0 else f"DOES NOT FIT, {-free:.1f} GiB too much"
     yield ""
-    yield f"  {stage.name} {verdict}{how}."
+    yield f"  {stage.name} {verdict}{estimated}."
     yield ""
 
 
@@ -151,7 +168,8 @@ def memory_table(plan: Plan) -> Iterator[str]:
 
 def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
     """FLOPs, bytes, what bounds the time, and pairs a second."""
-    update, chip, pairs = plan.update, plan.topology.chip, plan.stage.pairs
+    update, chip = plan.update, plan.topology.chip
+    pairs = plan.stage.pairs * plan.topology.count // plan.stage.mesh.devices.size
     times = {
         "arithmetic": update.flops / chip.flops,
         "memory": update.memory / chip.bandwidth,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -20,22 +20,22 @@ from ctpd_jax.core.logprobs import BLOCK_BYTES
 from ctpd_jax.data.rows import BatchShape
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.plan.chips import Topology
+from ctpd_jax.plan.chips import Topology, devices_of
 from ctpd_jax.plan.costs import Work, work
 from ctpd_jax.plan.programs import Program, Stage, plan_stage, share
 from ctpd_jax.sharding import AXES, make_mesh, row_devices
 
-_OUT_OF_MEMORY = re.compile(r"(?:Used |required for .*?\()([\d.]+)([KMGT])")
+_OUT_OF_MEMORY = re.compile(r"(?:Used |required for [\w ]*\()([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a program needs on one device, by what they are; `parts` sum to `total` unless it did not compile."""
+    """Bytes that a program needs on one device, by what they are; `parts` sum to `total` unless it was "refused"."""
 
     parts: Mapping[str, float]
     total: float
-    compiled: bool  # otherwise an estimate, or what the compiler said when it gave up
+    source: Literal["compiled", "refused", "estimated"]  # refused: the compiler gave up, and said how much it wanted
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def make_plan(
 
 
 def mesh_of(config: ConfigDict, name: str, topology: Topology, devices: list[Any]) -> Mesh:
-    """The mesh that a stage has on a topology. Annotation is divided among hosts, each with the whole teacher."""
-    if name == "annotate" and topology.hosts > 1:
-        return make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, devices[: topology.count // topology.hosts])
+    """The mesh that a stage has on a topology. Annotation is divided among hosts: see `run.Run.here`."""
+    if name == "annotate" and topology.hosts > 1:  # libtpu does not compile for a part of a topology
+        return make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, devices_of(topology.host))
     return make_mesh(config.mesh, devices)
 
 
@@ -108,7 +108,8 @@ def compile_program(program: Program) -> tuple[Memory, str]:
         found = _OUT_OF_MEMORY.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not found:
             raise
-        return Memory(program.memory, float(found[1]) * _UNITS[found[2]] + program.beside, compiled=False), ""
+        # The arguments are among what it counts, although it speaks of temporaries.
+        return Memory(program.memory, float(found[1]) * _UNITS[found[2]] + program.beside, "refused"), ""
     stats = compiled.memory_analysis()
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = dict(program.memory) | {
@@ -118,13 +119,13 @@ def compile_program(program: Program) -> tuple[Memory, str]:
     # The arguments as the compiler lays them out, padding to tiles included.
     total = stats.argument_size_in_bytes + program.beside + parts["activations"] + parts["output"]
     parts["batch"] += total - sum(parts.values())
-    return Memory(parts, total, compiled=True), compiled.as_text()
+    return Memory(parts, total, "compiled"), compiled.as_text()
 
 
 def estimate(stage: Stage, program: Program) -> Memory:
     """The same from arithmetic: see `activations`."""
     parts = dict(program.memory) | {"activations": activations(stage, program), "output": 0.0}
-    return Memory(parts, sum(parts.values()), compiled=False)
+    return Memory(parts, sum(parts.values()), "estimated")
 
 
 def activations(stage: Stage, program: Program) -> float:
@@ -199,7 +200,8 @@ def over_links(stage: Stage, training: bool) -> float:
 
 def kernels(text: str) -> int:
     """How many splash attention kernels a compiled program holds."""
-    return len(re.findall(r"^\s*(?:ROOT )?%splash_\w+[\w.]* = ", text, re.MULTILINE))
+    calls = text.split('custom_call_target="tpu_custom_call"')[1:]
+    return sum("splash" in call[:4000] for call in calls)  # in the call's own metadata
 
 
 def vocabulary_arrays(text: str, decoder: DecoderConfig, mesh: Mesh) -> dict[str, list[tuple[int, ...]]]:
@@ -235,29 +237,32 @@ class Candidate:
     memory: float  # bytes on one device
     seconds: float  # of an update, or of so many pairs of an annotation, at best
 
-    def settings(self, stage: str) -> dict[str, int]:
-        mesh = {f"mesh.{axis}": size for axis, size in zip(AXES, self.sizes)}
-        return mesh | {f"{stage}.micro_batch": self.micro_batch}
+
+def settings_of(stage: str, sizes: Sequence[int], micro_batch: int) -> dict[str, int]:
+    """The settings that make a run use such a mesh and micro-batch."""
+    return {f"mesh.{axis}": size for axis, size in zip(AXES, sizes)} | {f"{stage}.micro_batch": micro_batch}
 
 
 def candidates(
     config: ConfigDict, name: str, base: DecoderConfig, topology: Topology, devices: list[Any]
 ) -> list[Candidate]:
     """What may fit, by the estimate, the fastest first; of each mesh the largest micro-batch that may."""
-    pairs = config.annotate.pairs_per_shard if name == "annotate" else config[name].batch_size
+    annotating = name == "annotate"
+    pairs = config.annotate.pairs_per_shard if annotating else config[name].batch_size
+    alone = annotating and topology.hosts > 1  # then there is one mesh alone
     found = []
-    for sizes in meshes(topology.count):
+    for sizes in [(1, topology.host.count, 1)] if alone else meshes(topology.count):
         for micro_batch in micro_batches(pairs):
-            changed = with_settings(config, Candidate(sizes, micro_batch, 0, 0).settings(name))
+            changed = with_settings(config, settings_of(name, sizes, micro_batch))
             try:
-                stage = plan_stage(changed, name, base, make_mesh(changed.mesh, devices))
+                stage = plan_stage(changed, name, base, mesh_of(changed, name, topology, devices))
             except UserError:  # what does not divide
                 break
             if stage.shape.rows > 2 * micro_batch and stage.shape.rows == row_devices(stage.mesh):
                 break  # devices that would compute padding
             memory = max(estimate(stage, program).total for program in stage.programs)
             if memory <= topology.chip.memory or micro_batch == 1:
-                times = pairs / micro_batch if name == "annotate" else 1
+                times = pairs / micro_batch if annotating else 1
                 each = work_of(changed, name, base, stage)
                 update = sum((each[one.name].times(one.times * times) for one in stage.programs), Work())
                 found.append(Candidate(sizes, micro_batch, memory, bound(update, topology)))
