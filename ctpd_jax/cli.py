@@ -105,7 +105,9 @@ def add_plan_arguments(command: argparse.ArgumentParser) -> None:
         metavar="STAGE",
         help=f"only this one; may be repeated: {', '.join((*TRAINED, 'annotate'))}",
     )
-    command.add_argument("--search", action="store_true", help="look for a mesh and a micro-batch that fit")
+    command.add_argument(
+        "--search", action="store_true", help="of each stage by itself, look for a mesh and a micro-batch that fit"
+    )
     command.add_argument("--estimate", action="store_true", help="by arithmetic alone, in seconds, without compiling")
     command.add_argument(
         "--utilisation",

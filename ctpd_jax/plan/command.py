@@ -19,7 +19,6 @@ from ctpd_jax.plan.planner import (
     candidates,
     kernels,
     make_plan,
-    settings_of,
     vocabulary_arrays,
     with_settings,
 )
@@ -102,10 +101,9 @@ def search(
     for one in found[:TRIED]:
         if compiled:
             say(f"{stage}: compiling {in_words(one)} ...")
-        settings = settings_of(stage, one.sizes, one.micro_batch)
-        plan = make_plan(with_settings(config, settings), stage, base, topology, list(devices), compiled)
+        plan = make_plan(with_settings(config, one.settings), stage, base, topology, list(devices), compiled)
         if plan.fits:
-            flags = " ".join(f"--config.{name}={value}" for name, value in settings.items())
+            flags = " ".join(f"--config.{name}={value}" for name, value in one.settings.items())
             print(f"\n  {flags}\n")
             return plan
         print(f"  {in_words(one)}: does not fit, {plan.largest / GIB:.1f} GiB")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -230,44 +230,47 @@ def vocabulary_arrays(text: str, decoder: DecoderConfig, mesh: Mesh) -> dict[str
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mesh and a micro-batch, and what they are estimated to need."""
+    """A mesh and a micro-batch, what they are estimated to need, and the settings that make a run use them."""
 
     sizes: tuple[int, int, int]  # of AXES
     micro_batch: int
     memory: float  # bytes on one device
-    seconds: float  # of an update, or of so many pairs of an annotation, at best
-
-
-def settings_of(stage: str, sizes: Sequence[int], micro_batch: int) -> dict[str, int]:
-    """The settings that make a run use such a mesh and micro-batch."""
-    return {f"mesh.{axis}": size for axis, size in zip(AXES, sizes)} | {f"{stage}.micro_batch": micro_batch}
+    seconds: float  # of an update, or of a shard of an annotation, at best
+    links: float  # bytes, of the same
+    settings: Mapping[str, int]
 
 
 def candidates(
     config: ConfigDict, name: str, base: DecoderConfig, topology: Topology, devices: list[Any]
 ) -> list[Candidate]:
-    """What may fit, by the estimate, the fastest first; of each mesh the largest micro-batch that may."""
+    """Of each mesh the largest micro-batch that fits by the estimate, or else the smallest; the best first."""
     annotating = name == "annotate"
     pairs = config.annotate.pairs_per_shard if annotating else config[name].batch_size
-    alone = annotating and topology.hosts > 1  # then there is one mesh alone
+    given = annotating and topology.hosts > 1  # the mesh is that of each host
     found = []
-    for sizes in [(1, topology.host.count, 1)] if alone else meshes(topology.count):
+    for sizes in [(1, topology.host.count, 1)] if given else meshes(topology.count):
+        best, rows = None, math.inf
         for micro_batch in micro_batches(pairs):
-            changed = with_settings(config, settings_of(name, sizes, micro_batch))
+            settings = {f"{name}.micro_batch": micro_batch}
+            if not given:
+                settings |= {f"mesh.{axis}": size for axis, size in zip(AXES, sizes)}
+            changed = with_settings(config, settings)
             try:
                 stage = plan_stage(changed, name, base, mesh_of(changed, name, topology, devices))
             except UserError:  # what does not divide
                 break
-            if stage.shape.rows > 2 * micro_batch and stage.shape.rows == row_devices(stage.mesh):
-                break  # devices that would compute padding
-            memory = max(estimate(stage, program).total for program in stage.programs)
-            if memory <= topology.chip.memory or micro_batch == 1:
-                times = pairs / micro_batch if annotating else 1
-                each = work_of(changed, name, base, stage)
-                update = sum((each[one.name].times(one.times * times) for one in stage.programs), Work())
-                found.append(Candidate(sizes, micro_batch, memory, bound(update, topology)))
+            if stage.shape.rows >= rows:  # fewer pairs in as many rows: padding
                 break
-    return sorted(found, key=lambda one: (one.memory > topology.chip.memory, one.seconds, one.memory))
+            rows = stage.shape.rows
+            memory = max(estimate(stage, program).total for program in stage.programs)
+            each, calls = work_of(changed, name, base, stage), pairs / micro_batch if annotating else 1
+            update = sum((each[one.name].times(one.times * calls) for one in stage.programs), Work())
+            best = Candidate(sizes, micro_batch, memory, bound(update, topology), update.links, settings)
+            if memory <= topology.chip.memory:
+                break
+        if best:
+            found.append(best)
+    return sorted(found, key=lambda one: (one.memory > topology.chip.memory, one.seconds, one.links))
 
 
 def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
