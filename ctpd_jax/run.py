@@ -32,9 +32,9 @@ from ctpd_jax.sharding import (
     first_process,
     make_mesh,
     param_sharding,
+    pieces_on_host,
     row_devices,
     shard_shapes,
-    whole_on_host,
 )  # fmt: skip
 from ctpd_jax.text.preferences import load_preferences
 from ctpd_jax.text.prepare import Limits, prepare_pairs
@@ -318,9 +318,9 @@ def params_digest(params: Params) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters: equal exactly where they are bit-identical."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        value = whole_on_host(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        for piece in pieces_on_host(leaf):
+            digest.update(np.ascontiguousarray(piece).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -8,7 +8,8 @@ silently whole on every device costs what it costs on one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -191,8 +192,26 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def whole_on_host(leaf: jax.Array) -> np.ndarray:
-    """An array on the host, whole, wherever it lies; every process calls it."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
+def pieces_on_host(leaf: jax.Array | np.ndarray, most: int = 2**28) -> Iterator[np.ndarray]:
+    """An array on the host, along its first axis, wherever it lies; every process calls it.
+
+    An array of several processes comes in pieces of about `most` bytes: whole, a piece lies on every device, and all
+    layers' matrices of a large model would not fit there.
+    """
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
+        yield np.asarray(leaf)
+    else:
+        yield from _pieces(leaf, most)
+
+
+def _pieces(leaf: jax.Array, most: int) -> Iterator[np.ndarray]:
+    everywhere = NamedSharding(leaf.sharding.mesh, P())  # type: ignore[attr-defined]  # parameters lie by names
+    rows = leaf.shape[0] if leaf.ndim else 1
+    size = min(max(1, most * rows // max(leaf.nbytes, 1)), rows)
+
+    @partial(jax.jit, static_argnums=2, out_shardings=everywhere)
+    def cut(leaf: jax.Array, first: int, size: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(leaf, first, size) if leaf.ndim else leaf
+
+    for first in range(0, rows, size):
+        yield np.asarray(cut(leaf, first, min(size, rows - first)).addressable_data(0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -14,7 +16,16 @@ from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.families import FAMILIES
 from ctpd_jax.models.hf_config import from_hf
 from ctpd_jax.models.lora import with_lora
-from ctpd_jax.sharding import check_heads, make_mesh, param_sharding, param_spec, shard_shapes
+from ctpd_jax.sharding import (
+    _pieces,
+    check_heads,
+    make_mesh,
+    param_sharding,
+    param_spec,
+    pieces_on_host,
+    replicated,
+    shard_shapes,
+)  # fmt: skip
 
 SIZES = {
     "vocab_size": 96,
@@ -77,3 +88,13 @@ def test_a_size_that_does_not_divide_is_refused():
 def test_a_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(UserError, match="mesh"):
         make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 5), (12,), (1, 4), ()])
+def test_an_array_of_several_processes_comes_in_pieces_that_are_its_bytes(shape):
+    whole = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+    placed = jax.device_put(jnp.asarray(whole), replicated(one_device()))
+    pieces = list(_pieces(placed, most=4 * 3 * 5 * 2))  # two rows of the first
+    assert b"".join(piece.tobytes() for piece in pieces) == whole.tobytes()
+    assert len(pieces) == {3: 4, 1: 1, 2: 1, 0: 1}[whole.ndim]
+    assert [piece.tolist() for piece in pieces_on_host(placed)] == [whole.tolist()]
