@@ -1,7 +1,7 @@
 """The command line: parse, call, exit. What each command does stands in pipeline.py.
 
-Exit codes: 0 done, 2 the user can mend it (one sentence on stderr), 75 stopped by SIGTERM with everything saved (give
-the same command again), 130 interrupted; 1 of `ctpd plan`, that something does not fit; anything else is a bug of ours.
+Exit codes: 0 done, 2 the user can mend it (one sentence on stderr), 3 `ctpd plan` found that something does not fit, 75
+stopped by SIGTERM with everything saved (give the same command again), 130 interrupted; anything else is a bug of ours.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Give the same command again and it goes on where it stopped. SIGTERM saves first
 
 PLAN_EPILOG = """\
 Compiles the programs of each stage for the topology, or estimates them where the compiler is not installed. All prompts
-and responses are taken to be as long as config.data allows. Exit code 1 where something does not fit.
+and responses are taken to be as long as config.data allows. Exit code 3 where something does not fit.
 
   ctpd plan --config configs/qwen2.5_14b_to_llama3.1_8b.py --topology v5e:4x4 --stage train
   ctpd plan --config configs/colab_v5e.py --topology v5e:1x1
@@ -212,7 +212,7 @@ def answered_from_folder(known: argparse.Namespace, overrides: Sequence[str]) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser().parse_known_args(arguments)
-    if known.command in ("inspect", "generate"):  # nothing of theirs could go on: SIGTERM ends them at once
+    if known.command in ("inspect", "generate", "plan"):  # nothing of theirs could go on: SIGTERM ends them at once
         return exit_code(known, overrides)
     with preempt.listening():
         return exit_code(known, overrides)

@@ -26,7 +26,7 @@ from ctpd_jax.preempt import EXIT_CODE, Preempted
 
 HEARTBEAT_TIMEOUT = 30  # seconds after which a process that is silent counts as dead, and the others end; JAX: 100
 START_TIMEOUT = 300  # seconds that a process waits for the others to start
-LAST_WORK = 24 * 3600  # seconds that the others wait at the end for one that writes alone
+LAST_WORK = 600  # seconds that processes wait for one another at the end, where nobody has work left
 LAST_SAVE = 60  # seconds that one that was asked to stop waits for the others
 _NAMES = ("CTPD_COORDINATOR", "CTPD_PROCESSES", "CTPD_PROCESS")
 _SRUN = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

@@ -137,7 +137,8 @@ class Run:
     def params_of(self, stage: str, model: Model, dtype: str = "float32") -> Params:
         """The parameters that a training stage left, adapters merged; what it would start from where it is left out.
 
-        They are read as `dtype`: no wider copy lies on the devices at any time.
+        They are read as `dtype`, without a wider copy on the devices; merging adapters makes float32 products of one
+        kind of matrix at a time.
         """
         if self.left_out(stage):
             return self.base(stage, model, dtype)

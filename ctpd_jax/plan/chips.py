@@ -50,7 +50,7 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """How many hosts it has, and so processes: of 2 x 2 chips each."""
+        """How many hosts it has, and so processes: of 2 x 2 chips each (some v5e and v6e hosts have 2 x 4)."""
         return max(1, self.count // 4)
 
     @property
@@ -111,5 +111,8 @@ def devices_of(topology: Topology) -> list[Any]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **hosts)
     except Exception as error:  # whatever libtpu makes of a name: RuntimeError, ValueError, its own
-        raise UserError(f"--topology {topology.name}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"--topology {topology.name}: the compiler knows no such grid ({str(error).splitlines()[0]}). Slices of "
+            "v5e and v6e are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; of v5p 2x2x1, 2x2x2, 2x4x4, 4x4x4 and more."
+        ) from error
     return list(described.devices)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.plan.chips import GIB, Topology, devices_of, has_compiler, parse_topology
 from ctpd_jax.plan.planner import (
     Candidate,
@@ -19,10 +18,11 @@ from ctpd_jax.plan.planner import (
     candidates,
     kernels,
     make_plan,
+    smaller,
     vocabulary_arrays,
     with_settings,
 )
-from ctpd_jax.plan.programs import STAGES, decoder_of, left_out
+from ctpd_jax.plan.programs import STAGES, Bases, Program, Stage, decoders, left_out
 from ctpd_jax.settings import learns_responses, trained_model
 from ctpd_jax.sharding import AXES
 
@@ -31,7 +31,7 @@ INSTALL = "pip install 'ctpd-jax[tpu]'"
 
 
 def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
-    """Plans the chosen stages and prints what comes of it. Returns 0 if all of them fit, else 1.
+    """Plans the chosen stages and prints what comes of it. Returns 0 if all of them fit, else 3.
 
     Raises:
         UserError: a topology or a stage that is none, a model that cannot be found, or what the run would refuse.
@@ -52,16 +52,16 @@ def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
         if same != stage:
             print(f"{stage}: the same programs as {same}.\n")
             continue
-        base = decoder_of(config, "teacher" if stage == "annotate" else trained_model(config, stage))
+        bases = decoders(config, stage)
         if arguments.search:
-            plan = search(config, stage, base, topology, devices, compiled)
+            plan = search(config, stage, bases, topology, devices, compiled)
         else:
             if compiled:
                 say(f"{stage}: compiling for {topology.name}, which can take minutes ...")
-            plan = make_plan(config, stage, base, topology, devices, compiled)
+            plan = make_plan(config, stage, bases, topology, devices, compiled)
         print("\n".join(described(plan, arguments.utilisation)), flush=True)
         every = every and plan.fits
-    return 0 if every else 1
+    return 0 if every else 3
 
 
 def say(text: str) -> None:
@@ -83,31 +83,39 @@ def chosen(arguments: argparse.Namespace, config: ConfigDict) -> list[str]:
     """The stages to plan: those that were asked for, or all that the config does not leave out."""
     for stage in arguments.stage or ():
         if left_out(config, stage):
-            raise UserError(f"--stage {stage}: the config leaves it out (config.{stage}.steps, config.weights.source).")
+            raise UserError(
+                f"--stage {stage}: the config leaves it out. To plan it, give --config.{stage}.steps=0"
+                + (" and --config.weights.source=dpo." if stage in ("positive", "negative") else ".")
+            )
     return arguments.stage or [stage for stage in STAGES if not left_out(config, stage)]
 
 
 def search(
-    config: ConfigDict, stage: str, base: DecoderConfig, topology: Topology, devices: Sequence[Any], compiled: bool
+    config: ConfigDict, stage: str, bases: Bases, topology: Topology, devices: list[Any], compiled: bool
 ) -> Plan:
-    """The fastest mesh and micro-batch that fit, among those that the estimate finds; prints them all."""
-    found = candidates(config, stage, base, topology, list(devices))
-    if not found:
-        raise UserError(f"{stage}: no mesh of {topology.count} chips divides this model and its rows.")
-    print(f"{stage}: {len(found)} meshes of {topology.name}, the fastest first; GiB and seconds are estimates")
-    for one in found:
+    """The fastest mesh and micro-batch that fit, among those that the estimate finds; prints them all.
+
+    Raises:
+        UserError: no mesh divides the model, or the run would refuse on every one.
+    """
+    left = candidates(config, stage, bases, topology, devices)
+    print(f"{stage}: {len(left)} meshes of {topology.name}, the fastest first; GiB and seconds are estimates")
+    for one in left:
         print(f"  {in_words(one):58} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s")
-    plan = None
-    for one in found[:TRIED]:
+    pairs = config.annotate.pairs_per_shard if stage == "annotate" else config[stage].batch_size
+    for _ in range(TRIED):
+        one = left.pop(0)
         if compiled:
             say(f"{stage}: compiling {in_words(one)} ...")
-        plan = make_plan(with_settings(config, one.settings), stage, base, topology, list(devices), compiled)
+        plan = make_plan(with_settings(config, one.settings), stage, bases, topology, devices, compiled)
         if plan.fits:
-            flags = " ".join(f"--config.{name}={value}" for name, value in one.settings.items())
-            print(f"\n  {flags}\n")
-            return plan
+            print("\n  " + " ".join(f"--config.{name}={value}" for name, value in one.settings.items()) + "\n")
+            break
         print(f"  {in_words(one)}: does not fit, {plan.largest / GIB:.1f} GiB")
-    assert plan is not None
+        less = smaller(one, stage, pairs)
+        left = ([less] if less and one.memory <= topology.chip.memory else []) + left
+        if not left:
+            break
     return plan
 
 
@@ -122,21 +130,17 @@ def in_words(one: Candidate) -> str:
 def described(plan: Plan, utilisation: float) -> Iterator[str]:
     """The plan of a stage, line by line."""
     stage, topology = plan.stage, plan.topology
-    annotating = stage.name == "annotate"
-    trained = (
-        f"{billions(stage.frozen)} parameters"
-        if annotating
-        else f"{billions(stage.trained)} parameters trained"
-        + (f" on {billions(stage.frozen)} frozen ones" if stage.frozen else "")
-    )
-    calls = stage.programs[0].times
-    shape = stage.shape
-    yield f"{stage.name}: the {stage.model}, {trained}; {stage.compute.dtype}, attention {stage.compute.attention}"
-    yield (
-        f"  {stage.pairs} pairs a batch"
-        if annotating
-        else f"  {stage.pairs} pairs an update in {calls} micro-batch{'es' if calls > 1 else ''} of {stage.micro_batch}"
-    ) + f": {shape.rows} rows x {shape.length:,} tokens, {shape.scored:,} of them scored, at most"
+    shape, first = stage.shape, stage.programs[0]
+    units = "responses" if stage.name.endswith("_sft") else "pairs"
+    if stage.name == "annotate":
+        who = f"{billions(first.parameters)} parameters of the teacher read"
+        what = f"{stage.pairs} pairs a batch"
+    else:
+        frozen = "" if first.trained == first.parameters else f" beside {billions(first.parameters)} frozen ones"
+        who = f"the {stage.model}, {billions(first.trained)} parameters trained{frozen}"
+        what = f"{stage.pairs} {units} an update, {stage.micro_batch} at a time"
+    yield f"{stage.name}: {who}; {first.compute.dtype}, attention {first.compute.attention}"
+    yield f"  {what}: {shape.rows} rows x {shape.length:,} tokens, {shape.scored:,} of them scored, at most"
     mesh = ", ".join(f"{axis} {size}" for axis, size in stage.mesh.shape.items())
     hosts = f", on each of {topology.hosts} hosts" if stage.mesh.devices.size < topology.count else ""
     yield f"  mesh {mesh}{hosts} on {topology.name}: {topology.count} x {topology.chip.memory / GIB:.2f} GiB"
@@ -144,24 +148,32 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
     yield from memory_table(plan)
     yield ""
     yield from time_lines(plan, utilisation)
-    for name, text in plan.texts.items():
-        if text and name != "update":
-            yield f"  {contents(plan, text)}"
+    for program in stage.programs:
+        text = plan.texts.get(program.name)
+        if text and program.name != "update":
+            yield f"  in {program.name}: {contents(text, program, stage)}"
     free = (topology.chip.memory - plan.largest) / GIB
     estimated = ", by estimate" if any(memory.source == "estimated" for memory in plan.memory.values()) else ""
     verdict = f"fits, {free:.1f} GiB left" if free >= 0 else f"DOES NOT FIT, {-free:.1f} GiB too much"
     yield ""
     yield f"  {stage.name} {verdict}{estimated}."
+    if free < 0:
+        yield (
+            f"  Less memory: --search, a smaller {stage.name}.micro_batch, {stage.model}.remat=full, adapters "
+            f"({stage.name}.lora.rank, lora.base=bfloat16), more chips."
+            if stage.name != "annotate"
+            else "  Less memory: annotate.teacher_weights=bfloat16, a smaller annotate.micro_batch, larger hosts."
+        )
     yield ""
 
 
 def memory_table(plan: Plan) -> Iterator[str]:
     """GiB on one chip, a line for each program."""
     names = list(dict.fromkeys(name for memory in plan.memory.values() for name in memory.parts))
-    yield "  " + f"{'GiB on a chip':14}" + "".join(f"{name:>13}" for name in (*names, "total"))
+    yield "  " + f"{'GiB on a chip':20}" + "".join(f"{name:>13}" for name in (*names, "total"))
     for program, memory in plan.memory.items():
         values = [f"{memory.parts[name] / GIB:.2f}" if name in memory.parts else "" for name in names]
-        yield "  " + f"{program:14}" + "".join(f"{value:>13}" for value in (*values, f"{memory.total / GIB:.2f}"))
+        yield "  " + f"{program:20}" + "".join(f"{value:>13}" for value in (*values, f"{memory.total / GIB:.2f}"))
 
 
 def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
@@ -187,17 +199,17 @@ def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
     )
 
 
-def contents(plan: Plan, text: str) -> str:
+def contents(text: str, program: Program, stage: Stage) -> str:
     """What a compiled program holds of attention kernels and of arrays with a vocabulary axis."""
-    arrays = vocabulary_arrays(text, plan.stage.decoder, plan.stage.mesh)
+    arrays = vocabulary_arrays(text, program.decoder, stage.mesh)
     largest = {kind: " x ".join(f"{size:,}" for size in shapes[-1]) for kind, shapes in arrays.items() if shapes}
     told = [
         f"{name} up to {largest[kind]}"
-        for kind, name in (("unembedding", "the unembedding's shapes,"), ("block", "blocks of logits,"))
+        for kind, name in (("unembedding", "shapes of the unembedding"), ("block", "blocks of logits"))
         if kind in largest
     ]
     told.append(f"OTHERS up to {largest['other']}" if "other" in largest else "nothing else")
-    return f"in the program: {kernels(text)} splash kernels; with a vocabulary axis: {'; '.join(told)}"
+    return f"{kernels(text)} splash kernels; with a vocabulary axis {', '.join(told)}"
 
 
 def billions(count: int) -> str:

@@ -1,7 +1,8 @@
 """What a program has to compute and to move, counted on its jaxpr, every loop as often as it turns.
 
 XLA's own cost analysis counts the body of a loop once. Here the matrix products and the kernels are counted, and what
-lies between them is taken as fused into them: a lower bound, as a roofline wants it.
+lies between them is taken as fused into them, as a roofline wants it. A kernel counts its whole grid, also the blocks
+that its mask lets it skip.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ def work(jaxpr: Any) -> Work:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             total += _product(equation)
+        elif name == "ragged_dot_general":  # each row is multiplied with the matrix of its expert
+            rows, depth = equation.invars[0].aval.shape
+            total += Work(2.0 * rows * depth * equation.outvars[0].aval.shape[-1], _moved(equation))
         elif name == "pallas_call":
             turns = math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
             total += Work(turns * work(params["jaxpr"]).flops, _moved(equation))

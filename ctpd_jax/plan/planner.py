@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -22,10 +22,11 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.plan.chips import Topology, devices_of
 from ctpd_jax.plan.costs import Work, work
-from ctpd_jax.plan.programs import Program, Stage, plan_stage, share
+from ctpd_jax.plan.programs import Bases, Program, Stage, plan_stage, share
 from ctpd_jax.sharding import AXES, make_mesh, row_devices
 
-_OUT_OF_MEMORY = re.compile(r"(?:Used |required for [\w ]*\()([\d.]+)([KMGT])")
+# Of the chip's main memory; kernels can run out of others.
+_OUT_OF_MEMORY = re.compile(r"(?:space hbm\. Used |on HBM, the total memory required for [\w ]*\()([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -73,21 +74,24 @@ def bound(update: Work, topology: Topology, utilisation: float = 1.0) -> float:
 
 
 def make_plan(
-    config: ConfigDict, name: str, base: DecoderConfig, topology: Topology, devices: list[Any], compiled: bool
+    config: ConfigDict, name: str, bases: Bases, topology: Topology, devices: list[Any], compiled: bool
 ) -> Plan:
     """Compiles the programs of a stage, or estimates what they need.
 
     Raises:
         UserError: the run itself would refuse, or the mesh does not fit the topology.
     """
-    stage = plan_stage(config, name, base, mesh_of(config, name, topology, devices))
+    stage = plan_stage(config, name, bases, mesh_of(config, name, topology, devices))
     memory, texts = {}, {}
     for program in stage.programs:
         if compiled:
             memory[program.name], texts[program.name] = compile_program(program)
         else:
             memory[program.name] = estimate(stage, program)
-    return Plan(stage, topology, memory, work_of(config, name, base, stage), texts)
+        if program.loading:
+            loaded = Memory({"parameters": program.loading}, program.loading, "estimated")
+            memory[f"loading {program.name}"] = loaded
+    return Plan(stage, topology, memory, work_of(config, name, bases, stage), texts)
 
 
 def mesh_of(config: ConfigDict, name: str, topology: Topology, devices: list[Any]) -> Mesh:
@@ -101,13 +105,20 @@ def mesh_of(config: ConfigDict, name: str, topology: Topology, devices: list[Any
 
 
 def compile_program(program: Program) -> tuple[Memory, str]:
-    """What the compiler for TPUs makes of a program: its memory and its text, which is empty where it gave up."""
+    """What the compiler for TPUs makes of a program: its memory and its text, which is empty where it gave up.
+
+    Raises:
+        UserError: it gave up for another reason than the chip's memory.
+    """
     try:
         compiled = program.traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
         found = _OUT_OF_MEMORY.search(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
-            raise
+        if not found:
+            raise UserError(
+                f"The compiler for TPUs cannot compile {program.name}: {str(error).splitlines()[0]} "
+                "Try another --config.attention, or --estimate, which does not compile."
+            ) from error
         # The arguments are among what it counts, although it speaks of temporaries.
         return Memory(program.memory, float(found[1]) * _UNITS[found[2]] + program.beside, "refused"), ""
     stats = compiled.memory_analysis()
@@ -137,17 +148,17 @@ def activations(stage: Stage, program: Program) -> float:
     """
     if program.name == "update":
         return 0.0
-    config, mesh, training = stage.decoder, stage.mesh, program.name == "accumulate"
-    size = 2 if stage.compute.dtype == "bfloat16" else 4
+    config, mesh, training = program.decoder, stage.mesh, program.training
+    size = 2 if program.compute.dtype == "bfloat16" else 4
     tensor, rows = mesh.shape["tensor"], row_devices(mesh)
     tokens = stage.shape.rows * stage.shape.length / rows
     scored = stage.shape.rows * stage.shape.scored / rows
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / tensor
     inner = config.intermediate_size / tensor
-    layer = config.hidden_size * (2 * heads + 3 * inner)  # matrices of one layer, about
+    layer = config.hidden_size * (2 * heads + 3 * inner * max(1, config.experts))  # matrices of one layer, about
     head = config.vocab_size * config.hidden_size / tensor / mesh.shape["fsdp"]  # its groups are gathered one by one
     kept = {"full": 0.0, "dots": heads + config.hidden_size + 3 * inner, "none": 3 * heads + 5 * inner}
-    per_layer = tokens * size * (config.hidden_size + kept[stage.compute.remat]) if training else 0.0
+    per_layer = tokens * size * (config.hidden_size + kept[program.compute.remat]) if training else 0.0
     working = 4 * tokens * size * (config.hidden_size + heads + inner)
     gathered = 2 * layer * size + head * size * (2 if training else 1)
     logits = 2 * BLOCK_BYTES + scored * config.hidden_size * 6
@@ -158,12 +169,12 @@ def activations(stage: Stage, program: Program) -> float:
 # ------------------------------------------------------------------------------------------------ time
 
 
-def work_of(config: ConfigDict, name: str, base: DecoderConfig, stage: Stage) -> dict[str, Work]:
+def work_of(config: ConfigDict, name: str, bases: Bases, stage: Stage) -> dict[str, Work]:
     """Arithmetic and bytes of each program on one device, counted on that device's share of it."""
     tensor, rows = stage.mesh.shape["tensor"], row_devices(stage.mesh)
     alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [stage.mesh.devices.flat[0]])
     shape = BatchShape(stage.shape.rows // rows, stage.shape.length, stage.shape.scored)
-    own = plan_stage(config, name, share(base, tensor), alone, shape)
+    own = plan_stage(config, name, {model: share(base, tensor) for model, base in bases.items()}, alone, shape)
     found = {program.name: work(program.traced.jaxpr) for program in own.programs}
     for program in stage.programs:
         gradient = program.memory.get("gradient", 0.0)
@@ -171,28 +182,29 @@ def work_of(config: ConfigDict, name: str, base: DecoderConfig, stage: Stage) ->
             trained = gradient + program.memory["optimizer"]
             found["update"] = Work(0.0, 2 * trained + 2 * gradient)
         else:
-            found[program.name] += Work(0.0, 3 * gradient, over_links(stage, program.name == "accumulate"))
+            found[program.name] += Work(0.0, 3 * gradient, over_links(stage, program))
     return found
 
 
-def over_links(stage: Stage, training: bool) -> float:
+def over_links(stage: Stage, program: Program) -> float:
     """Bytes that a device receives in one call, by the rules of `sharding.py`; in the compute dtype.
 
-    `fsdp`: the layers' matrices and the unembedding are gathered in every pass, and their gradients, where there are
-    any, are summed and scattered. `data`: each gradient's shard is summed. `tensor`: the activations are summed twice
+    `fsdp`: the layers' matrices and the unembedding are gathered in every pass, and all gradients, where there are any,
+    are summed and scattered. `data`: each gradient's shard is summed. `tensor`: the activations are summed twice
     in every layer and pass.
     """
-    mesh, config = stage.mesh, stage.decoder
-    size = 2 if stage.compute.dtype == "bfloat16" else 4
+    mesh, config = stage.mesh, program.decoder
+    size = 2 if program.compute.dtype == "bfloat16" else 4
     data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
-    passes = (3 if stage.compute.remat == "full" else 2) if training else 1
-    whole = (stage.frozen or stage.trained) * size / tensor  # as one device sees it gathered
-    trained = stage.trained * size / tensor
+    passes = (3 if program.compute.remat == "full" else 2) if program.training else 1
+    looked_up = 0 if config.tied else config.vocab_size * config.hidden_size  # the embedding stays where it is
+    whole = (program.parameters - looked_up) * size / tensor  # as one device sees it gathered
+    trained = program.trained * size / tensor
     tokens = stage.shape.rows * stage.shape.length / (data * fsdp)
     gathered = passes * whole * (fsdp - 1) / fsdp
     scattered = trained * (fsdp - 1) / fsdp + 2 * trained / fsdp * (data - 1) / data
     summed = 2 * passes * config.num_layers * tokens * config.hidden_size * size * 2 * (tensor - 1) / tensor
-    return gathered + scattered + summed if training else gathered + summed
+    return gathered + scattered + summed
 
 
 # ------------------------------------------------------------------------------------------------ what is in a program
@@ -205,20 +217,21 @@ def kernels(text: str) -> int:
 
 
 def vocabulary_arrays(text: str, decoder: DecoderConfig, mesh: Mesh) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes in a compiled program that have the vocabulary, or one device's part of it, for an axis.
+    """The shapes in a compiled program that have the vocabulary, or some devices' part of it, for an axis.
 
-    "unembedding": the other axis is the width D, or a part of it, and there are no more than [V, D]; its gradient and
-    moments look the same. "block": of logits, no larger than what `core.logprobs` holds at once. "other": what should
-    not be there.
+    "unembedding": two axes, the other one the width D or its part on a device; its gradient and moments look the same.
+    "block": of logits, no larger than what `core.logprobs` holds at once. "other": what should not be there.
     """
-    vocabulary = {decoder.vocab_size // tensor for tensor in (1, mesh.shape["tensor"])}
-    widths = {decoder.hidden_size // part for part in (1, mesh.shape["fsdp"], mesh.devices.size)}
+    sizes = [mesh.shape[axis] for axis in AXES]
+    parts = {math.prod(chosen) for count in range(4) for chosen in itertools.combinations(sizes, count)}
+    vocabulary = {decoder.vocab_size // part for part in parts}
+    widths = {decoder.hidden_size, decoder.hidden_size // mesh.shape["fsdp"]}
     found: dict[str, set[tuple[int, ...]]] = {"unembedding": set(), "block": set(), "other": set()}
     for dims in set(re.findall(r"\b(?:f32|bf16|f16|s32|u32|s8|pred)\[([\d,]+)\]", text)):
         shape = tuple(int(size) for size in dims.split(",") if size != "1")
         if len(shape) < 2 or not vocabulary & set(shape):
             continue
-        if widths & set(shape) and math.prod(shape) <= decoder.vocab_size * decoder.hidden_size:
+        if len(shape) == 2 and widths & set(shape):
             found["unembedding"].add(shape)
         else:
             found["block" if math.prod(shape) * 4 <= BLOCK_BYTES else "other"].add(shape)
@@ -240,14 +253,16 @@ class Candidate:
     settings: Mapping[str, int]
 
 
-def candidates(
-    config: ConfigDict, name: str, base: DecoderConfig, topology: Topology, devices: list[Any]
-) -> list[Candidate]:
-    """Of each mesh the largest micro-batch that fits by the estimate, or else the smallest; the best first."""
+def candidates(config: ConfigDict, name: str, bases: Bases, topology: Topology, devices: list[Any]) -> list[Candidate]:
+    """Of each mesh the largest micro-batch that fits by the estimate, or else the smallest; the best first.
+
+    Raises:
+        UserError: no mesh divides the model, or the run would refuse on every one: the first reason.
+    """
     annotating = name == "annotate"
     pairs = config.annotate.pairs_per_shard if annotating else config[name].batch_size
     given = annotating and topology.hosts > 1  # the mesh is that of each host
-    found = []
+    found, refused = [], None
     for sizes in [(1, topology.host.count, 1)] if given else meshes(topology.count):
         best, rows = None, math.inf
         for micro_batch in micro_batches(pairs):
@@ -256,20 +271,23 @@ def candidates(
                 settings |= {f"mesh.{axis}": size for axis, size in zip(AXES, sizes)}
             changed = with_settings(config, settings)
             try:
-                stage = plan_stage(changed, name, base, mesh_of(changed, name, topology, devices))
-            except UserError:  # what does not divide
+                stage = plan_stage(changed, name, bases, mesh_of(changed, name, topology, devices))
+            except UserError as error:  # mostly what does not divide
+                refused = refused or error
                 break
             if stage.shape.rows >= rows:  # fewer pairs in as many rows: padding
                 break
             rows = stage.shape.rows
-            memory = max(estimate(stage, program).total for program in stage.programs)
-            each, calls = work_of(changed, name, base, stage), pairs / micro_batch if annotating else 1
+            memory = max(max(estimate(stage, program).total, program.loading) for program in stage.programs)
+            each, calls = work_of(changed, name, bases, stage), pairs / micro_batch if annotating else 1
             update = sum((each[one.name].times(one.times * calls) for one in stage.programs), Work())
             best = Candidate(sizes, micro_batch, memory, bound(update, topology), update.links, settings)
             if memory <= topology.chip.memory:
                 break
         if best:
             found.append(best)
+    if refused and not found:
+        raise refused
     return sorted(found, key=lambda one: (one.memory > topology.chip.memory, one.seconds, one.links))
 
 
@@ -290,3 +308,12 @@ def with_settings(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(settings)
     return changed
+
+
+def smaller(one: Candidate, name: str, pairs: int) -> Candidate | None:
+    """The same mesh with the next smaller micro-batch, for where the estimate was too low."""
+    sizes = [size for size in micro_batches(pairs) if size < one.micro_batch]
+    if not sizes:
+        return None
+    settings = dict(one.settings) | {f"{name}.micro_batch": sizes[0]}
+    return replace(one, micro_batch=sizes[0], settings=settings)

@@ -40,6 +40,9 @@ STAGES = (*TRAINED, "annotate")
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 
 
+Bases = Mapping[Model, DecoderConfig]
+
+
 @dataclass(frozen=True)
 class Program:
     """A jitted function with the shapes that it is called with, and what lies in memory meanwhile."""
@@ -49,6 +52,15 @@ class Program:
     times: int  # calls per update, or per batch of an annotation
     memory: Mapping[str, float]  # bytes on one device, by what they are
     beside: float  # of those, what is not among the arguments
+    decoder: DecoderConfig
+    compute: Compute
+    parameters: int  # of the whole model, adapters left out
+    trained: int
+    loading: float = 0.0  # bytes on one device before its parameters have the form that it reads
+
+    @property
+    def training(self) -> bool:
+        return self.trained > 0
 
 
 @dataclass(frozen=True)
@@ -56,19 +68,21 @@ class Stage:
     """What one stage runs, and on what."""
 
     name: str
-    model: Model
-    decoder: DecoderConfig
+    model: Model  # the one that is trained, or the largest that reads
     mesh: Mesh
-    compute: Compute
     pairs: int  # of an update, or of a batch of an annotation (SFT: responses)
     micro_batch: int
     shape: BatchShape  # of a micro-batch
-    trained: int  # parameters that are trained
-    frozen: int
     programs: tuple[Program, ...]
 
 
 # ------------------------------------------------------------------------------------------------ models
+
+
+def decoders(config: ConfigDict, stage: str) -> dict[Model, DecoderConfig]:
+    """The configs of the models that a stage runs."""
+    models = {model for _, model, _ in passes(config)} if stage == "annotate" else {trained_model(config, stage)}
+    return {model: decoder_of(config, model) for model in models}
 
 
 def decoder_of(config: ConfigDict, model: Model) -> DecoderConfig:
@@ -144,7 +158,9 @@ def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) 
         )
     room = length // tokens if rows.packed != "no" else 1  # units of a row
     units = pairs if together else pairs * responses
-    return BatchShape(up(-(-units // room), devices), length, min(length, up(room * scored, rows.multiple)))
+    # Of packed rows, several units with short prompts may fill one.
+    slots = length if rows.packed != "no" else min(length, up(scored, rows.multiple))
+    return BatchShape(up(-(-units // room), devices), length, slots)
 
 
 def up(value: int, multiple: int) -> int:
@@ -180,27 +196,23 @@ def count(tree: Any) -> int:
 
 
 def plan_stage(
-    config: ConfigDict, name: str, base: DecoderConfig, mesh: Mesh, shape: BatchShape | None = None
+    config: ConfigDict, name: str, bases: Bases, mesh: Mesh, shape: BatchShape | None = None, platform: str = "tpu"
 ) -> Stage:
     """Traces the programs of a stage, for micro-batches of `shape` or of the largest that can come.
 
     Raises:
         UserError: where the run itself would refuse.
     """
-    model: Model = "teacher" if name == "annotate" else trained_model(config, name)
-    compute = compute_on(mesh, config, model, base, platform="tpu")
-    return (annotation if name == "annotate" else training)(config, name, model, base, compute, mesh, shape)
+    if name == "annotate":
+        return annotation(config, bases, mesh, platform, shape)
+    return training(config, name, bases, mesh, platform, shape)
 
 
-def training(
-    config: ConfigDict,
-    name: str,
-    model: Model,
-    base: DecoderConfig,
-    compute: Compute,
-    mesh: Mesh,
-    shape: BatchShape | None,
-) -> Stage:
+def training(config: ConfigDict, name: str, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None) -> Stage:
+    """The two programs of an update: see `train.step.make_steps`."""
+    model = trained_model(config, name)
+    base = bases[model]
+    compute = compute_on(mesh, config, model, base, platform)
     settings, sft = config[name], learns_responses(config, name)
     if not FAMILIES[base.family].trainable:
         raise UserError(f"{name}: the {model} is a mixture of experts; those can score, but are not trained.")
@@ -229,51 +241,60 @@ def training(
         "gradient": device_bytes(params),
         "batch": device_bytes(batch),
     }
+    of_model = (decoder, compute, count(param_shapes(base)), count(params))
+    micro_batches = -(-settings.batch_size // micro_batch)
+    traced = accumulate.trace(params, frozen, params, batch), update.trace(state, params, scalar)
     programs = (
-        Program(
-            "accumulate",
-            accumulate.trace(params, frozen, params, batch),
-            -(-settings.batch_size // micro_batch),
-            memory,
-            memory["optimizer"],
-        ),
-        Program("update", update.trace(state, params, scalar), 1, memory | {"batch": 0.0}, device_bytes(frozen)),
+        Program("accumulate", traced[0], micro_batches, memory, memory["optimizer"], *of_model),
+        Program("update", traced[1], 1, memory | {"batch": 0.0}, device_bytes(frozen), *of_model),
     )
-    return Stage(
-        name, model, decoder, mesh, compute, settings.batch_size, micro_batch, shape, count(params), count(frozen),
-        programs,
-    )  # fmt: skip
+    return Stage(name, model, mesh, settings.batch_size, micro_batch, shape, programs)
 
 
-def annotation(
-    config: ConfigDict,
-    name: str,
-    model: Model,
-    base: DecoderConfig,
-    compute: Compute,
-    mesh: Mesh,
-    shape: BatchShape | None,
-) -> Stage:
-    """The teacher reads; adapters of both contrastive models at once, where they are adapters."""
+def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None) -> Stage:
+    """A program for everything that is read in one pass."""
     settings = config.annotate
-    stages = [stage for stage in ("positive", "negative") if config.weights[f"{stage}_scorer"] == "teacher"]
-    lora = config[stages[0]].lora if stages and config.weights.source in ("dpo", "sft") else None
-    dtype = jnp.bfloat16 if settings.teacher_weights == "bfloat16" else jnp.float32
-    decoder = replace(base, int8=settings.teacher_weights == "int8")
-    params, adapters = shard_shapes(mesh, param_shapes(decoder, dtype)), {}
-    if lora is not None and lora.rank:
-        adapted = with_lora(base, lora.rank, lora.alpha, lora.targets)
-        together = 2 if len(stages) == 2 and config.positive.lora == config.negative.lora else 1
-        adapters = jax.tree.map(partial(_stacked, mesh, together), shard_shapes(mesh, adapter_shapes(adapted)))
-        decoder = replace(adapted, int8=decoder.int8)
     shape = shape or largest_shape(config, settings.micro_batch, 2, row_devices(mesh))
     batch = abstract_batch(mesh, shape, settings.micro_batch)
-    memory = {"parameters": device_bytes(params) + device_bytes(adapters), "batch": device_bytes(batch)}
-    traced = make_scorer(decoder, compute).trace(adapters, params, batch, batch.pair)
-    return Stage(
-        name, model, decoder, mesh, compute, settings.micro_batch, settings.micro_batch, shape, 0,
-        count(params) + count(adapters), (Program("score", traced, 1, memory, 0.0),),
-    )  # fmt: skip
+    programs = []
+    for columns, model, lora in passes(config):
+        base = bases[model]
+        compute = compute_on(mesh, config, model, base, platform)
+        weights = settings.teacher_weights if model == "teacher" else "float32"
+        int8 = weights == "int8"
+        full = shard_shapes(mesh, param_shapes(base, jnp.bfloat16 if weights == "bfloat16" else jnp.float32))
+        params = shard_shapes(mesh, param_shapes(replace(base, int8=True))) if int8 else full
+        decoder, adapters = replace(base, int8=int8), {}
+        if lora is not None:
+            decoder = replace(with_lora(base, lora.rank, lora.alpha, lora.targets), int8=int8)
+            own = shard_shapes(mesh, adapter_shapes(decoder))
+            adapters = jax.tree.map(partial(_stacked, mesh, len(columns)), own)
+        memory = {"parameters": device_bytes(params) + device_bytes(adapters), "batch": device_bytes(batch)}
+        traced = make_scorer(decoder, compute).trace(adapters, params, batch, batch.pair)
+        # An int8 model is rounded on the devices, where it lies in float32 before.
+        loading = device_bytes(full) if int8 else 0.0
+        programs.append(Program("+".join(columns), traced, 1, memory, 0.0, decoder, compute, count(params), 0, loading))
+    return Stage("annotate", "teacher", mesh, settings.micro_batch, settings.micro_batch, shape, tuple(programs))
+
+
+def passes(config: ConfigDict) -> list[tuple[list[str], Model, ConfigDict | None]]:
+    """What annotation reads in one pass: columns, whose tokens, and the adapters; see `stages.read_together`."""
+    columns: dict[str, tuple[str, Model]] = {
+        "reference": ("teacher_sft", "teacher"),
+        "start": ("student_sft", "student"),
+    }
+    for name in ("positive", "negative"):
+        if config.weights.source in ("dpo", "sft"):
+            columns[name] = (name, config.weights[f"{name}_scorer"])
+        elif config.weights.source == "prompts":
+            columns[name] = (f"{config.weights[f'{name}_scorer']}_sft", config.weights[f"{name}_scorer"])
+    found: dict[object, tuple[list[str], Model, ConfigDict | None]] = {}
+    for name, (stage, model) in columns.items():
+        lora = config[stage].lora if config[stage].lora.rank and not left_out(config, stage) else None
+        together = lora is not None and not stage.endswith("_sft")  # adapters over one base
+        key = (model, lora.to_json()) if lora is not None and together else name
+        found.setdefault(key, ([], model, lora))[0].append(name)
+    return list(found.values())
 
 
 def _stacked(mesh: Mesh, models: int, leaf: Any) -> Any:
