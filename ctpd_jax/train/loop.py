@@ -8,7 +8,8 @@ Where the parameters of a stage come from, first match wins:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -75,6 +76,7 @@ def train(
         state: TrainState = restored[1] if restored else begin(initial())
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
+        prepared = ahead(batches, first, steps)
         with Progress(steps, name, first, unit="update") as progress:
             if first < steps:
                 progress.write(f"{name}: compiling, which can take minutes for a large model ...")
@@ -87,7 +89,7 @@ def train(
                 began = time.perf_counter()
                 gradient = zeros(state.params)
                 sums: dict = {}
-                for batch in batches(step):
+                for batch in next(prepared):
                     gradient, new = accumulate(state.params, frozen or {}, gradient, place_batch(mesh, batch))
                     sums = add_sums(sums, new)
                 state, norm = update(state, gradient, sums["loss"][1])
@@ -112,3 +114,14 @@ def train(
                     checkpoints.save(step + 1, state, {"stage": name})
         checkpoints.wait()
     return state.params
+
+
+def ahead(batches: Callable[[int], list[Batch]], first: int, steps: int) -> Iterator[list[Batch]]:
+    """batches(first), ..., batches(steps - 1), each laid out while the devices are busy with the one before."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(batches, first)
+        for step in range(first, steps):
+            now = coming.result()
+            if step + 1 < steps:
+                coming = worker.submit(batches, step + 1)
+            yield now
