@@ -131,14 +131,13 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
     """The plan of a stage, line by line."""
     stage, topology = plan.stage, plan.topology
     shape, first = stage.shape, stage.programs[0]
-    units = "responses" if stage.name.endswith("_sft") else "pairs"
     if stage.name == "annotate":
         who = f"{billions(first.parameters)} parameters of the teacher read"
         what = f"{stage.pairs} pairs a batch"
     else:
         frozen = "" if first.trained == first.parameters else f" beside {billions(first.parameters)} frozen ones"
         who = f"the {stage.model}, {billions(first.trained)} parameters trained{frozen}"
-        what = f"{stage.pairs} {units} an update, {stage.micro_batch} at a time"
+        what = f"{stage.pairs} {units(stage)} an update, {stage.micro_batch} at a time"
     yield f"{stage.name}: {who}; {first.compute.dtype}, attention {first.compute.attention}"
     yield f"  {what}: {shape.rows} rows x {shape.length:,} tokens, {shape.scored:,} of them scored, at most"
     mesh = ", ".join(f"{axis} {size}" for axis, size in stage.mesh.shape.items())
@@ -165,6 +164,11 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
             else "  Less memory: annotate.teacher_weights=bfloat16, a smaller annotate.micro_batch, larger hosts."
         )
     yield ""
+
+
+def units(stage: Stage) -> str:
+    """What an update is counted in."""
+    return "responses" if stage.name.endswith("_sft") else "pairs"
 
 
 def memory_table(plan: Plan) -> Iterator[str]:
@@ -194,7 +198,7 @@ def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
     bounds = ", ".join(f"{name} {seconds:.3f}" for name, seconds in times.items() if seconds)
     yield f"  seconds at the peak rates: {bounds}; {limit} is the limit"
     yield (
-        f"  {pairs / plan.seconds():.1f} pairs/s at 100 %, {pairs / bound(update, plan.topology, utilisation):.1f} at "
+        f"  {pairs / plan.seconds():.1f} {units(plan.stage)}/s at 100 %, {pairs / bound(update, plan.topology, utilisation):.1f} at "
         f"{100 * utilisation:.0f} % of the peak arithmetic"
     )
 
