@@ -140,30 +140,33 @@ def estimate(stage: Stage, program: Program) -> Memory:
 
 
 def activations(stage: Stage, program: Program) -> float:
-    """Bytes of what lives within a program only; about, to a fifth or so of what the compiler finds.
+    """Bytes of what lives within a program only, about: totals came out within a tenth of the compiler's.
 
-    Of a forward and backward pass: what each layer keeps; the work on one layer, whose widest arrays live about four at
-    a time; the weights of two layers, whole, and the unembedding, both in the compute dtype; two blocks of logits; and
-    the gradient of this micro-batch before it is added.
+    What each layer keeps for the backward pass; the work on one layer, whose widest arrays live about four at a time;
+    two layers' matrices, where they are gathered; all matrices in the compute dtype, where they are stored in a wider one;
+    two blocks of logits; the gradients of the unembedding and of this micro-batch, before they are added.
     """
     if program.name == "update":
         return 0.0
     config, mesh, training = program.decoder, stage.mesh, program.training
     size = 2 if program.compute.dtype == "bfloat16" else 4
-    tensor, rows = mesh.shape["tensor"], row_devices(mesh)
+    tensor, fsdp, rows = mesh.shape["tensor"], mesh.shape["fsdp"], row_devices(mesh)
     tokens = stage.shape.rows * stage.shape.length / rows
     scored = stage.shape.rows * stage.shape.scored / rows
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / tensor
     inner = config.intermediate_size / tensor
     layer = config.hidden_size * (2 * heads + 3 * inner * max(1, config.experts))  # matrices of one layer, about
-    head = config.vocab_size * config.hidden_size / tensor / mesh.shape["fsdp"]  # its groups are gathered one by one
     kept = {"full": 0.0, "dots": heads + config.hidden_size + 3 * inner, "none": 3 * heads + 5 * inner}
     per_layer = tokens * size * (config.hidden_size + kept[program.compute.remat]) if training else 0.0
     working = 4 * tokens * size * (config.hidden_size + heads + inner)
-    gathered = 2 * layer * size + head * size * (2 if training else 1)
+    gathered = 2 * layer * size if fsdp > 1 else 0.0
+    share = program.parameters / (fsdp * tensor)
+    narrowed = share * size if program.memory["parameters"] > 3 * share and size == 2 else 0.0
     logits = 2 * BLOCK_BYTES + scored * config.hidden_size * 6
     gradient = program.memory["gradient"] if training else 0.0
-    return config.num_layers * per_layer + working + gathered + logits + gradient
+    if program.trained == program.parameters:
+        gradient += config.vocab_size * config.hidden_size / (fsdp * tensor) * size
+    return config.num_layers * per_layer + working + gathered + narrowed + logits + gradient
 
 
 # ------------------------------------------------------------------------------------------------ time

@@ -41,7 +41,7 @@ def test_what_the_configs_promise_fits(config, topology, stage, program):
     assert all(told.endswith("nothing else") for _, _, told in contents)
     # What the estimate says where there is no compiler.
     _, estimated = plan(*arguments, "--estimate")
-    assert total(estimated, program) == pytest.approx(total(out, program), rel=0.25)
+    assert total(estimated, program) == pytest.approx(total(out, program), rel=0.15)
 
 
 def test_what_does_not_fit_is_found_out():
