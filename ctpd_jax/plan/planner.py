@@ -143,8 +143,8 @@ def activations(stage: Stage, program: Program) -> float:
     """Bytes of what lives within a program only, about: totals came out within a tenth of the compiler's.
 
     What each layer keeps for the backward pass; the work on one layer, whose widest arrays live about four at a time;
-    two layers' matrices, where they are gathered; all matrices in the compute dtype, where they are stored in a wider one;
-    two blocks of logits; the gradients of the unembedding and of this micro-batch, before they are added.
+    two layers' matrices, where they are gathered; all matrices in the compute dtype, where they are stored in a wider
+    one; two blocks of logits; the gradients of the unembedding and of this micro-batch, before they are added.
     """
     if program.name == "update":
         return 0.0
