@@ -67,7 +67,8 @@ def test_every_config_has_only_known_keys_and_says_its_command(config):
         ("--config.teacher.path=nowhere", "nowhere"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(tmp_path, capsys, override, message):
+def test_a_setting_that_cannot_be_is_named(tmp_path, capsys, monkeypatch, override, message):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # config.platform changes it, and other tests' processes inherit it
     assert run(tmp_path, override) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -93,15 +93,19 @@ STEPS = 6
 
 
 def quadratic(directory: Path, sigterm_at: int | None = None) -> np.ndarray:
-    """STEPS updates of four parameters; the signal comes while the batch of update `sigterm_at` is made, -1: before."""
+    """STEPS updates of four parameters; the signal comes within update `sigterm_at`, -1: before the first."""
+
+    class Log(MetricLog):
+        def log(self, stage, step, metrics):
+            super().log(stage, step, metrics)
+            if step == sigterm_at:
+                signal.raise_signal(signal.SIGTERM)
 
     def sums_of(params, batch):
         loss = jnp.sum((params["model"]["norm"]["weight"] - batch.constant[0, 0]) ** 2)
         return loss, {"loss": jnp.stack([loss, jnp.ones(())]), "num_tokens": jnp.stack([jnp.ones(()), jnp.zeros(())])}
 
     def batches(step):
-        if step == sigterm_at:
-            signal.raise_signal(signal.SIGTERM)
         row, slot = np.zeros((1, 4), np.int32), np.zeros((1, 2), np.int32)
         pair = np.full((1, 2), step, np.float32)
         weight, real = np.zeros((1, 2), np.float32), np.ones(1, np.float32)
@@ -114,7 +118,7 @@ def quadratic(directory: Path, sigterm_at: int | None = None) -> np.ndarray:
 
     shapes = {"model": {"norm": {"weight": jax.ShapeDtypeStruct((4,), jnp.float32)}}}
     settings = training(lr=0.1, save_every=2)
-    with preempt.listening(), MetricLog(directory, tensorboard=False) as log:
+    with preempt.listening(), Log(directory, tensorboard=False) as log:
         params = train("stage", directory / "checkpoints", settings, STEPS, initial, shapes, sums_of, batches, 1, log)
     return np.asarray(params["model"]["norm"]["weight"])
 
