@@ -108,7 +108,7 @@ def add_plan_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--search", action="store_true", help="of each stage by itself, look for a mesh and a micro-batch that fit"
     )
-    command.add_argument("--estimate", action="store_true", help="by arithmetic alone, in seconds, without compiling")
+    command.add_argument("--estimate", action="store_true", help="by arithmetic alone, without compiling")
     command.add_argument(
         "--utilisation",
         type=float,
@@ -225,6 +225,8 @@ def exit_code(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         if known.command == "generate" and answered_from_folder(known, overrides):
             return 0
         config = load_config(known.config, overrides)
+        if known.command == "plan" and not config.data.train:
+            config.data.train = "none.jsonl"  # no data are read
         check_config(config)
         if known.command == "plan":
             from ctpd_jax.plan import chips

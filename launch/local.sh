@@ -31,9 +31,13 @@ fail() { say "$*"; exit 2; }
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "this needs bash 4.4 or newer, not $BASH_VERSION."
 
 dry_run=
+arguments=()
+for argument in "$@"; do # wherever it stands: forgotten, it would cost money
+  if [[ $argument == --dry-run ]]; then dry_run=yes; else arguments+=("$argument"); fi
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 while [[ ${1-} == -* ]]; do
   case $1 in
-    --dry-run) dry_run=yes ;;
     -h | --help) usage; exit 0 ;;
     *) fail "what does $1 mean? Options of ctpd come after N and the command." ;;
   esac

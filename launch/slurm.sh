@@ -29,9 +29,14 @@
 set -uo pipefail
 
 dry_run=
-if [[ ${1-} == --dry-run ]]; then
-  dry_run=yes
-  shift
+arguments=()
+for argument in "$@"; do # wherever it stands: forgotten, it would cost money
+  if [[ $argument == --dry-run ]]; then dry_run=yes; else arguments+=("$argument"); fi
+done
+set -- ${arguments[@]+"${arguments[@]}"}
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+  sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit 0
 fi
 if (($# == 0)); then
   echo "slurm.sh: what shall it do? sbatch launch/slurm.sh run --config FILE.py --workdir DIR" >&2

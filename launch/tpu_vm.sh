@@ -39,6 +39,11 @@ place=()
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "NAME=$name: lower-case letters, digits and dashes only."
 
 dry_run=
+arguments=()
+for argument in "$@"; do # wherever it stands: forgotten, it would cost money
+  if [[ $argument == --dry-run ]]; then dry_run=yes; else arguments+=("$argument"); fi
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 # Prints a command, and runs it unless it is a dry run.
 do_it() {
   printf '%s\n' "${*@Q}"
@@ -102,7 +107,6 @@ delete() {
 
 while [[ ${1-} == -* ]]; do
   case $1 in
-    --dry-run) dry_run=yes ;;
     -h | --help) usage; exit 0 ;;
     *) fail "what does $1 mean? launch/tpu_vm.sh --help" ;;
   esac

@@ -30,6 +30,8 @@ CHIPS = {
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
     "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9),
 }
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+GRIDS = {"v5e": _FLAT, "v6e": _FLAT}  # of v5p there are many
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ def parse_topology(name: str) -> Topology:
             "chips, or v5p:2x2x1."
         )
     sizes = tuple(int(size) for size in found[2].split("x"))
-    if 0 in sizes:
-        raise UserError(f"--topology {name!r}: a grid has at least one chip to each side.")
+    grids = GRIDS.get(found[1])
+    if 0 in sizes or (grids and found[2] not in grids) or (not grids and len(sizes) != 3):
+        known = f"slices of {found[1]} are {', '.join(grids)}" if grids else f"a slice of {found[1]} has three sides"
+        raise UserError(f"--topology {name!r}: {known}, such as {found[1]}:{'4x4' if grids else '2x2x1'}.")
     return Topology(name, found[1], sizes)
 
 
@@ -113,6 +117,6 @@ def devices_of(topology: Topology) -> list[Any]:
     except Exception as error:  # whatever libtpu makes of a name: RuntimeError, ValueError, its own
         raise UserError(
             f"--topology {topology.name}: the compiler knows no such grid ({str(error).splitlines()[0]}). Slices of "
-            "v5e and v6e are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; of v5p 2x2x1, 2x2x2, 2x4x4, 4x4x4 and more."
+            "v5p are 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4 and multiples of that."
         ) from error
     return list(described.devices)

@@ -98,9 +98,10 @@ def search(
         UserError: no mesh divides the model, or the run would refuse on every one.
     """
     left = candidates(config, stage, bases, topology, devices)
-    print(f"{stage}: {len(left)} meshes of {topology.name}, the fastest first; GiB and seconds are estimates")
+    print(f"{stage} on {topology.name}, by estimate; those that fit first, then the fastest, then the least over links")
     for one in left:
-        print(f"  {in_words(one):58} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s")
+        verdict = "" if one.memory <= topology.chip.memory else "  too much"
+        print(f"  {in_words(one):52} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s{verdict}")
     pairs = config.annotate.pairs_per_shard if stage == "annotate" else config[stage].batch_size
     for _ in range(TRIED):
         one = left.pop(0)
@@ -110,11 +111,14 @@ def search(
         if plan.fits:
             print("\n  " + " ".join(f"--config.{name}={value}" for name, value in one.settings.items()) + "\n")
             break
-        print(f"  {in_words(one)}: does not fit, {plan.largest / GIB:.1f} GiB")
+        if compiled:
+            print(f"  {in_words(one)}: does not fit, {plan.largest / GIB:.1f} GiB")
         less = smaller(one, stage, pairs)
         left = ([less] if less and one.memory <= topology.chip.memory else []) + left
         if not left:
             break
+    if not plan.fits:
+        print("\n  none of them fits\n")
     return plan
 
 
@@ -157,8 +161,8 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
     yield f"  {stage.name} {verdict}{estimated}."
     if free < 0:
         yield (
-            f"  Less memory: --search, a smaller {stage.name}.micro_batch, {stage.model}.remat=full, adapters "
-            f"({stage.name}.lora.rank, lora.base=bfloat16), more chips."
+            f"  Less memory: another mesh (--search), a smaller {stage.name}.micro_batch, {stage.model}.remat=full, "
+            f"adapters ({stage.name}.lora.rank, lora.base=bfloat16), more chips."
             if stage.name != "annotate"
             else "  Less memory: annotate.teacher_weights=bfloat16, a smaller annotate.micro_batch, larger hosts."
         )

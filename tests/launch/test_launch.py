@@ -182,3 +182,21 @@ def test_the_notebook_is_clean_and_its_python_parses():
         ast.parse("\n".join(lines))
     text = "".join(line for cell in cells for line in cell["source"])
     assert "configs/colab_v5e.py" in text and "launch/local.sh 1 run" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("local.sh", ("2", "run", "--workdir", "x")), ("tpu_vm.sh", ("create",)), ("slurm.sh", ("run", "--workdir", "x"))],
+)
+def test_a_dry_run_is_one_wherever_it_stands(script, arguments):
+    last = subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments, "--dry-run"],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"PATH": "/usr/bin:/bin", "CTPD": "false"},
+    )  # fmt: skip
+    assert last.returncode == 0 and "--dry-run" not in last.stdout and last.stdout.strip()
+
+
+def test_every_script_has_help():
+    for script in ("local.sh", "tpu_vm.sh", "slurm.sh"):
+        done = subprocess.run(["bash", str(LAUNCH / script), "--help"], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Environment" in done.stdout and "#SBATCH" not in done.stdout

@@ -67,7 +67,9 @@ def test_topologies():
     assert parse_topology("v5p:4x4x4").host.name == "v5p:2x2x1" and parse_topology("v6e:4x4").host.name == "v6e:2x2"
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v99:2x2", "v5e:0x4", "v5e:4x4x4x4", "tpu v5e:4x4"])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:4", "v99:2x2", "v5e:0x4", "v5e:4x4x4x4", "tpu v5e:4x4", "v5e:3x3", "v5e:4x4x4", "v5p:2x2"]
+)
 def test_what_is_no_topology_is_told(name):
     with pytest.raises(UserError, match="--topology"):
         parse_topology(name)
@@ -370,6 +372,13 @@ def test_a_search_proposes_settings_that_fit():
 def test_mistakes_are_told_in_a_sentence(arguments, message):
     code, _, err = plan("--config", COLAB, *arguments)
     assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_the_examples_of_the_help_need_no_data():
+    pair = ROOT / "configs" / "pair.py"
+    student = "--config.student.path=meta-llama/Llama-3.2-1B"
+    code, out, err = plan("--config", pair, student, "--topology", "v5p:2x2x1", "--stage", "train", "--estimate")
+    assert code == 0 and "train fits" in out, err
 
 
 def test_the_micro_configuration_needs_no_model_folder():
