@@ -1,6 +1,6 @@
 """Does a stage fit a slice of TPUs, and how fast can it be at best? Compiled ahead of time, without a TPU.
 
-Letters: N tokens of a device, D model width, V vocabulary.
+Letters: D model width, V vocabulary.
 """
 
 from __future__ import annotations
