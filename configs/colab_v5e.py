@@ -7,7 +7,7 @@ Llama is gated on the hub: accept its licence there and log in (`hf auth login`,
 
 The chip has 15.75 GiB = 16.9 GB. Everything trains adapters over a bfloat16 base: the teacher's takes 6.2 GB, the
 student's 2.5 GB. Trained whole, the student alone would take 1.24e9 x 16 bytes = 19.8 GB. Annotation reads with the
-same 6.2 GB; the student that is exported is merged in float32, 4.9 GB. Not tried on a chip: this is arithmetic.
+same 6.2 GB; the student that is exported is merged in float32, 4.9 GB. Not tried on a chip: `ctpd plan` says it fits.
 
 1,600 pairs, 100 updates of each of the three models: about an hour, by arithmetic (50 TFLOP/s of the chip's 197), of
 which downloads and compiling are a third. More pairs, more updates: --config.data.limit=8000.

@@ -7,7 +7,7 @@ local folders, --config.teacher.path=DIR --config.student.path=DIR.
 
 A chip has 15.75 GiB = 16.9 GB. Trained whole, a parameter takes 16 bytes: itself, gradient, two moments, in float32.
 The student, 1.24e9 x 16 / 8 chips = 2.5 GB, is trained whole. The teacher, 9.24e9 x 16 / 8 = 18.5 GB, does not fit:
-its stages train adapters over a bfloat16 base, 2.3 GB. Not tried on that slice: memory is arithmetic here, and the
+its stages train adapters over a bfloat16 base, 2.3 GB. Not tried on that slice: memory is `ctpd plan`'s count, and the
 adapters' settings are a guess.
 """
 

@@ -7,7 +7,7 @@ or HF_TOKEN), or give a local folder, --config.student.path=DIR.
 
 A chip has 15.75 GiB = 16.9 GB. Trained whole, a parameter takes 16 bytes: itself, gradient, two moments, in float32.
 The student, 1.24e9 x 16 / 4 chips = 4.9 GB, is trained whole. The teacher, 7.25e9 x 16 / 4 = 29.0 GB, does not fit:
-its stages train adapters over a bfloat16 base, 3.6 GB. Not tried on that slice: memory is arithmetic here, and the
+its stages train adapters over a bfloat16 base, 3.6 GB. Not tried on that slice: memory is `ctpd plan`'s count, and the
 adapters' settings are a guess.
 """
 

@@ -12,7 +12,7 @@ paper trains all of it; on v5e:4x8 that is 7.4 GB: --config.positive.lora.rank=0
 --config.positive.lr=2e-6, and so for `negative` and `teacher_sft` (lr 4e-6).
 
 Annotation is divided among hosts, each with the whole teacher on its 4 chips: 7.4 GB a chip in bfloat16, and not in
-float32. Not tried on that slice: memory is arithmetic here, and the adapters' settings are a guess.
+float32. Not tried on that slice: memory is `ctpd plan`'s count, and the adapters' settings are a guess.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ Llama is gated on the hub: accept its licence there and log in (`hf auth login`,
 A chip has 15.75 GiB = 16.9 GB. Trained whole, a parameter takes 16 bytes: itself, gradient, two moments, in float32.
 The student, 1.24e9 x 16 / 8 chips = 2.5 GB, is trained whole. The teacher, 7.62e9 x 16 / 8 = 15.2 GB, would
 leave no room for a micro-batch's own gradient and its activations: its stages train adapters over a bfloat16 base,
-1.9 GB. Not tried on that slice: memory is arithmetic here, and the adapters' settings are a guess.
+1.9 GB. Not tried on that slice: memory is `ctpd plan`'s count, and the adapters' settings are a guess.
 """
 
 from ml_collections import ConfigDict
