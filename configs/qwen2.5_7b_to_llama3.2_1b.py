@@ -13,33 +13,8 @@ leave no room for a micro-batch's own gradient and its activations: its stages t
 
 from ml_collections import ConfigDict
 
-from ctpd_jax.settings import default_config
+from ctpd_jax.settings import paper_on_tpu
 
 
 def get_config() -> ConfigDict:
-    config = default_config()
-    config.teacher.path = "Qwen/Qwen2.5-7B"
-    config.student.path = "meta-llama/Llama-3.2-1B"
-    config.data.train = config.data.test = "hf:HuggingFaceH4/ultrafeedback_binarized"
-    config.data.update({"train_split": "train_prefs", "test_split": "test_prefs"})
-    config.data.update({"max_prompt_tokens": 128, "max_response_tokens": 384})  # 128 and 512 in all: the paper's code
-
-    # The paper's: one epoch in every stage, learning rates, betas, 16 pairs an update, warmup, AdamW (the defaults).
-    config.student_sft.update({"steps": 0, "lr": 4e-6, "batch_size": 64})  # the paper: 16 to 128
-    config.train.update({"lr": 1e-6, "beta": 0.1, "batch_size": 16})
-    for stage in (config.positive, config.negative):
-        stage.update({"beta": 0.3, "batch_size": 16})
-
-    # Ours: adapters instead of all of the teacher, and ten times the paper's rates for them.
-    config.teacher_sft.update({"steps": 0, "batch_size": 64})
-    for stage, lr in ((config.teacher_sft, 4e-5), (config.positive, 2e-5), (config.negative, 2e-5)):
-        stage.lr = lr
-        stage.lora.update({"rank": 16, "alpha": 32.0, "base": "bfloat16"})
-    config.annotate.update({"teacher_weights": "bfloat16", "micro_batch": 8})
-
-    # Ours: a pair, at most 128 + 2 x 384 tokens, fits a row, and a micro-batch gives every chip at least one.
-    config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
-    config.rows.update({"layout": "shared", "packed": "yes", "length": 1024, "multiple": 128})
-    for stage in (config.teacher_sft, config.student_sft, config.positive, config.negative, config.train):
-        stage.micro_batch = 16
-    return config
+    return paper_on_tpu("Qwen/Qwen2.5-7B", "meta-llama/Llama-3.2-1B", micro_batch=16)
