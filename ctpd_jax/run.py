@@ -27,6 +27,7 @@ from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.models.lora import adapter_shapes, merge, with_lora
 from ctpd_jax.models.support import choose_backend, platform_of
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
+from ctpd_jax.settings import left_out
 from ctpd_jax.sharding import (
     check_heads,
     first_process,
@@ -180,10 +181,8 @@ class Run:
     # ------------------------------------------------------------------------------------------ stages
 
     def left_out(self, stage: str) -> bool:
-        """Whether the config leaves a training stage out."""
-        if stage in ("positive", "negative") and self.config.weights.source not in ("dpo", "sft"):
-            return True
-        return self.config[stage].steps == -1
+        """Whether the config leaves a stage out."""
+        return left_out(self.config, stage)
 
     def result(self, stage: str) -> dict | None:
         """What a finished stage says of itself; None before it is finished."""

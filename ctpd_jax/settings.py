@@ -209,6 +209,15 @@ def trained_model(config: ConfigDict, stage: str) -> Model:
     return "teacher" if stage == "teacher_sft" else "student"
 
 
+def left_out(config: ConfigDict, stage: str) -> bool:
+    """Whether the config leaves a stage out; only those that train can be."""
+    if stage not in TRAINED:
+        return False
+    if stage in ("positive", "negative") and config.weights.source not in ("dpo", "sft"):
+        return True
+    return config[stage].steps == -1
+
+
 def learns_responses(config: ConfigDict, stage: str) -> bool:
     """Whether a stage is SFT, on single responses, rather than on pairs."""
     return stage.endswith("_sft") or (stage in ("positive", "negative") and config.weights.source == "sft")

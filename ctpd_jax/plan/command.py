@@ -21,8 +21,8 @@ from ctpd_jax.plan.planner import (
     vocabulary_arrays,
     with_settings,
 )
-from ctpd_jax.plan.programs import STAGES, Bases, Program, Stage, decoders, left_out
-from ctpd_jax.settings import learns_responses, trained_model
+from ctpd_jax.plan.programs import STAGES, Bases, Program, Stage, decoders
+from ctpd_jax.settings import learns_responses, left_out, trained_model
 from ctpd_jax.sharding import AXES
 
 TRIED = 4  # candidates of a search that are compiled, at most

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.teacher import make_scorer
+from ctpd_jax.data.packing import round_up
 from ctpd_jax.data.rows import BatchShape
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
@@ -30,7 +31,7 @@ from ctpd_jax.models.hf_config import from_hf, read_config
 from ctpd_jax.models.lora import adapter_shapes, with_lora
 from ctpd_jax.run import compute_on
 from ctpd_jax.schema import Batch, Model, RowLayout
-from ctpd_jax.settings import TRAINED, learns_responses, trained_model
+from ctpd_jax.settings import TRAINED, learns_responses, left_out, trained_model
 from ctpd_jax.sharding import ROWS, replicated, row_devices, shard_shapes
 from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.train.optimizer import make_optimizer
@@ -131,15 +132,6 @@ def share(decoder: DecoderConfig, tensor: int) -> DecoderConfig:
 # ------------------------------------------------------------------------------------------------ shapes
 
 
-def left_out(config: ConfigDict, stage: str) -> bool:
-    """Whether the config leaves a stage out."""
-    if stage == "annotate":
-        return False
-    if stage in ("positive", "negative") and config.weights.source not in ("dpo", "sft"):
-        return True
-    return config[stage].steps == -1
-
-
 def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) -> BatchShape:
     """The shape that takes any micro-batch of `pairs`, all prompts and responses being as long as they may be.
 
@@ -150,7 +142,7 @@ def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) 
     prompts = responses if rows.layout == "pair" else 1
     tokens = prompts * prompt + responses * response if together else prompt + response
     scored = responses * response if together else response
-    length = rows.length or up(tokens, rows.multiple)
+    length = rows.length or int(round_up(tokens, rows.multiple))
     if tokens > length:
         raise UserError(
             f"config.rows.length is {length}, but a row has to take up to {tokens} tokens at once: raise it, set it to "
@@ -159,12 +151,8 @@ def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) 
     room = length // tokens if rows.packed != "no" else 1  # units of a row
     units = pairs if together else pairs * responses
     # Of packed rows, several units with short prompts may fill one.
-    slots = length if rows.packed != "no" else min(length, up(scored, rows.multiple))
-    return BatchShape(up(-(-units // room), devices), length, slots)
-
-
-def up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    slots = length if rows.packed != "no" else min(length, int(round_up(scored, rows.multiple)))
+    return BatchShape(int(round_up(-(-units // room), devices)), length, slots)
 
 
 def abstract_batch(mesh: Mesh, shape: BatchShape, pairs: int) -> Batch:
