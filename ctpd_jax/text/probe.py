@@ -1,7 +1,7 @@
 """What a tokenizer.json says about its tokenizer: kind, normaliser, dummy space, bytes of the vocabulary.
 
-Everything here reads or edits the parsed JSON of the `tokenizers` library. What cannot be lossless is refused by the
-tokenizer's name; what is accepted is then tried on TEXTS by tokens.load_tokenizer.
+Everything here reads the parsed JSON of the `tokenizers` library; nothing edits it. What cannot be lossless is refused
+by the tokenizer's name; what is accepted is then tried on TEXTS by tokens.load_tokenizer.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ class Prefix:
 
     present: bool = False
     always: bool = False  # also before a text that starts with a space
-    first_only: bool = False  # at the very start; else again after added tokens
-    in_normalizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def read_facts(state: dict[str, Any], name: str) -> Facts:
             marker = part["replacement"]
             scheme = part.get("prepend_scheme", "always")
             if scheme != "never" and not prefix.present:
-                prefix = Prefix(present=True, first_only=scheme == "first")
+                prefix = Prefix(present=True)
         elif part["type"] == "ByteLevel":
             in_bytes = True
             if part["add_prefix_space"] and not prefix.present:
@@ -121,7 +119,7 @@ def _read_normalizers(parts: list[dict[str, Any]], name: str) -> tuple[str | Non
         if kind in ("NFC", "NFD"):
             form = kind  # of several canonical forms the last one stands
         elif kind == "Prepend" and part["prepend"] in (SPACE_MARKER, " "):
-            prefix = Prefix(present=True, always=True, in_normalizer=True)
+            prefix = Prefix(present=True, always=True)
         elif kind == "Replace" and part["pattern"].get("String") == " " and len(part["content"]) == 1:
             marker = part["content"]
         elif kind == "ByteLevel":
@@ -141,21 +139,10 @@ def form_normalizer(form: str | None) -> Any:
     return {None: lambda: None, "NFC": normalizers.NFC, "NFD": normalizers.NFD}[form]()
 
 
-def restarting_tokens(state: dict[str, Any], prefix: Prefix) -> list[int]:
-    """Ids of the added tokens after which the tokenizer puts a dummy space again.
-
-    A normaliser sees the text between the tokens that are looked up in the raw text; a pre-tokenizer sees the text
-    between all added tokens.
-    """
-    if not prefix.present or prefix.first_only:
-        return []
-    return [t["id"] for t in state["added_tokens"] if not (prefix.in_normalizer and t["normalized"])]
-
-
 # ------------------------------------------------------------------------------------------------ vocabulary
 
 
-def _byte_alphabet() -> dict[int, int]:
+def byte_alphabet() -> dict[int, int]:
     """Code point of the byte-level alphabet -> byte: printable Latin-1 as itself, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -171,12 +158,24 @@ def _pieces(state: dict[str, Any]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The bytes of every token. Special tokens, and ids that no token has, have the length CONTROL."""
+    """The bytes of every token. What stands for no text has the length CONTROL."""
 
     lengths: np.ndarray  # int64 [V]
+    sizes: np.ndarray  # int64 [V], the same with control tokens as their own names: how a template spells them
     starts: np.ndarray  # int64 [V], into the pool
     pool: np.ndarray  # uint8, the bytes of all tokens
     missing: frozenset[int]  # bytes that no token spells, all of them dispensable
+    added: dict[int, Added]  # the tokens that are looked up in the text before the model reads it
+    byte_names: dict[int, bytes]  # byte piece -> "<0x41>", which some models also read where somebody typed that
+
+
+@dataclass(frozen=True)
+class Added:
+    """An added token: all that may stand for it in N(text), and which white space beside it it takes along."""
+
+    spellings: tuple[bytes, ...]
+    lstrip: bool
+    rstrip: bool
 
 
 def read_vocabulary(state: dict[str, Any], facts: Facts, name: str) -> Vocabulary:
@@ -184,7 +183,8 @@ def read_vocabulary(state: dict[str, Any], facts: Facts, name: str) -> Vocabular
     pieces = _pieces(state)
     size = max([*pieces.values(), *(t["id"] for t in state["added_tokens"])], default=-1) + 1
     table: list[bytes | None] = [None] * size
-    alphabet = _byte_alphabet()
+    byte_names = {}
+    alphabet = byte_alphabet()
     letters = {chr(point) for point in alphabet}
     marker = facts.marker
     for piece, token_id in pieces.items():
@@ -193,28 +193,38 @@ def read_vocabulary(state: dict[str, Any], facts: Facts, name: str) -> Vocabular
             table[token_id] = piece.translate(alphabet).encode("latin-1") if letters.issuperset(piece) else None
         elif match := BYTE_PIECE.match(piece):
             table[token_id] = bytes([int(match[1], 16)])
+            byte_names[token_id] = piece.encode("ascii")
         else:
             table[token_id] = (piece.replace(marker, " ") if marker else piece).encode("utf-8")
     missing = _missing_bytes(state, pieces, alphabet if facts.byte_level else None, name)
+    added = {}
     for token in state["added_tokens"]:
-        table[token["id"]] = None if token["special"] else _added_bytes(token, facts)
+        spellings = _added_spellings(token, facts, table[token["id"]])
+        added[token["id"]] = Added(spellings, token["lstrip"], token["rstrip"])
+        table[token["id"]] = spellings[0]
+    sizes = np.fromiter((CONTROL if b is None else len(b) for b in table), np.int64, size)
+    lengths = sizes.copy()
     unknown = _unknown_id(state, pieces)
     if unknown is not None:
-        table[unknown] = None
-    lengths = np.fromiter((CONTROL if b is None else len(b) for b in table), np.int64, size)
-    stored = np.maximum(lengths, 0)
+        lengths[unknown] = CONTROL
+    stored = np.maximum(sizes, 0)
     pool = np.frombuffer(b"".join(b or b"" for b in table), np.uint8)
-    return Vocabulary(lengths, np.cumsum(stored) - stored, pool, missing)
+    return Vocabulary(lengths, sizes, np.cumsum(stored) - stored, pool, missing, added, byte_names)
 
 
-def _added_bytes(token: dict[str, Any], facts: Facts) -> bytes:
-    """What an added token stands for. One marked `normalized` is looked up as the normaliser leaves it."""
+def _added_spellings(token: dict[str, Any], facts: Facts, piece: bytes | None) -> tuple[bytes, ...]:
+    """What may stand for an added token in N(text), the likeliest first.
+
+    One marked `normalized` is looked up as the normaliser leaves it, a space in front included; and the model may
+    spell the same id, as a piece of its vocabulary, where the token was not found.
+    """
     text = token["content"]
-    if token["normalized"] and facts.form is not None:
-        text = form_normalizer(facts.form).normalize_str(text)
-    if token["normalized"] and facts.prefix.in_normalizer:
-        text = " " + text  # the normaliser puts its space in front of the token too, and so finds it after spaces only
-    return (text.replace(facts.marker, " ") if facts.marker else text).encode("utf-8")
+    normal = text
+    if facts.form is not None:
+        normal = form_normalizer(facts.form).normalize_str(text)
+    found = [normal, text, " " + normal] if token["normalized"] else [text, normal]
+    spelled = [(t.replace(facts.marker, " ") if facts.marker else t).encode("utf-8") for t in found]
+    return tuple(dict.fromkeys(spelled if piece is None else [*spelled, piece]))
 
 
 def _unknown_id(state: dict[str, Any], pieces: dict[str, int]) -> int | None:
@@ -243,73 +253,3 @@ def _missing_bytes(
         shown = ", ".join(f"0x{byte:02X}" for byte in needful[:8]) + (", ..." if len(needful) > 8 else "")
         raise _refuse(name, f"{what} has no token for the bytes {shown}.")
     return frozenset(missing)
-
-
-# ------------------------------------------------------------------------------------------------ edited copies
-
-
-def literal_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer for ordinary text: special tokens are neither looked up in it nor spelled by the model.
-
-    Leaving them out of the added tokens is what `encode_special_tokens = True` does. Some models can also spell
-    them: a Unigram model by its vocabulary, a BPE model by merges or by `ignore_merges`.
-    """
-    special = {t["content"] for t in state["added_tokens"] if t["special"]}.intersection(_pieces(state))
-    ordinary = [t | {"lstrip": False, "rstrip": False} for t in state["added_tokens"] if not t["special"]]
-    model = dict(state["model"])
-    if model["type"] == "Unigram":
-        rows = enumerate(model["vocab"])
-        model["vocab"] = [[_unspellable(piece, i) if piece in special else piece, score] for i, (piece, score) in rows]
-    else:
-        model["dropout"] = None
-        if special:
-            model["merges"] = [m for m in model["merges"] if _product(m) not in special]
-        if special and model.get("ignore_merges"):
-            # A whole word that is in the vocabulary becomes that token without any merge.
-            model["vocab"] = {_unspellable(p, i) if p in special else p: i for p, i in model["vocab"].items()}
-            if model.get("unk_token") in special:
-                model["unk_token"] = _unspellable(model["unk_token"], state["model"]["vocab"][model["unk_token"]])
-            spelled = set(model["vocab"])
-            model["merges"] = [m for m in model["merges"] if spelled.issuperset(_halves(m))]
-    return state | {"model": model, "added_tokens": ordinary, "post_processor": None}
-
-
-def _halves(merge: list[str] | str) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
-
-
-def _product(merge: list[str] | str) -> str:
-    return "".join(_halves(merge))
-
-
-def _unspellable(piece: str, token_id: int) -> str:
-    # Noncharacters: not for interchange, so they do not turn up in texts; the number keeps the pieces apart.
-    return f"\ufdd0\ufdd1{token_id}\ufdd0{piece}"
-
-
-def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer with the dummy space of its Metaspace pre-tokenizer switched off."""
-
-    def switched(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] == "Sequence":
-            return part | {"pretokenizers": [switched(child) for child in part["pretokenizers"]]}
-        return part | {"prepend_scheme": "never"} if part["type"] == "Metaspace" else part
-
-    return state | {"pre_tokenizer": switched(state["pre_tokenizer"])}
-
-
-def split_byte_literals(state: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer that cannot read a typed "<0x41>" as the byte piece: "<" is kept apart from what follows.
-
-    Byte fallback looks the pieces up by name, so they must stay in the vocabulary. The split comes last, after the
-    dummy space has been put in front.
-    """
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    before = _flat(state["pre_tokenizer"], "pretokenizers")
-    return state | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, split]}}

@@ -13,7 +13,16 @@ import numpy as np
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
 from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_chat, render_prompt
-from ctpd_jax.text.tokens import BORDER, TextTokenizer, load_tokenizer, require_unicode
+from ctpd_jax.text.tokens import (
+    BORDER,
+    TextTokenizer,
+    load_tokenizer,
+    require_unicode,
+    spelling_of,
+    stand_in,
+    with_control,
+    without_control,
+)
 
 
 class PromptTooLong(UserError):
@@ -29,19 +38,37 @@ class TextModel:
     end_of_turn: int
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """Token ids of a prompt, int32 [T], T >= 1; see `encode_prompt`. Raises UserError as `render_prompt` does."""
-        return encode_prompt(self.tokenizer, render_prompt(self.template, messages))
+        """Token ids of a prompt, int32 [T], T >= 1; see `encode_prompt`. Raises UserError as `render_prompt` does.
+
+        Of a chat template these are the ids of transformers' `apply_chat_template`: what the template writes, and no
+        BOS beside it.
+        """
+        return self.encode(render_prompt(self.template, messages))
+
+    def encode(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """`prompt` of what is rendered already."""
+        return encode_prompt(self.tokenizer, pieces, bos=self.template.kind == "plain")
 
 
-def load_text_model(path: str, template: str = "auto") -> TextModel:
-    """Loads and probes a tokenizer, and its template ("auto", "chat", "plain" or a .jinja file)."""
+def load_text_model(path: str, template: str = "auto", template_variables: str = "") -> TextModel:
+    """Load and probe a tokenizer, and its template.
+
+    Args:
+      path: a folder or hub id.
+      template: "auto", "chat", "chat:NAME", "plain" or a .jinja file; see `load_template`.
+      template_variables: a JSON object of what the template is to be told, such as {"enable_thinking": false}.
+    """
     tokenizer = load_tokenizer(path)
-    chosen = load_template(tokenizer, template)
-    return TextModel(tokenizer, chosen, end_of_turn_id(tokenizer, chosen))
+    chosen = load_template(tokenizer, template, template_variables=template_variables)
+    end = end_of_turn_id(tokenizer, chosen)
+    used = {*frame_tokens(tokenizer, chosen), str(tokenizer.backend.id_to_token(end))}
+    model = TextModel(with_control(tokenizer, used), chosen, end)
+    _try_prompts(model)
+    return model
 
 
 def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
-    """The token with which an assistant ends its turn: the special token that the chat template puts after the answer,
+    """The token with which an assistant ends its turn: the added token that the chat template puts after the answer,
     white space aside, else EOS.
 
     Raises:
@@ -50,39 +77,81 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
     if template.kind == "chat":
         mark = "\ue0f1"
         text = render_chat(template, [Message("user", "\ue0f2"), Message("assistant", mark)], ask=False)
-        after = text.rpartition(mark)[2] if mark in text else ""
-        added = tokenizer.template_backend.get_added_tokens_decoder()
-        for number in tokenizer.template_backend.encode(after, add_special_tokens=False).ids:
-            if number in added and added[number].special:
-                if not after.partition(added[number].content)[0].strip():
-                    return int(number)
-                break
-    if tokenizer.hf.eos_token_id is None:
+        after = (text.rpartition(mark)[2] if mark in text else "").lstrip()
+        found = tokenizer.added_pattern.match(after)
+        if found:
+            return tokenizer.ids_of_added[found.group()]
+    if tokenizer.eos_id is None:
         raise UserError(
             f'Neither the template nor the tokenizer "{tokenizer.name}" has a token for the end of a turn; set '
             "eos_token in its tokenizer_config.json."
         )
-    return int(tokenizer.hf.eos_token_id)
+    return tokenizer.eos_id
+
+
+def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]:
+    """The added tokens with which a chat template frames its turns, whether they are flagged as special or not.
+
+    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them.
+    """
+    if template.kind == "plain":
+        return set()
+    found: set[str] = set()
+    for roles in (("user",), ("user", "assistant", "user"), ("system", "user", "assistant", "user")):
+        marks = [Message(role, f"\ue0f1{index}\ue0f2") for index, role in enumerate(roles)]
+        try:
+            text = render_chat(template, marks, ask=False)
+        except UserError:  # many a template takes no system message
+            continue
+        found.update(match.group() for match in tokenizer.added_pattern.finditer(text))
+    return found
+
+
+def _try_prompts(model: TextModel) -> None:
+    """Holds the ids of the second way to read a prompt, for those with typed control tokens, against the first's."""
+    for turns in _CONVERSATIONS if model.template.kind == "chat" else ():
+        try:
+            pieces = render_prompt(model.template, turns)
+        except UserError:
+            continue
+        ids = model.encode(pieces).tolist()
+        if encode_beside_typed(model.tokenizer, pieces) != ids:
+            raise UserError(
+                f"The tokenizer {model.tokenizer.name!r} cannot be copied: a prompt of its chat template would get "
+                "other tokens where somebody types a control token's name."
+            )
+
+
+_CONVERSATIONS = (
+    [Message("user", "Hi, 2 + 2?")],
+    [Message("user", " Tell me\n\nmore. "), Message("assistant", "No\u00e9l \U0001f600"), Message("user", "why")],
+    [Message("system", "Be kind."), Message("user", "x\n")],
+)
 
 
 # ------------------------------------------------------------------------------------------------ token ids
 
 
-def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece]) -> np.ndarray:
-    """A rendered prompt -> int32 [T], T >= 1, with BOS exactly once if the tokenizer's own post-processor adds one.
+def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True) -> np.ndarray:
+    """A rendered prompt -> int32 [T], T >= 1.
 
-    Only pieces of the template may hold special tokens: what a user typed never becomes one, not even together with
-    the template text beside it.
+    bos: put the tokenizer's BOS in front, exactly once, if its own post-processor adds one. A chat template writes
+        its own.
 
-    Raises UserError for an empty prompt without BOS: nothing would predict the response's first token.
+    Only pieces of the template may hold control tokens: what a user typed never becomes one, not even together with
+    the template text beside it. Where nobody typed one, these are the ids that the tokenizer gives the whole text.
+
+    Raises UserError for an empty prompt without BOS: nothing would predict the response's first token; and if the
+    tokens do not spell the prompt.
     """
     whole = "".join(piece.text for piece in pieces)
     require_unicode(tok, whole)
-    if _only_template_specials(tok, whole, pieces):
-        ids = tok.template_backend.encode(whole, add_special_tokens=False).ids
+    if _only_template_control(tok, whole, pieces):
+        ids = tok.backend.encode(whole, add_special_tokens=False).ids
     else:
-        ids = _encode_around_specials(tok, pieces)
-    if tok.bos_id is not None and (not ids or ids[0] != tok.bos_id):
+        ids = encode_beside_typed(tok, pieces)
+    ids = spelling_of(tok, ids, whole, control=True).tolist()
+    if bos and tok.bos_id is not None and (not ids or ids[0] != tok.bos_id):
         ids = [tok.bos_id, *ids]
     if not ids:
         raise UserError(
@@ -92,42 +161,58 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece]) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
-def _only_template_specials(tok: TextTokenizer, whole: str, pieces: Sequence[Piece]) -> bool:
-    """Whether every special token that can be read in the whole prompt lies inside one piece of the template."""
-    if tok.special_pattern is None:
+def _only_template_control(tok: TextTokenizer, whole: str, pieces: Sequence[Piece]) -> bool:
+    """Whether every control token that can be read in the whole prompt lies inside one piece of the template."""
+    if not tok.names_control(whole):
         return True
     edges = list(accumulate((len(piece.text) for piece in pieces), initial=0))
-    for match in tok.special_pattern.finditer(whole):
+    for match in tok.control_pattern.finditer(whole):
         number = bisect_right(edges, match.start()) - 1
         if not pieces[number].special or match.end() > edges[number + 1]:
             return False
     return True
 
 
-def _encode_around_specials(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[int]:
-    """Special tokens of the template by id, all text between two of them as one ordinary text."""
-    assert tok.special_pattern is not None
-    ids: list[int] = []
-    pending = ""
-    at_start = True
+def encode_beside_typed(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[int]:
+    """The ids of a prompt in which somebody typed a control token's name.
 
-    def flush() -> None:
-        nonlocal pending, at_start
-        if pending:
-            backend = tok.backend if at_start else tok.middle_backend
-            ids.extend(backend.encode(pending, add_special_tokens=False).ids)
-        pending, at_start = "", False
+    The tokenizer's copy reads it, to which such a name is ordinary text. The template's own control tokens are written
+    as stand-ins, which the copy looks for as the original looks for the tokens: with the same flags.
+    """
+    tokens = _template_tokens(tok, pieces)
+    while True:
+        text, places = _with_stand_ins(tokens)
+        encoding = tok.ordinary.encode(text, add_special_tokens=False)
+        read = [span for number, span in zip(encoding.ids, encoding.offsets) if number in tok.stand_ins]
+        missed = {key for key, (start, end) in places.items() if not any(a < end and start < b for a, b in read)}
+        if not missed:
+            return [tok.stand_ins.get(number, number) for number in without_control(tok, encoding.ids)]
+        # A token that is looked for after a space only, say, is no token here to the original either.
+        tokens = [(text, None if key in missed else token_id) for key, (text, token_id) in enumerate(tokens)]
 
+
+def _template_tokens(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[tuple[str, int | None]]:
+    """A prompt as texts, and beside each the id if it is a control token of the template's."""
+    parts: list[tuple[str, int | None]] = []
     for text, special in pieces:
         place = 0
-        for match in tok.special_pattern.finditer(text) if special else ():
-            pending += text[place : match.start()]
-            flush()
-            ids.append(tok.special[match.group()])
-            place = match.end()
-        pending += text[place:]
-    flush()
-    return ids
+        for match in tok.added_pattern.finditer(text) if special else ():
+            if match.group() in tok.control:
+                parts += [(text[place : match.start()], None), (match.group(), tok.control[match.group()])]
+                place = match.end()
+        parts.append((text[place:], None))
+    return parts
+
+
+def _with_stand_ins(parts: Sequence[tuple[str, int | None]]) -> tuple[str, dict[int, tuple[int, int]]]:
+    """The prompt with stand-ins, and where each of them lies in it, in characters."""
+    whole, places = "", {}
+    for key, (text, token_id) in enumerate(parts):
+        written = text if token_id is None else stand_in(token_id)
+        if token_id is not None:
+            places[key] = (len(whole), len(whole) + len(written))
+        whole += written
+    return whole, places
 
 
 # ------------------------------------------------------------------------------------------------ limits
@@ -173,7 +258,7 @@ def fit_prompt(
             messages[last] = Message(messages[last].role, messages[last].content[dropped:])
         pieces = [render_prompt(model.template, messages) for model in (teacher, student)]
         ends = ["".join(piece.text for piece in each)[-BORDER:] for each in pieces]
-        ids = [encode_prompt(model.tokenizer, each) for model, each in zip((teacher, student), pieces)]
+        ids = [model.encode(each) for model, each in zip((teacher, student), pieces)]
         return FittedPrompt(ids[0], ids[1], ends[0], ends[1], dropped)
 
     def fits(found: FittedPrompt) -> bool:

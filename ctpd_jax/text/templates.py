@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ctpd_jax.errors import UserError
@@ -29,6 +30,8 @@ from ctpd_jax.text.tokens import TextTokenizer
 # Llama 3's own template falls back to.
 TEMPLATE_DATE = datetime(2024, 7, 26)
 DEFAULT_SEPARATOR = "\n\n"
+_OURS = {"messages", "add_generation_prompt", "tools", "documents"}  # what a template is told in any case
+_STOP = "\ue0f3\ue0f4 "  # marks where a prefilled answer stops; its space shows whether the template trims
 
 
 class Piece(NamedTuple):
@@ -42,7 +45,8 @@ class Piece(NamedTuple):
 class PromptTemplate:
     """How one model wants to be asked.
 
-    "chat": `source` is a Jinja chat template in Hugging Face's dialect, `variables` are the special tokens it may name.
+    "chat": `source` is a Jinja chat template in Hugging Face's dialect, `variables` are the special tokens it may name,
+    `settings` a JSON object of what else it is told.
     "plain": `source` is the separator. A single user message is followed by it; in a conversation every turn is
     "Role: text" + separator, and "Assistant:" on a line of its own asks for the answer.
     """
@@ -50,51 +54,96 @@ class PromptTemplate:
     kind: Literal["chat", "plain"]
     source: str
     variables: tuple[tuple[str, str], ...] = ()
+    settings: str = "{}"
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the rendered text."""
-        content = [self.kind, self.source, sorted(self.variables), TEMPLATE_DATE.isoformat()]
+        content = [self.kind, self.source, sorted(self.variables), self.settings, TEMPLATE_DATE.isoformat()]
         return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
 
 
-def load_template(tokenizer: TextTokenizer, choice: str = "auto", separator: str = DEFAULT_SEPARATOR) -> PromptTemplate:
+def load_template(
+    tokenizer: TextTokenizer,
+    choice: str = "auto",
+    separator: str = DEFAULT_SEPARATOR,
+    template_variables: str = "",
+) -> PromptTemplate:
     """The template of a model.
 
     Args:
-      tokenizer: the model's tokenizer; it brings the chat template and the names of the special tokens.
-      choice: "auto" (the tokenizer's chat template if it has one, else plain), "chat", "plain", or a .jinja file.
+      tokenizer: the model's tokenizer; it brings the chat templates and the names of the special tokens.
+      choice: "auto" (the tokenizer's chat template if it has one, else plain), "chat", "chat:NAME" where it brings
+        several, "plain", or a .jinja file.
       separator: ends the prompt and the turns of a plain template.
+      template_variables: a JSON object of variables that the chat template knows, such as {"enable_thinking": false}.
 
     Raises:
-      UserError: "chat" without a chat template, a file that is not there, or a template that is not valid Jinja.
+      UserError: "chat" without a chat template, several of which none is the default, a file that is not there, a
+        template that is not valid Jinja, or a variable that it does not know.
     """
-    own = tokenizer.hf.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
-    if choice == "plain" or (choice == "auto" and not own):
+    kind, _, wanted = choice.partition(":")
+    name, own = tokenizer.name, tokenizer.hf.chat_template or {}
+    named = own if isinstance(own, dict) else {"default": own}
+    if choice == "plain" or (choice == "auto" and not named):
+        if template_variables:
+            raise UserError(f'The template of "{name}" is plain and takes no variables; template_variables has some.')
         return PromptTemplate("plain", separator)
-    if choice in ("auto", "chat"):
-        if not own:
-            raise UserError(
-                f'The tokenizer "{tokenizer.name}" has no chat template; set the template to "plain" or a .jinja file.'
-            )
-        source = own
+    if kind in ("auto", "chat"):
+        source = _own_template(named, wanted, name)
     else:
         path = Path(choice).expanduser()
         if path.suffix != ".jinja" or not path.is_file():
-            raise UserError(f'The template "{choice}" is none of "auto", "chat", "plain", nor an existing .jinja file.')
-        source = path.read_text(encoding="utf-8")
-    special = tokenizer.hf.special_tokens_map
-    variables = tuple(sorted((name, str(value)) for name, value in special.items() if isinstance(value, str)))
-    template = PromptTemplate("chat", source, variables)
+            raise UserError(
+                f'The template "{choice}" is none of "auto", "chat", "chat:NAME", "plain", nor an existing .jinja file.'
+            )
+        source = path.read_text(encoding="utf-8-sig")
+    special = tuple(
+        sorted((key, str(value)) for key, value in tokenizer.hf.special_tokens_map.items() if isinstance(value, str))
+    )
+    # Some editors put a byte order mark in front of a file, and it would stand in every prompt.
+    source = source.removeprefix("\ufeff")
     try:
-        _compiled(template.source)
+        _compiled(source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
-            f'The chat template of "{tokenizer.name}" is not valid Jinja, line {error.lineno}: {error.message}'
+            f'The chat template of "{name}" is not valid Jinja, line {error.lineno}: {error.message}'
         ) from None
-    return template
+    return PromptTemplate("chat", source, special, _settings(source, template_variables, name))
+
+
+def _own_template(named: dict[str, str], wanted: str, name: str) -> str:
+    """The template called `wanted`, else "default", else the only one."""
+    if not named:
+        raise UserError(f'The tokenizer "{name}" has no chat template; set the template to "plain" or a .jinja file.')
+    found = named.get(wanted or "default")
+    if found is None and not wanted and len(named) == 1:
+        found = next(iter(named.values()))
+    if found is None:
+        names = ", ".join(f'"chat:{each}"' for each in sorted(named))
+        raise UserError(
+            f'The tokenizer "{name}" has several chat templates and none called "{wanted or "default"}"; set the '
+            f"template to one of {names}."
+        )
+    return found
+
+
+def _settings(source: str, template_variables: str, name: str) -> str:
+    """The user's variables as canonical JSON. One that the template does not know would change nothing in silence."""
+    try:
+        chosen = json.loads(template_variables or "{}")
+    except ValueError as error:
+        raise UserError(f"template_variables = {template_variables!r} is not valid JSON: {error}.") from None
+    if not isinstance(chosen, dict):
+        raise UserError(f"template_variables = {template_variables!r} is not a JSON object of variables.")
+    known = jinja2.meta.find_undeclared_variables(_environment().parse(source)) - _OURS
+    for key in chosen:
+        if key not in known:
+            raise UserError(
+                f'template_variables sets {key!r}, which the chat template of "{name}" does not use; it uses '
+                f"{', '.join(sorted(known)) or 'none'}."
+            )
+    return json.dumps(chosen, sort_keys=True)
 
 
 # ------------------------------------------------------------------------------------------------ rendering
@@ -112,7 +161,7 @@ def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list
     """
     if template.kind == "plain":
         return _plain_pieces(template.source, messages)
-    whole = render_chat(template, messages)
+    whole = _prompt_text(template, messages)
     if not messages:
         return _pieces([whole], [])
     frame, order = _frame(template, tuple(message.role for message in messages))
@@ -139,7 +188,8 @@ def _plain_pieces(separator: str, messages: Sequence[Message]) -> list[Piece]:
     if len(messages) == 1 and messages[0].role == "user":
         return _pieces(["", separator], [messages[0].content])
     labels = [f"{message.role.capitalize()}: " for message in messages]
-    frame = [labels[0], *(separator + label for label in labels[1:]), f"{separator}Assistant:\n"]
+    asks = "" if _prefilled(messages) else f"{separator}Assistant:\n"
+    frame = [labels[0], *(separator + label for label in labels[1:]), asks]
     return _pieces(frame, [message.content for message in messages])
 
 
@@ -147,7 +197,7 @@ def _plain_pieces(separator: str, messages: Sequence[Message]) -> list[Piece]:
 def _frame(template: PromptTemplate, roles: tuple[str, ...]) -> tuple[list[str], list[int]]:
     """A template's own text around and between messages of these roles, and which message stands in each gap."""
     masked, marks = _masked(roles)
-    around = render_chat(template, masked)
+    around = _prompt_text(template, masked)
     for index, mark in enumerate(marks):
         if around.count(mark) != 1:
             what = "leaves out" if mark not in around else "repeats"
@@ -165,11 +215,11 @@ def _masked(roles: Sequence[str]) -> tuple[list[Message], list[str]]:
 def _edited(template: PromptTemplate, messages: Sequence[Message]) -> list[str]:
     """What a template makes of each message, each rendered for real amid marks."""
     masked, marks = _masked([message.role for message in messages])
-    around = render_chat(template, masked)
+    around = _prompt_text(template, masked)
     contents = []
     for index, message in enumerate(messages):
         before, after = around.split(marks[index])
-        text = render_chat(template, [*masked[:index], message, *masked[index + 1 :]])
+        text = _prompt_text(template, [*masked[:index], message, *masked[index + 1 :]])
         if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
             raise UserError(f"The chat template changes its own text with message {index + 1}; give another template.")
         contents.append(text[len(before) : len(text) - len(after)])
@@ -184,11 +234,30 @@ def _pieces(frame: Sequence[str], contents: Sequence[str]) -> list[Piece]:
     return [piece for piece in pieces if piece.text]
 
 
+def _prefilled(messages: Sequence[Message]) -> bool:
+    """Whether the prompt ends amid an answer, which the response continues."""
+    return bool(messages) and messages[-1].role == "assistant"
+
+
+def _prompt_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
+    """A prompt as a chat template renders it: up to the opening of the answer, or up to where a prefilled one stops."""
+    if not _prefilled(messages):
+        return render_chat(template, messages)
+    last = Message("assistant", messages[-1].content + _STOP)
+    text = render_chat(template, [*messages[:-1], last], ask=False)
+    before, found, after = text.rpartition(_STOP.strip())
+    if not found:
+        raise UserError("The chat template leaves out the answer that the prompt begins; give another template.")
+    # A template that trims messages has trimmed the mark's space, and would have trimmed the answer's.
+    return before if after.startswith(" ") else before.rstrip()
+
+
 def render_chat(template: PromptTemplate, messages: Sequence[Message], ask: bool = True) -> str:
     """A chat template's own rendering, with the opening of an answer at its end if `ask`."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    told = {"tools": None, "documents": None, **dict(template.variables), **json.loads(template.settings)}
     try:
-        return _compiled(template.source).render(messages=turns, add_generation_prompt=ask, **dict(template.variables))
+        return _compiled(template.source).render(messages=turns, add_generation_prompt=ask, **told)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message.role for message in messages) or "none"
         raise UserError(f"The chat template refuses the messages (roles: {roles}): {error}") from None
@@ -198,16 +267,20 @@ _COMPILED: dict[str, jinja2.Template] = {}
 
 
 def _compiled(source: str) -> jinja2.Template:
-    """Hugging Face's dialect of Jinja, in a sandbox: a template comes with a model from anywhere."""
     if source not in _COMPILED:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
-        _COMPILED[source] = environment.from_string(source)
+        _COMPILED[source] = _environment().from_string(source)
     return _COMPILED[source]
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Hugging Face's dialect of Jinja, in a sandbox: a template comes with a model from anywhere."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+    return environment
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -1,5 +1,9 @@
 """One tokenizer, probed: text -> ids, and the bytes of every token.
 
+The ids are those of the folder's tokenizer.json, read by the `tokenizers` library as it stands: classes that
+transformers would rebuild it with have no say. One copy is made of it, for words that somebody typed: the same
+tokenizer, in which the names of control tokens are ordinary text. It is compared with the original when it is made.
+
 The bytes of a token come from the vocabulary and never from the offsets a tokenizer reports: starts lie (trimmed or
 borrowed spaces, one emoji as four tokens at the same place), and ends lie as soon as text is normalised. Every
 encoding is checked byte for byte against the normalised text, N(text): the text as the tokenizer's own normaliser
@@ -14,20 +18,24 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.text import probe
+from ctpd_jax.text import probe, spelling
 from ctpd_jax.text.cuts import clean_cuts, code_points, utf8_lengths
+from ctpd_jax.text.folder import open_tokenizer
 from ctpd_jax.text.probe import CONTROL, Prefix, Vocabulary
 
 BORDER = 64  # characters on either side of a border that decide whether a token reaches over it
+# Stands for a control token where a template's text is read beside what somebody typed. Noncharacters are not for
+# interchange, so they do not turn up in texts; one that has them is refused.
+_STAND_IN = "\ufdd0{}\ufdd1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,56 +43,69 @@ class TextTokenizer:
     """A tokenizer that passed the probe. Compare two of them by `fingerprint`, never by vocabulary size."""
 
     name: str  # as the user gave it, for messages
-    hf: Any  # the PreTrainedTokenizerFast as loaded: chat template, eos, decode. Encode with the functions below.
-    backend: Tokenizer = field(repr=False)  # special tokens typed in a text are ordinary text to this copy
-    fingerprint: str  # sha256 of the tokenizer's content, from the folder or from memory alike
+    hf: Any  # the PreTrainedTokenizerFast as loaded: names of tokens, chat template, decode. Encode with `encode`.
+    backend: Tokenizer = field(repr=False)  # tokenizer.json as it stands: for templates
+    ordinary: Tokenizer = field(repr=False)  # the copy to which the names of control tokens are ordinary text
+    fingerprint: str  # sha256 of the tokenizer's content and control tokens, from the folder or from memory alike
     bos_id: int | None  # the token that the tokenizer's own post-processor puts in front, if it does
     byte_level: bool  # vocabulary in the byte-level alphabet, else pieces with a space marker and <0xNN>
     marker: str | None  # the space marker ("\u2581"), if there is one
     form: str | None  # canonical normalisation: "NFC", "NFD" or None
     prefix: Prefix  # when a dummy space is put in front
     vocabulary: Vocabulary = field(repr=False)  # the bytes of every token
-    restarts: np.ndarray = field(repr=False)  # bool [V], added tokens after which a dummy space comes again
+    control: dict[str, int] = field(repr=False)  # tokens that never come from somebody's words -> id
+    stand_ins: dict[int, int] = field(repr=False)  # id of a stand-in in `ordinary` -> the control token's
     _normalizer: Any = field(repr=False)  # of the tokenizers library, without the dummy space; None if no form
-    special: dict[str, int] = field(repr=False)  # special token -> id
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextTokenizer:
         return self  # nothing in it ever changes
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; empty for special tokens."""
+        """The bytes that a token stands for; empty for control tokens."""
         vocabulary = self.vocabulary
         start, length = int(vocabulary.starts[token_id]), max(int(vocabulary.lengths[token_id]), 0)
         return vocabulary.pool[start : start + length].tobytes()
 
     @cached_property
-    def template_backend(self) -> Tokenizer:
-        """A copy in which special tokens are special: for the text of templates."""
-        backend = Tokenizer.from_str(probe.serialize(self.hf.backend_tokenizer))
-        backend.encode_special_tokens = False
-        return backend
+    def eos_id(self) -> int | None:
+        """The id of the token that the folder calls eos_token; None if it names none."""
+        return None if self.hf.eos_token is None else self.backend.token_to_id(self.hf.eos_token)
 
     @cached_property
-    def middle_backend(self) -> Tokenizer:
-        """`backend` for text that does not stand at the start, where Metaspace "first" puts no dummy space."""
-        if not self.prefix.first_only:
-            return self.backend
-        return Tokenizer.from_str(json.dumps(probe.without_prefix(json.loads(self.backend.to_str()))))
+    def added(self) -> dict[int, AddedToken]:
+        """The added tokens by id."""
+        return self.backend.get_added_tokens_decoder()
 
     @cached_property
-    def _byte_literal_backend(self) -> Tokenizer:
-        """`backend` for texts in which somebody typed "<0x41>", which some models take for the byte token."""
-        return Tokenizer.from_str(json.dumps(probe.split_byte_literals(json.loads(self.backend.to_str()))))
+    def ids_of_added(self) -> dict[str, int]:
+        """The ids of the added tokens by name."""
+        return {token.content: token_id for token_id, token in self.added.items()}
 
     @cached_property
-    def special_pattern(self) -> re.Pattern[str] | None:
-        longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    def added_pattern(self) -> re.Pattern[str]:
+        """Finds the names of added tokens, the longest first as the tokenizer does."""
+        names = sorted((token.content for token in self.added.values()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     @cached_property
-    def special_firsts(self) -> frozenset[str]:
-        """The characters with which special tokens begin: a text without any of them need not be searched."""
-        return frozenset(token[0] for token in self.special)
+    def control_names(self) -> dict[int, str]:
+        """The names of the control tokens by id."""
+        return {token_id: name for name, token_id in self.control.items()}
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Finds the names of control tokens, the longest first as the tokenizer does."""
+        longest_first = sorted(self.control, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @cached_property
+    def _control_firsts(self) -> frozenset[str]:
+        return frozenset(token[0] for token in self.control)
+
+    def names_control(self, text: str) -> bool:
+        """Whether the name of a control token stands in a text."""
+        # A text without any of their first characters need not be searched.
+        return any(map(text.__contains__, self._control_firsts)) and self.control_pattern.search(text) is not None
 
 
 def normalize(tok: TextTokenizer, text: str) -> str:
@@ -112,61 +133,158 @@ def load_tokenizer(source: Any) -> TextTokenizer:
         known = _PROBED.get(id(source))
         if known is not None and known[0] is source and known[1] == len(source):
             return known[2]
-        tok = _probed(source, getattr(source, "name_or_path", "") or type(source).__name__)
+        name = getattr(source, "name_or_path", "") or type(source).__name__
+        if not getattr(source, "is_fast", False) or not hasattr(source, "backend_tokenizer"):
+            raise UserError(
+                f"The tokenizer {name!r} has no fast version (a tokenizer.json), and only those give access to their "
+                "vocabulary's bytes; convert it with transformers' convert_slow_tokenizer and save it."
+            )
+        tok = _probed(source, source.backend_tokenizer.to_str(), name)
         _PROBED[id(source)] = (source, len(source), tok)
         while len(_PROBED) > _KEEP:
             _PROBED.popitem(last=False)
         return tok
-    from transformers import AutoTokenizer
-
-    try:
-        hf = AutoTokenizer.from_pretrained(str(source))
-    except Exception as error:  # transformers raises anything here, KeyError included; the user needs the name
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UserError(f"The tokenizer {str(source)!r} cannot be loaded: {reason}") from error
-    return _probed(hf, str(source))
+    hf, content = open_tokenizer(str(source))
+    return _probed(hf, content, str(source))
 
 
-def _probed(hf: Any, name: str) -> TextTokenizer:
-    if not getattr(hf, "is_fast", False) or not hasattr(hf, "backend_tokenizer"):
-        raise UserError(
-            f"The tokenizer {name!r} has no fast version (a tokenizer.json), and only those give access to their "
-            "vocabulary's bytes; convert it with transformers' convert_slow_tokenizer and save it."
-        )
-    serialized = probe.serialize(hf.backend_tokenizer)
-    state = json.loads(serialized)
-    special = {t["content"]: t["id"] for t in state["added_tokens"] if t["special"]}
+def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
+    """`content`: tokenizer.json, whose ids are the truth. `hf`: the names of its special tokens."""
+    backend = _without_limits(content)
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        if backend.token_to_id(token["content"]) != token["id"]:
+            raise UserError(
+                f"The tokenizer {name!r} gives the added token {token['content']!r} the id {token['id']}, but reads it "
+                f"as {backend.token_to_id(token['content'])}; repair its tokenizer.json or take the original one."
+            )
+    for token, token_id in hf.get_added_vocab().items():
+        # A padding token is never read; any other one would be text here and a token to transformers.
+        if backend.token_to_id(token) != token_id and token != hf.pad_token:
+            raise UserError(
+                f"The tokenizer {name!r} names the token {token!r} (id {token_id}) in tokenizer_config.json, but its "
+                "tokenizer.json does not have it; load it with transformers, save it again, and take that folder."
+            )
+    named = {str(token) for token in hf.all_special_tokens}
+    control = {t["content"] for t in state["added_tokens"] if t["special"] or t["content"] in named}
     facts = probe.read_facts(state, name)  # refuses what cannot be lossless
-    vocabulary = probe.read_vocabulary(state, facts, name)
-    restarts = np.zeros(len(vocabulary.lengths), bool)
-    restarts[probe.restarting_tokens(state, facts.prefix)] = True
+    post_processor = json.loads(hf.backend_tokenizer.to_str())["post_processor"]
     tok = TextTokenizer(
         name=name,
         hf=hf,
-        backend=Tokenizer.from_str(json.dumps(probe.literal_state(state))),
-        fingerprint=hashlib.sha256(serialized.encode()).hexdigest(),
-        bos_id=_bos_of_post_processor(state, name),
+        backend=backend,
+        ordinary=backend,
+        fingerprint="",
+        bos_id=_bos_of_post_processor(post_processor, name),
         byte_level=facts.byte_level,
         marker=facts.marker,
         form=facts.form,
         prefix=facts.prefix,
-        vocabulary=vocabulary,
-        restarts=restarts,
+        vocabulary=probe.read_vocabulary(state, facts, name),
+        control={},
+        stand_ins={},
         _normalizer=probe.form_normalizer(facts.form),
-        special=special,
     )
-    for text in (*probe.TEXTS, *list(special)[:16]):
-        try:
-            encode(tok, text)
-        except UserError as error:
-            raise UserError(f"The tokenizer {name!r} is not lossless and cannot be aligned. {error}") from error
-    return tok
+    return _with_control(tok, control)
 
 
-def _bos_of_post_processor(state: dict[str, Any], name: str) -> int | None:
+def _without_limits(content: str) -> Tokenizer:
+    backend = Tokenizer.from_str(content)
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # a tokenizer saved amid training reads a text another way each time
+    return backend
+
+
+def with_control(tok: TextTokenizer, names: Iterable[str]) -> TextTokenizer:
+    """The tokenizer to which these added tokens are control tokens too, flagged as special or not.
+
+    Raises UserError as `load_tokenizer` does.
+    """
+    control = set(names).intersection(token.content for token in tok.added.values()) | set(tok.control)
+    return tok if control == set(tok.control) else _with_control(tok, control)
+
+
+def _with_control(tok: TextTokenizer, control: set[str]) -> TextTokenizer:
+    ids = {token: tok.ids_of_added[token] for token in sorted(control)}
+    ordinary, stand_ins = _ordinary(tok.backend, ids)
+    lengths = tok.vocabulary.lengths.copy()
+    lengths[list(ids.values())] = CONTROL
+    found = replace(
+        tok,
+        ordinary=ordinary,
+        fingerprint=hashlib.sha256(json.dumps([tok.backend.to_str(), sorted(control)]).encode("ascii")).hexdigest(),
+        vocabulary=replace(tok.vocabulary, lengths=lengths),
+        control=ids,
+        stand_ins=stand_ins,
+    )
+    _try_out(found)
+    return found
+
+
+def _ordinary(backend: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
+    """The copy that takes the names of control tokens for ordinary text, and the ids of their stand-ins in it.
+
+    Nothing is taken out of it, so that no id moves; the stand-ins come after all others, and each is looked for as
+    its control token is: with the same flags.
+    """
+    copy = Tokenizer.from_str(backend.to_str())
+    known = backend.get_added_tokens_decoder()
+
+    def like(token_id: int, content: str, special: bool) -> AddedToken:
+        token = known[token_id]
+        return AddedToken(
+            content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+            special=special,
+        )
+
+    copy.add_special_tokens([like(token_id, token, True) for token, token_id in control.items()])
+    copy.add_tokens([like(token_id, stand_in(token_id), False) for token_id in control.values()])
+    copy.encode_special_tokens = True
+    there = {token.content: token_id for token_id, token in copy.get_added_tokens_decoder().items()}
+    return copy, {there[stand_in(token_id)]: token_id for token_id in control.values()}
+
+
+def stand_in(token_id: int) -> str:
+    """The text that stands for a control token in `TextTokenizer.ordinary`."""
+    return _STAND_IN.format(token_id)
+
+
+def _try_out(tok: TextTokenizer) -> None:
+    """Holds the copy against the original, token by token and on texts, and both against the texts' bytes."""
+    there = tok.ordinary.get_added_tokens_decoder()
+    for token_id, token in tok.added.items():
+        if token_id not in there or there[token_id].content != token.content:
+            raise UserError(f"The tokenizer {tok.name!r} cannot be copied: {token.content!r} loses its id {token_id}.")
+    words = [token.content for token in tok.added.values() if token.content not in tok.control]
+    texts = [text for text in probe.TEXTS if not tok.names_control(text)]
+    for word in words:
+        texts += [word, f"{word}{word}", f"x.{word} {word}\n{word}y", f" a {word}  b"]
+    theirs = tok.backend.encode_batch_fast(texts, add_special_tokens=False)
+    names = list(tok.control)
+    typed = [*names[:16], *("a {} b ".format(" ".join(names[i : i + 64])) for i in range(0, len(names), 64))]
+    try:
+        found = encode_batch(tok, texts)
+        encode_batch(tok, [*typed, *(text for text in probe.TEXTS if tok.names_control(text))])
+    except UserError as error:
+        raise UserError(f"The tokenizer {tok.name!r} is not lossless and cannot be aligned. {error}") from error
+    for text, ids, encoding in zip(texts, found, theirs, strict=True):
+        if ids.tolist() != encoding.ids:
+            raise UserError(
+                f"The tokenizer {tok.name!r} cannot be copied: {text[:60]!r} would get the ids {ids.tolist()[:12]} "
+                f"instead of {encoding.ids[:12]}."
+            )
+
+
+def _bos_of_post_processor(post_processor: dict[str, Any] | None, name: str) -> int | None:
     """The token that the tokenizer puts before every text, found by asking its post-processor about one word."""
     word = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-    stub = {"version": "1.0", "added_tokens": [], "post_processor": state["post_processor"], "model": word}
+    stub: dict[str, Any] = {"version": "1.0", "added_tokens": [], "post_processor": post_processor, "model": word}
     backend = Tokenizer.from_str(json.dumps(stub))
     encoding = backend.encode("a")
     front = []
@@ -186,7 +304,7 @@ def _bos_of_post_processor(state: dict[str, Any], name: str) -> int | None:
 
 
 def encode(tok: TextTokenizer, text: str) -> np.ndarray:
-    """Ordinary text -> int32 [T]: no BOS, no end-of-turn, and "<|im_end|>" typed in it is seven letters and signs.
+    """Ordinary text -> int32 [T]: no BOS, no end-of-turn, and "<|im_end|>" typed in it is ten letters and signs.
 
     Raises UserError if the tokens do not spell N(text) byte for byte.
     """
@@ -197,24 +315,62 @@ def encode_batch(tok: TextTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """`encode` of several texts at once, on all cores: int32 [T] each."""
     for text in texts:
         require_unicode(tok, text)
-    encodings = tok.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    batch = [np.array(encoding.ids, np.int32) for encoding in encodings]
-    for index, text in enumerate(texts):
-        if not tok.byte_level and "<0x" in text:
-            batch[index] = _encode_byte_literals(tok, text, batch[index])
-        byte_ends(tok, batch[index], normalize(tok, text), whole=True)
-    return batch
+    encodings = tok.ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [spelling_of(tok, without_control(tok, encoding.ids), text) for text, encoding in zip(texts, encodings)]
 
 
-def _encode_byte_literals(tok: TextTokenizer, text: str, ids: np.ndarray) -> np.ndarray:
-    try:
-        byte_ends(tok, ids, normalize(tok, text), whole=True)
-    except UserError:
-        return np.array(tok._byte_literal_backend.encode(text, add_special_tokens=False).ids, np.int32)
-    return ids
+def spelling_of(tok: TextTokenizer, ids: Sequence[int], text: str, control: bool = False) -> np.ndarray:
+    """The ids of a text, int32 [T], held against its bytes as `byte_ends` does, and raising as it does.
+
+    A typed "<0x41>", which some models take for the byte piece, is taken apart into characters.
+    """
+    found, normalized = np.array(ids, np.int32), normalize(tok, text)
+    if tok.vocabulary.byte_names and "<0x" in normalized:
+        data = normalized.encode("utf-8")
+        ends = spelling.search(tok.vocabulary, tok.prefix, found, data, whole=True, names=True)
+        if ends is not None and not np.array_equal(ends, np.cumsum(tok.vocabulary.sizes[found])):
+            names = tok.vocabulary.byte_names
+            sizes = np.diff(ends, prepend=0).tolist()
+            pieces = [
+                _spelled(tok, names[i].decode()) if i in names and size > 1 else [i] for i, size in zip(ids, sizes)
+            ]
+            found = np.array([i for piece in pieces for i in piece], np.int32)
+    byte_ends(tok, found, normalized, whole=True, control=control)
+    return found
+
+
+def without_control(tok: TextTokenizer, ids: Sequence[int]) -> list[int]:
+    """Ids of ordinary text, control tokens that the model itself has spelled taken apart into characters.
+
+    Some models can: a Unigram model by its vocabulary, a BPE model by its merges or by `ignore_merges`.
+    """
+    names = tok.control_names
+    if names.keys().isdisjoint(ids):
+        return list(ids)
+    return [piece for i in ids for piece in (_spelled(tok, names[i]) if i in names else [i])]
+
+
+def _spelled(tok: TextTokenizer, name: str) -> list[int]:
+    """A text as the tokens of its characters, or of their bytes."""
+
+    def ids(pieces: Iterable[str]) -> list[int]:
+        found = [tok.backend.token_to_id(piece) for piece in pieces]
+        return [token_id for token_id in found if token_id is not None]
+
+    if tok.byte_level:
+        alphabet = {byte: chr(point) for point, byte in probe.byte_alphabet().items()}
+        return ids(alphabet[byte] for byte in name.encode("utf-8"))
+    characters = name.replace(" ", tok.marker or " ")
+    return [i for c in characters for i in ids([c]) or ids(f"<0x{byte:02X}>" for byte in c.encode("utf-8"))]
 
 
 def require_unicode(tok: TextTokenizer, text: str) -> None:
+    """Raises UserError for text that no tokenizer can read, and for text that poses as a control token's stand-in."""
+    if _STAND_IN[0] in text and re.search(_STAND_IN.format("[0-9]+"), text):
+        raise UserError(
+            f"The text {_excerpt(text, text.index(_STAND_IN[0]))} holds a number between the noncharacters U+FDD0 and "
+            "U+FDD1, which are reserved here; remove them or drop the example."
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -224,72 +380,43 @@ def require_unicode(tok: TextTokenizer, text: str) -> None:
         ) from error
 
 
-def byte_ends(tok: TextTokenizer, ids: np.ndarray, normalized: str, whole: bool = False) -> np.ndarray:
+def byte_ends(
+    tok: TextTokenizer, ids: np.ndarray, normalized: str, whole: bool = False, control: bool = False
+) -> np.ndarray:
     """Where each token ends in the bytes of N(text): int [T] -> int64 [T].
 
     normalized: N(text), see `normalize`. The dummy space counts zero bytes, so a token that is nothing else has the
-    end of the token before it. ids may stop before the text does (truncation) unless `whole`.
+    end of the token before it. ids may stop before the text does (truncation) unless `whole`. With `control` a control
+    token spells its name, as in the text of a template; else it is refused.
     Raises UserError if the tokens do not spell the text.
     """
     ids = np.asarray(ids, np.int64)
-    data = np.frombuffer(normalized.encode("utf-8"), np.uint8)
-    size = len(tok.vocabulary.lengths)
+    vocabulary = tok.vocabulary
+    size = len(vocabulary.lengths)
     if len(ids) and (ids.min() < 0 or ids.max() >= size):
         raise UserError(f"An id outside 0..{size - 1} does not belong to the tokenizer {tok.name!r}.")
-    lengths = tok.vocabulary.lengths[ids]
+    lengths = (vocabulary.sizes if control else vocabulary.lengths)[ids]
     if (lengths == CONTROL).any():
         token_id = int(ids[np.argmax(lengths == CONTROL)])
         raise UserError(
             f"The special token {tok.backend.id_to_token(token_id) or token_id!r} (id {token_id}) of {tok.name!r} "
             "stands for no text: a character outside the vocabulary, or an end-of-turn token left in the ids."
         )
-    skip = _dummy_spaces(tok, ids, lengths, data)
-    ends = np.cumsum(lengths - skip)
-    total = int(ends[-1]) if len(ends) else 0
-    # Gather the bytes of all tokens: for byte i of the result, its place in the pool.
-    begin = tok.vocabulary.starts[ids] + skip
-    count = lengths - skip
-    spelled = tok.vocabulary.pool[np.arange(total) + np.repeat(begin - (ends - count), count)]
-    same = total == len(data) if whole else total <= len(data)
-    if not same or not np.array_equal(spelled, data[:total]):
-        shared = min(total, len(data))
-        differs = np.flatnonzero(spelled[:shared] != data[:shared])
-        place = int(differs[0]) if len(differs) else shared
-        if place < len(data) and int(data[place]) in tok.vocabulary.missing:
+    text = normalized.encode("utf-8")
+    data = np.frombuffer(text, np.uint8)
+    ends, place = spelling.compare(vocabulary, tok.prefix, ids, data, whole)
+    if ends is None:
+        ends = spelling.search(vocabulary, tok.prefix, ids, text, whole)
+    if ends is None:
+        if place < len(data) and int(data[place]) in vocabulary.missing:
             raise UserError(
                 f"The tokenizer {tok.name!r} has no token for the byte 0x{data[place]:02X}, at byte {place} of "
                 f"the text, near {_near(data, place)}; remove that character from the text or leave the example out."
             )
         raise UserError(
-            f"The tokens of {tok.name!r} do not spell the text: at byte {place}, near {_near(data, place)}, they say "
-            f"{spelled[place : place + 12].tobytes()!r}, the text {data[place : place + 12].tobytes()!r}."
+            f"The tokens of {tok.name!r} do not spell the text: they differ at byte {place}, near {_near(data, place)}."
         )
     return ends
-
-
-def _dummy_spaces(tok: TextTokenizer, ids: np.ndarray, lengths: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """1 for each token that begins with a dummy space, else 0: int64 [T]."""
-    skip = np.zeros(len(ids), np.int64)
-    if not tok.prefix.present or not len(ids):
-        return skip
-    first = np.zeros(len(ids), bool)
-    first[0] = not tok.restarts[ids[0]]
-    if not tok.prefix.first_only:
-        first[1:] = tok.restarts[ids[:-1]] & ~tok.restarts[ids[1:]]
-    heads = np.flatnonzero(first)
-    if tok.prefix.always:
-        skip[heads] = 1
-        return skip
-    # A dummy space only where the text has none of its own. There is one head per added token typed in the text.
-    before = np.cumsum(lengths) - lengths
-    skipped = 0
-    for head in heads.tolist():
-        place = int(before[head]) - skipped
-        starts_with_space = tok.vocabulary.pool[tok.vocabulary.starts[ids[head]]] == 0x20
-        if starts_with_space and not (place < len(data) and data[place] == 0x20):
-            skip[head] = 1
-            skipped += 1
-    return skip
 
 
 def cut_offsets(tok: TextTokenizer, text: str) -> np.ndarray:
@@ -308,10 +435,10 @@ def cut_offsets(tok: TextTokenizer, text: str) -> np.ndarray:
 
 
 def special_literals(tok: TextTokenizer, text: str) -> int:
-    """How many special tokens' names stand in a text; as somebody's words they are encoded as ordinary text."""
-    if tok.special_pattern is None or not any(first in text for first in tok.special_firsts):
+    """How many control tokens' names stand in a text; as somebody's words they are encoded as ordinary text."""
+    if not tok.names_control(text):
         return 0
-    return sum(1 for _ in tok.special_pattern.finditer(text))
+    return sum(1 for _ in tok.control_pattern.finditer(text))
 
 
 def merges_across(tok: TextTokenizer, contexts: Sequence[str], responses: Sequence[str]) -> int:

@@ -1,0 +1,98 @@
+"""Where each token ends in the bytes of a text, found by spelling the text with the tokens' bytes.
+
+Nearly every token stands for the same bytes wherever it occurs, and one vectorised comparison settles a text. What does
+not: a dummy space after an added token, an added token that takes the white space beside it along (`lstrip`, `rstrip`)
+or that the model spells otherwise than the text does. Those texts are searched token by token.
+
+Letters: T tokens, B bytes of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ctpd_jax.text.probe import Prefix, Vocabulary
+
+
+def compare(
+    vocabulary: Vocabulary, prefix: Prefix, ids: np.ndarray, data: np.ndarray, whole: bool
+) -> tuple[np.ndarray | None, int]:
+    """Spell a text with the usual bytes of its tokens.
+
+    ids: int64 [T], every one of which stands for bytes. data: uint8 [B], the text.
+    Returns the tokens' ends, int64 [T], or None if they do not spell the text; and the first byte that differs.
+    """
+    skip = np.zeros(len(ids), np.int64)
+    if prefix.present and len(ids) and vocabulary.sizes[ids[0]] and vocabulary.pool[vocabulary.starts[ids[0]]] == 0x20:
+        skip[0] = prefix.always or not (len(data) and data[0] == 0x20)
+    count = vocabulary.sizes[ids] - skip
+    ends = np.cumsum(count)
+    total = int(ends[-1]) if len(ends) else 0
+    # Gather the bytes of all tokens: for byte i of the result, its place in the pool.
+    begin = vocabulary.starts[ids] + skip
+    spelled = vocabulary.pool[np.arange(total) + np.repeat(begin - (ends - count), count)]
+    shared = min(total, len(data))
+    differs = np.flatnonzero(spelled[:shared] != data[:shared])
+    place = int(differs[0]) if len(differs) else shared
+    same = not len(differs) and (total == len(data) if whole else total <= len(data))
+    return (ends if same else None), place
+
+
+def search(
+    vocabulary: Vocabulary, prefix: Prefix, ids: np.ndarray, data: bytes, whole: bool, names: bool = False
+) -> np.ndarray | None:
+    """Spell a text with whatever its tokens may stand for; the arguments and the ends are those of `compare`.
+
+    names: a byte piece may also have been read where somebody typed its name, "<0x41>".
+
+    Keeps, for each token, the places where it may end and where it then began. Those are one or two.
+    """
+    steps: list[dict[int, int]] = []
+    places = [0]
+    after_added = True  # the start of a text is where a dummy space comes, too
+    for token_id in ids.tolist():
+        step: dict[int, int] = {}
+        for place in places:
+            for end in _ends(vocabulary, prefix, token_id, data, place, after_added, names):
+                step.setdefault(end, place)
+        steps.append(step)
+        places = list(step)
+        after_added = token_id in vocabulary.added
+    if not places or (whole and len(data) not in places):
+        return None
+    place = len(data) if whole else places[0]
+    ends = np.zeros(len(steps), np.int64)
+    for index in range(len(steps) - 1, -1, -1):
+        ends[index] = place
+        place = steps[index][place]
+    return ends
+
+
+def _ends(
+    vocabulary: Vocabulary, prefix: Prefix, token_id: int, data: bytes, place: int, dummy: bool, names: bool
+) -> Iterator[int]:
+    """The places where a token may end that begins at `place`, the likeliest first."""
+    added = vocabulary.added.get(token_id)
+    start = int(vocabulary.starts[token_id])
+    usual = vocabulary.pool[start : start + int(vocabulary.sizes[token_id])].tobytes()
+    spellings = added.spellings if added else (usual,)
+    if names and token_id in vocabulary.byte_names:
+        spellings = (*spellings, vocabulary.byte_names[token_id])
+    if dummy and prefix.present:
+        shorter = tuple(spelling[1:] for spelling in spellings if spelling.startswith(b" "))
+        spellings = (*shorter, *spellings) if prefix.always else (*spellings, *shorter)
+    begins = _white(data, place) if added and added.lstrip else [place]
+    for begin in begins:
+        for spelling in spellings:
+            if data.startswith(spelling, begin):
+                end = begin + len(spelling)
+                yield from _white(data, end) if added and added.rstrip else [end]
+
+
+def _white(data: bytes, place: int) -> list[int]:
+    """How far white space may be taken along from `place`: the furthest first, not at all last."""
+    rest = data[place:].decode("utf-8", "ignore")
+    run = rest[: len(rest) - len(rest.lstrip())]
+    return [place + len(run[:count].encode("utf-8")) for count in range(len(run), -1, -1)]
