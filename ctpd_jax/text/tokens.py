@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.text import probe, spelling
@@ -168,14 +168,13 @@ def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
     named = {str(token) for token in hf.all_special_tokens}
     control = {t["content"] for t in state["added_tokens"] if t["special"] or t["content"] in named}
     facts = probe.read_facts(state, name)  # refuses what cannot be lossless
-    post_processor = json.loads(hf.backend_tokenizer.to_str())["post_processor"]
     tok = TextTokenizer(
         name=name,
         hf=hf,
         backend=backend,
         ordinary=backend,
         fingerprint="",
-        bos_id=_bos_of_post_processor(post_processor, name),
+        bos_id=_bos_of_post_processor(hf, name),
         byte_level=facts.byte_level,
         marker=facts.marker,
         form=facts.form,
@@ -208,13 +207,14 @@ def with_control(tok: TextTokenizer, names: Iterable[str]) -> TextTokenizer:
 
 def _with_control(tok: TextTokenizer, control: set[str]) -> TextTokenizer:
     ids = {token: tok.ids_of_added[token] for token in sorted(control)}
-    ordinary, stand_ins = _ordinary(tok.backend, ids)
+    content = tok.backend.to_str()
+    ordinary, stand_ins = _ordinary(Tokenizer.from_str(content), ids)
     lengths = tok.vocabulary.lengths.copy()
     lengths[list(ids.values())] = CONTROL
     found = replace(
         tok,
         ordinary=ordinary,
-        fingerprint=hashlib.sha256(json.dumps([tok.backend.to_str(), sorted(control)]).encode("ascii")).hexdigest(),
+        fingerprint=hashlib.sha256(json.dumps([content, sorted(control)]).encode("ascii")).hexdigest(),
         vocabulary=replace(tok.vocabulary, lengths=lengths),
         control=ids,
         stand_ins=stand_ins,
@@ -223,14 +223,13 @@ def _with_control(tok: TextTokenizer, control: set[str]) -> TextTokenizer:
     return found
 
 
-def _ordinary(backend: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
-    """The copy that takes the names of control tokens for ordinary text, and the ids of their stand-ins in it.
+def _ordinary(copy: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
+    """Makes a copy take the names of control tokens for ordinary text; returns it and the ids of their stand-ins.
 
     Nothing is taken out of it, so that no id moves; the stand-ins come after all others, and each is looked for as
     its control token is: with the same flags.
     """
-    copy = Tokenizer.from_str(backend.to_str())
-    known = backend.get_added_tokens_decoder()
+    known = copy.get_added_tokens_decoder()
 
     def like(token_id: int, content: str, special: bool) -> AddedToken:
         token = known[token_id]
@@ -281,12 +280,14 @@ def _try_out(tok: TextTokenizer) -> None:
             )
 
 
-def _bos_of_post_processor(post_processor: dict[str, Any] | None, name: str) -> int | None:
-    """The token that the tokenizer puts before every text, found by asking its post-processor about one word."""
-    word = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-    stub: dict[str, Any] = {"version": "1.0", "added_tokens": [], "post_processor": post_processor, "model": word}
-    backend = Tokenizer.from_str(json.dumps(stub))
-    encoding = backend.encode("a")
+def _bos_of_post_processor(hf: Any, name: str) -> int | None:
+    """The token that the tokenizer puts before every text, found by asking its post-processor about one word.
+
+    It is that of transformers, which follows `add_bos_token` in tokenizer_config.json.
+    """
+    word = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    word.post_processor = hf.backend_tokenizer.post_processor
+    encoding = word.encode("a")
     front = []
     for token_id, special in zip(encoding.ids, encoding.special_tokens_mask):
         if not special:
