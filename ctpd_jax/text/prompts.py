@@ -12,6 +12,7 @@ import numpy as np
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
+from ctpd_jax.text.backends import stand_in
 from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_chat, render_prompt
 from ctpd_jax.text.tokens import (
     BORDER,
@@ -19,7 +20,6 @@ from ctpd_jax.text.tokens import (
     load_tokenizer,
     require_unicode,
     spelling_of,
-    stand_in,
     with_control,
     without_control,
 )

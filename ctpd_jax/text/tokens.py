@@ -24,18 +24,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.text import probe, spelling
+from ctpd_jax.text.backends import STAND_INS, bos_of_post_processor, open_tokenizer, ordinary_copy, without_limits
 from ctpd_jax.text.cuts import clean_cuts, code_points, utf8_lengths
-from ctpd_jax.text.folder import open_tokenizer
 from ctpd_jax.text.probe import CONTROL, Prefix, Vocabulary
 
 BORDER = 64  # characters on either side of a border that decide whether a token reaches over it
-# Stands for a control token where a template's text is read beside what somebody typed. Noncharacters are not for
-# interchange, so they do not turn up in texts; one that has them is refused.
-_STAND_IN = "\ufdd0{}\ufdd1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +147,7 @@ def load_tokenizer(source: Any) -> TextTokenizer:
 
 def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
     """`content`: tokenizer.json, whose ids are the truth. `hf`: the names of its special tokens."""
-    backend = _without_limits(content)
+    backend = without_limits(content)
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         if backend.token_to_id(token["content"]) != token["id"]:
@@ -174,7 +171,7 @@ def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
         backend=backend,
         ordinary=backend,
         fingerprint="",
-        bos_id=_bos_of_post_processor(hf, name),
+        bos_id=bos_of_post_processor(hf, name),
         byte_level=facts.byte_level,
         marker=facts.marker,
         form=facts.form,
@@ -185,15 +182,6 @@ def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
         _normalizer=probe.form_normalizer(facts.form),
     )
     return _with_control(tok, control)
-
-
-def _without_limits(content: str) -> Tokenizer:
-    backend = Tokenizer.from_str(content)
-    backend.no_truncation()
-    backend.no_padding()
-    if getattr(backend.model, "dropout", None):
-        backend.model.dropout = None  # a tokenizer saved amid training reads a text another way each time
-    return backend
 
 
 def with_control(tok: TextTokenizer, names: Iterable[str]) -> TextTokenizer:
@@ -208,7 +196,7 @@ def with_control(tok: TextTokenizer, names: Iterable[str]) -> TextTokenizer:
 def _with_control(tok: TextTokenizer, control: set[str]) -> TextTokenizer:
     ids = {token: tok.ids_of_added[token] for token in sorted(control)}
     content = tok.backend.to_str()
-    ordinary, stand_ins = _ordinary(Tokenizer.from_str(content), ids)
+    ordinary, stand_ins = ordinary_copy(Tokenizer.from_str(content), ids)
     lengths = tok.vocabulary.lengths.copy()
     lengths[list(ids.values())] = CONTROL
     found = replace(
@@ -223,37 +211,6 @@ def _with_control(tok: TextTokenizer, control: set[str]) -> TextTokenizer:
     return found
 
 
-def _ordinary(copy: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
-    """Makes a copy take the names of control tokens for ordinary text; returns it and the ids of their stand-ins.
-
-    Nothing is taken out of it, so that no id moves; the stand-ins come after all others, and each is looked for as
-    its control token is: with the same flags.
-    """
-    known = copy.get_added_tokens_decoder()
-
-    def like(token_id: int, content: str, special: bool) -> AddedToken:
-        token = known[token_id]
-        return AddedToken(
-            content,
-            single_word=token.single_word,
-            lstrip=token.lstrip,
-            rstrip=token.rstrip,
-            normalized=token.normalized,
-            special=special,
-        )
-
-    copy.add_special_tokens([like(token_id, token, True) for token, token_id in control.items()])
-    copy.add_tokens([like(token_id, stand_in(token_id), False) for token_id in control.values()])
-    copy.encode_special_tokens = True
-    there = {token.content: token_id for token_id, token in copy.get_added_tokens_decoder().items()}
-    return copy, {there[stand_in(token_id)]: token_id for token_id in control.values()}
-
-
-def stand_in(token_id: int) -> str:
-    """The text that stands for a control token in `TextTokenizer.ordinary`."""
-    return _STAND_IN.format(token_id)
-
-
 def _try_out(tok: TextTokenizer) -> None:
     """Holds the copy against the original, token by token and on texts, and both against the texts' bytes."""
     there = tok.ordinary.get_added_tokens_decoder()
@@ -261,9 +218,10 @@ def _try_out(tok: TextTokenizer) -> None:
         if token_id not in there or there[token_id].content != token.content:
             raise UserError(f"The tokenizer {tok.name!r} cannot be copied: {token.content!r} loses its id {token_id}.")
     words = [token.content for token in tok.added.values() if token.content not in tok.control]
-    texts = [text for text in probe.TEXTS if not tok.names_control(text)]
+    texts = list(probe.TEXTS)
     for word in words:
         texts += [word, f"{word}{word}", f"x.{word} {word}\n{word}y", f" a {word}  b"]
+    texts = [text for text in texts if not tok.names_control(text)]
     theirs = tok.backend.encode_batch_fast(texts, add_special_tokens=False)
     names = list(tok.control)
     typed = [*names[:16], *("a {} b ".format(" ".join(names[i : i + 64])) for i in range(0, len(names), 64))]
@@ -278,27 +236,6 @@ def _try_out(tok: TextTokenizer) -> None:
                 f"The tokenizer {tok.name!r} cannot be copied: {text[:60]!r} would get the ids {ids.tolist()[:12]} "
                 f"instead of {encoding.ids[:12]}."
             )
-
-
-def _bos_of_post_processor(hf: Any, name: str) -> int | None:
-    """The token that the tokenizer puts before every text, found by asking its post-processor about one word.
-
-    It is that of transformers, which follows `add_bos_token` in tokenizer_config.json.
-    """
-    word = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    word.post_processor = hf.backend_tokenizer.post_processor
-    encoding = word.encode("a")
-    front = []
-    for token_id, special in zip(encoding.ids, encoding.special_tokens_mask):
-        if not special:
-            break
-        front.append(token_id)
-    if len(front) > 1:
-        raise UserError(
-            f"The tokenizer {name!r} puts {len(front)} special tokens before every text (ids {front}); "
-            "only one BOS token is supported."
-        )
-    return front[0] if front else None
 
 
 # ------------------------------------------------------------------------------------------------ encoding
@@ -367,9 +304,9 @@ def _spelled(tok: TextTokenizer, name: str) -> list[int]:
 
 def require_unicode(tok: TextTokenizer, text: str) -> None:
     """Raises UserError for text that no tokenizer can read, and for text that poses as a control token's stand-in."""
-    if _STAND_IN[0] in text and re.search(_STAND_IN.format("[0-9]+"), text):
+    if posing := STAND_INS.search(text):
         raise UserError(
-            f"The text {_excerpt(text, text.index(_STAND_IN[0]))} holds a number between the noncharacters U+FDD0 and "
+            f"The text {_excerpt(text, posing.start())} holds a number between the noncharacters U+FDD0 and "
             "U+FDD1, which are reserved here; remove them or drop the example."
         )
     try:

@@ -1,0 +1,141 @@
+"""Tokenizers of the `tokenizers` library: opened from a folder or the hub, and copied.
+
+No code of a folder is ever run, and nobody is asked whether it may be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, models
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.files import read_json
+
+_FETCHED = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+# Stands for a control token where a template's text is read beside what somebody typed. Noncharacters are not for
+# interchange, so they do not turn up in texts; one that has them is refused.
+_STAND_IN = "\ufdd0{}\ufdd1"
+STAND_INS = re.compile(_STAND_IN.format("[0-9]+"))
+_LFS_POINTER = "version https://git-lfs.github.com/spec/"
+
+
+def open_tokenizer(source: str) -> tuple[Any, str]:
+    """A folder or hub id -> (PreTrainedTokenizerFast, content of tokenizer.json).
+
+    The first knows the special tokens by their names, the chat templates, and decodes; the second has the ids. Where
+    there is no tokenizer.json, as in folders that hold a SentencePiece model alone, it is what transformers makes.
+
+    Raises UserError, by the tokenizer's name, where it cannot be read or needs code of its own.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _fetched(source)
+    file = folder / "tokenizer.json"
+    content = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+    settings = read_json(folder / "tokenizer_config.json", "mend it, or fetch the model again") or {}
+    code = settings.get("auto_map")
+    if code:
+        raise UserError(
+            f"The tokenizer {source!r} needs code of its own (auto_map in tokenizer_config.json: {json.dumps(code)}), "
+            "and code that comes with a model is not run here. If its tokenizer.json is complete, remove auto_map."
+        )
+    if content is not None and content.startswith(_LFS_POINTER):
+        raise UserError(f"{file} is a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`.")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # The base class reads tokenizer.json as it stands; the model's own class may build another tokenizer from it.
+    kind = AutoTokenizer if content is None else PreTrainedTokenizerFast
+    try:
+        hf = kind.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers raises anything here, KeyError included; the user needs the name
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UserError(f"The tokenizer {source!r} cannot be loaded: {reason}") from error
+    if content is None:
+        if not getattr(hf, "is_fast", False):
+            raise UserError(
+                f"The tokenizer {source!r} has no tokenizer.json and transformers makes none of it; convert it with "
+                "transformers' convert_slow_tokenizer and save it."
+            )
+        content = hf.backend_tokenizer.to_str()
+    return hf, content
+
+
+def _fetched(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_FETCHED)))
+    except Exception as error:  # the hub client raises a dozen kinds, from HTTP to its own offline mode
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UserError(
+            f"The tokenizer {source!r} is no local folder, and could not be fetched from the Hugging Face hub: {reason}"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ backends
+
+
+def without_limits(content: str) -> Tokenizer:
+    """The content of a tokenizer.json -> the tokenizer, whatever limits it was saved with."""
+    backend = Tokenizer.from_str(content)
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # a tokenizer saved amid training reads a text another way each time
+    return backend
+
+
+def ordinary_copy(copy: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
+    """Makes a copy take the names of control tokens for ordinary text; returns it and the ids of their stand-ins.
+
+    Nothing is taken out of it, so that no id moves; the stand-ins come after all others, and each is looked for as
+    its control token is: with the same flags.
+    """
+    known = copy.get_added_tokens_decoder()
+
+    def like(token_id: int, content: str, special: bool) -> AddedToken:
+        token = known[token_id]
+        return AddedToken(
+            content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+            special=special,
+        )
+
+    copy.add_special_tokens([like(token_id, token, True) for token, token_id in control.items()])
+    copy.add_tokens([like(token_id, stand_in(token_id), False) for token_id in control.values()])
+    copy.encode_special_tokens = True
+    there = {token.content: token_id for token_id, token in copy.get_added_tokens_decoder().items()}
+    return copy, {there[stand_in(token_id)]: token_id for token_id in control.values()}
+
+
+def stand_in(token_id: int) -> str:
+    """The text that stands for a control token in `TextTokenizer.ordinary`."""
+    return _STAND_IN.format(token_id)
+
+
+def bos_of_post_processor(hf: Any, name: str) -> int | None:
+    """The token that the tokenizer puts before every text, found by asking its post-processor about one word.
+
+    It is that of transformers, which follows `add_bos_token` in tokenizer_config.json.
+    """
+    word = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    word.post_processor = hf.backend_tokenizer.post_processor
+    encoding = word.encode("a")
+    front = []
+    for token_id, special in zip(encoding.ids, encoding.special_tokens_mask):
+        if not special:
+            break
+        front.append(token_id)
+    if len(front) > 1:
+        raise UserError(
+            f"The tokenizer {name!r} puts {len(front)} special tokens before every text (ids {front}); "
+            "only one BOS token is supported."
+        )
+    return front[0] if front else None
