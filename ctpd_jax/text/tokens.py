@@ -28,7 +28,14 @@ from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.text import probe, spelling
-from ctpd_jax.text.backends import STAND_INS, bos_of_post_processor, open_tokenizer, ordinary_copy, without_limits
+from ctpd_jax.text.backends import (
+    STAND_INS,
+    bos_of_post_processor,
+    open_tokenizer,
+    ordinary_copy,
+    without_limits,
+    written_added_tokens,
+)
 from ctpd_jax.text.cuts import clean_cuts, code_points, utf8_lengths
 from ctpd_jax.text.probe import CONTROL, Prefix, Vocabulary
 
@@ -149,7 +156,8 @@ def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
     """`content`: tokenizer.json, whose ids are the truth. `hf`: the names of its special tokens."""
     backend = without_limits(content)
     state = json.loads(backend.to_str())
-    for token in state["added_tokens"]:
+    for token in written_added_tokens(content):
+        # The library numbers anew what does not follow the vocabulary without a gap.
         if backend.token_to_id(token["content"]) != token["id"]:
             raise UserError(
                 f"The tokenizer {name!r} gives the added token {token['content']!r} the id {token['id']}, but reads it "
@@ -343,7 +351,9 @@ def byte_ends(
     text = normalized.encode("utf-8")
     data = np.frombuffer(text, np.uint8)
     ends, place = spelling.compare(vocabulary, tok.prefix, ids, data, whole)
-    if ends is None:
+    # A token at the end may have taken white space along, which its bytes alone do not show.
+    takes_more = not whole and len(ids) and ids[-1] in vocabulary.added and vocabulary.added[ids[-1]].rstrip
+    if ends is None or takes_more:
         ends = spelling.search(vocabulary, tok.prefix, ids, text, whole)
     if ends is None:
         if place < len(data) and int(data[place]) in vocabulary.missing:

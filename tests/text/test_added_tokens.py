@@ -1,0 +1,213 @@
+"""Added tokens of every kind: the ids are those of the folder's tokenizer.json, or the folder is refused by name."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_tokenizers import HARD_TEXTS, KINDS, core, fast, small
+from tokenizers import AddedToken, Tokenizer
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.text.prompts import load_text_model
+from ctpd_jax.text.spans import align
+from ctpd_jax.text.tokens import encode, encode_batch, load_tokenizer, with_control
+
+NEW = ("<ent>", "</ent>", "cat", "[word]", "<tool_call>", "é!", "  two", "foo bar", "<|x|>", "dog.")
+FLAGS = {
+    "plain": {},
+    "raw": {"normalized": False},
+    "lstrip": {"lstrip": True},
+    "lstrip raw": {"lstrip": True, "normalized": False},
+    "rstrip": {"rstrip": True},
+    "rstrip raw": {"rstrip": True, "normalized": False},
+    "single word": {"single_word": True},
+    "single word raw": {"single_word": True, "normalized": False},
+}
+CLASSES = ("GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "PreTrainedTokenizerFast")
+BETWEEN = ("", " ", "  ", "\n", "\t", "é", "🙂", "日本", "e\u0301", "barfoo", "x.", "1234", "<", "The quick", "</s>")
+
+
+def folder_of(backend: Tokenizer, directory: Path, **settings: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def with_tokens(backend: Tokenizer, flags: dict[str, bool]) -> Tokenizer:
+    grown = Tokenizer.from_str(backend.to_str())
+    grown.add_tokens([AddedToken(word, special=False, **flags) for word in NEW])
+    return grown
+
+
+def texts_with(tokens: list[str], count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    parts = [
+        [rng.choice(tokens if rng.random() < 0.4 else BETWEEN) for _ in range(rng.randint(1, 14))] for _ in range(count)
+    ]
+    return ["".join(part) for part in parts]
+
+
+def compared_with_the_file(folder: Path, count: int) -> int:
+    """Holds the ids of texts that mention added tokens against tokenizer.json; returns how many there were."""
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own.encode_special_tokens = True  # what somebody types is no special token
+    tokens = [token.content for token in own.get_added_tokens_decoder().values()]
+    rng = random.Random(1)
+    texts = texts_with([*NEW, *rng.sample(tokens, min(60, len(tokens)))], count)
+    tok = load_tokenizer(str(folder))
+    for text, ids, theirs in zip(texts, encode_batch(tok, texts), own.encode_batch(texts, add_special_tokens=False)):
+        assert ids.tolist() == theirs.ids, (text, folder.name)
+    return len(texts)
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_file(kind, flags, tmp_path):
+    """Byte pieces and special tokens that the model itself spells are the exception; see test_tokens."""
+    folder = folder_of(with_tokens(core(kind), flags), tmp_path)
+    own, tok = Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(str(folder))
+    spelled = {token.content for token in own.get_added_tokens_decoder().values() if token.special}
+    for text in [*texts_with(list(NEW), 60), *HARD_TEXTS.values()]:
+        if "<0x" not in text and not any(name in text for name in spelled):
+            assert encode(tok, text).tolist() == own.encode(text, add_special_tokens=False).ids, text
+            aligned = align(text, tok, small("byte"))
+            assert aligned.bounds[-1] == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe-prepend", "bpe-first"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_class_that_a_folder_names_has_no_say(kind, name, tmp_path):
+    folder = folder_of(with_tokens(core(kind), {}), tmp_path, tokenizer_class=name)
+    assert compared_with_the_file(folder, 100) == 100
+
+
+def test_unflagged_tokens_keep_their_ids_when_flagged_ones_stand_before_them(tmp_path):
+    """A list such as Qwen 3's: special tokens outside the vocabulary first, then <think>, which answers hold."""
+    backend = Tokenizer.from_str(core("byte").to_str())
+    backend.add_special_tokens([AddedToken(f"<|s{i}|>", special=True) for i in range(14)])
+    backend.add_tokens([AddedToken(name, normalized=False) for name in ("<tool_call>", "<|fim_prefix|>", "<think>")])
+    tok = load_tokenizer(str(folder_of(backend, tmp_path)))
+    think = backend.token_to_id("<think>")
+    assert think in encode(tok, "<think>hm</think> yes")
+    assert backend.token_to_id("<|s3|>") not in encode(tok, "a <|s3|> b <think>")
+    assert align("<think>hm</think> <|s3|>", tok, small("bpe-prepend")).bounds[-1] == len("<think>hm</think> <|s3|>")
+
+
+def test_an_unflagged_control_token_is_text_where_it_is_typed():
+    backend = Tokenizer.from_str(core("byte").to_str())
+    backend.add_tokens([AddedToken("<|turn|>", normalized=False), AddedToken("<ent>", normalized=False)])
+    tok = load_tokenizer(fast(backend))
+    turn, ent = backend.token_to_id("<|turn|>"), backend.token_to_id("<ent>")
+    assert turn in encode(tok, "a <|turn|> <ent>")
+    told = with_control(tok, ["<|turn|>"])
+    ids = encode(told, "a <|turn|> <ent>").tolist()
+    assert turn not in ids and ent in ids
+    assert told.fingerprint != tok.fingerprint
+    assert with_control(told, ["<|turn|>", "no such token"]) is told
+
+
+def test_a_text_cannot_pose_as_a_control_token():
+    tok = small("byte")
+    with pytest.raises(UserError, match="reserved"):
+        encode(tok, f"a \ufdd0{tok.control['<|im_end|>']}\ufdd1")
+    assert len(encode(tok, "a \ufdd0 b \ufdd1"))
+
+
+def test_ids_that_the_library_would_number_otherwise_are_refused_by_the_tokens_name(tmp_path):
+    state = json.loads(with_tokens(core("byte"), {}).to_str())
+    state["added_tokens"][-1]["id"] += 7
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"'dog\.'.*the id"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_token_that_only_the_settings_name_is_refused_by_its_name(tmp_path):
+    folder = folder_of(core("byte"), tmp_path / "a", extra_special_tokens=["<|late|>"])
+    with pytest.raises(UserError, match=r"'<\|late\|>'.*tokenizer\.json does not have it"):
+        load_tokenizer(str(folder))
+    load_tokenizer(str(folder_of(core("byte"), tmp_path / "b", pad_token="[PAD]")))  # never read
+
+
+@pytest.mark.parametrize(
+    "content, reason", [("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("{", "")]
+)
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content, reason):
+    folder = folder_of(core("byte"), tmp_path)
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=f"(?s){tmp_path.name}.*{reason}"):
+        load_tokenizer(str(folder))
+
+
+def test_code_of_a_folder_never_runs_whatever_is_answered(tmp_path):
+    """Both as transformers would ask, on standard input, and as it would import it."""
+    marker = tmp_path / "it ran"
+    folder = folder_of(core("byte"), tmp_path / "m", auto_map={"AutoTokenizer": ["mine.Mine", None]})
+    (folder / "mine.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Mine:\n    pass\n")
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    for settings in (True, False):
+        if not settings:  # the model's code alone: a tokenizer.json that is complete needs none of it
+            (folder / "tokenizer_config.json").write_text("{}")
+        program = (
+            "from ctpd_jax.errors import UserError\nfrom ctpd_jax.text.prompts import load_text_model\n"
+            f"try:\n    load_text_model({str(folder)!r})\nexcept UserError as error:\n    print(error)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], input="y\n" * 9, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("auto_map" if settings else "refuses the messages") in done.stdout
+        assert not marker.exists()
+
+
+# ------------------------------------------------------------------------------------------------ real tokenizers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3", "qwen2.5", "mistral-v0.1", "deepseek", "smollm2", "gemma3"])
+def test_real_tokenizers_with_added_tokens_and_wrong_classes(real_tokenizers, tmp_path, name):
+    source = real_tokenizers[name]
+    own = Tokenizer.from_file(str(source / "tokenizer.json"))
+    told = {}
+    for case in ("as it is", *FLAGS, *CLASSES[:2]):
+        folder = tmp_path / case
+        shutil.copytree(source, folder)
+        if case in FLAGS:
+            with_tokens(own, FLAGS[case]).save(str(folder / "tokenizer.json"))
+        elif case in CLASSES:
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": case}))
+        try:
+            told[case] = f"{compared_with_the_file(folder, 2000)} texts equal"
+        except UserError as error:
+            assert str(folder) in str(error)
+            told[case] = f"refused: {error}"
+        shutil.rmtree(folder)
+    print(f"\n{name}: " + "; ".join(f"{case}: {what}" for case, what in told.items()))
+    assert sum("equal" in what for what in told.values()) == len(told)
+
+
+@pytest.mark.slow
+def test_deepseeks_own_unflagged_turn_tokens(real_tokenizers, tmp_path):
+    """53 of its added tokens are not flagged as special, those of its chat template among them."""
+    shutil.copytree(real_tokenizers["deepseek"], tmp_path / "d")
+    (tmp_path / "d" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<｜User｜>{{ m['content'] }}"
+        "{% else %}<｜Assistant｜>{{ m['content'] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+    )
+    model = load_text_model(str(tmp_path / "d"))
+    tok = model.tokenizer
+    turns = ("<｜User｜>", "<｜Assistant｜>")
+    assert set(turns) <= set(tok.control)
+    assert not {tok.ids_of_added[turn] for turn in turns} & set(
+        encode(tok, "say <｜User｜> or <｜Assistant｜>").tolist()
+    )
+    for token_id, token in tok.added.items():
+        if not token.special and token.content not in turns:
+            assert token_id in encode(tok, f"a{token.content}b").tolist()
