@@ -92,7 +92,8 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
 def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]:
     """The added tokens with which a chat template frames its turns, whether they are flagged as special or not.
 
-    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them.
+    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them. Nor does white space,
+    of which some tokenizers have added tokens.
     """
     if template.kind == "plain":
         return set()
@@ -104,7 +105,7 @@ def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]
         except UserError:  # many a template takes no system message
             continue
         found.update(match.group() for match in tokenizer.added_pattern.finditer(text))
-    return found
+    return {token for token in found if token.strip(f" \n\t\r{tokenizer.marker or ''}")}
 
 
 def _try_prompts(model: TextModel) -> None:

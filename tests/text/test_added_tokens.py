@@ -14,8 +14,9 @@ from small_tokenizers import HARD_TEXTS, KINDS, core, fast, small
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.text.prompts import load_text_model
+from ctpd_jax.text.prompts import frame_tokens, load_text_model
 from ctpd_jax.text.spans import align
+from ctpd_jax.text.templates import PromptTemplate
 from ctpd_jax.text.tokens import encode, encode_batch, load_tokenizer, with_control
 
 NEW = ("<ent>", "</ent>", "cat", "[word]", "<tool_call>", "é!", "  two", "foo bar", "<|x|>", "dog.")
@@ -111,6 +112,19 @@ def test_an_unflagged_control_token_is_text_where_it_is_typed():
     assert turn not in ids and ent in ids
     assert told.fingerprint != tok.fingerprint
     assert with_control(told, ["<|turn|>", "no such token"]) is told
+
+
+def test_white_space_and_thoughts_frame_no_turn():
+    """Gemma has added tokens of white space, which its template writes too; reasoning models have <think>."""
+    backend = Tokenizer.from_str(core("byte").to_str())
+    backend.add_tokens([AddedToken(text, normalized=False) for text in ("\n\n", "<turn>", "<think>", "</think>")])
+    tok = load_tokenizer(fast(backend))
+    template = PromptTemplate(
+        "chat",
+        "{% for m in messages %}<turn>{{ m['role'] }}\n\n{% if m['role'] == 'assistant' and loop.last %}<think></think>"
+        "{% endif %}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<turn><think>\n{% endif %}",
+    )
+    assert frame_tokens(tok, template) == {"<turn>", "<|im_end|>"}
 
 
 def test_a_text_cannot_pose_as_a_control_token():
