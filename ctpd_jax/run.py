@@ -48,7 +48,7 @@ from ctpd_jax.train.step import Compute, Params
 from ctpd_jax.workdir import read_json
 
 Split = Literal["train", "test"]
-RULES = 1  # raise it when ctpd_jax/text/ makes other tokens or spans of the same pairs
+RULES = 2  # raise it when ctpd_jax/text/ makes other tokens or spans of the same pairs
 MODELS: tuple[Model, Model] = ("teacher", "student")
 
 
@@ -86,7 +86,9 @@ class Run:
     def text(self, model: Model) -> TextModel:
         """The model's tokenizer and template, probed."""
         if model not in self._texts:
-            self._texts[model] = load_text_model(str(self.folder(model)), self.config[model].template)
+            settings = self.config[model]
+            folder = str(self.folder(model))
+            self._texts[model] = load_text_model(folder, settings.template, settings.template_variables)
         return self._texts[model]
 
     def weights_digest(self, model: Model) -> str:

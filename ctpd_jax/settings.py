@@ -50,7 +50,9 @@ def model() -> ConfigDict:
     return ConfigDict(
         {
             "path": "",  # folder in Hugging Face format, or a hub id
-            "template": "auto",  # "chat", "plain", FILE.jinja, or "auto": chat where the tokenizer brings a template
+            # "chat", "chat:NAME", "plain", FILE.jinja, or "auto": chat where the tokenizer brings a template.
+            "template": "auto",
+            "template_variables": "",  # what it is told, as JSON: '{"enable_thinking": false}'
             "remat": "full",  # what is recomputed for the gradient: "full" all, "dots" no matrix products, "none"
         }
     )

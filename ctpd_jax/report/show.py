@@ -52,7 +52,7 @@ def token_text(tokenizer: TextTokenizer, token: int) -> str:
     """What one token says; see `pieces`."""
     lengths = tokenizer.vocabulary.lengths
     if token >= len(lengths) or lengths[token] == CONTROL:
-        return tokenizer.hf.backend_tokenizer.id_to_token(token) or f"<id {token}>"
+        return tokenizer.backend.id_to_token(token) or f"<id {token}>"
     return decode(tokenizer.token_bytes(token))
 
 

@@ -1,4 +1,4 @@
-"""What a model reads before a response: messages -> token ids, with exactly one BOS, cut to a limit on both sides."""
+"""What a model reads before a response: messages -> token ids, cut to a limit on both sides."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
 def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]:
     """The added tokens with which a chat template frames its turns, whether they are flagged as special or not.
 
-    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them. Nor does white space,
-    of which some tokenizers have added tokens.
+    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them. Nor does white
+    space, of which some tokenizers have added tokens.
     """
     if template.kind == "plain":
         return set()

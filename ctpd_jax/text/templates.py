@@ -146,6 +146,13 @@ def _settings(source: str, template_variables: str, name: str) -> str:
     return json.dumps(chosen, sort_keys=True)
 
 
+def told_source(template: PromptTemplate) -> str:
+    """The template with what it is told written into it: whoever asks otherwise later is heard, nobody has to ask."""
+    told = json.loads(template.settings)
+    lines = [f"{{% set {key} = {key} if {key} is defined else {value!r} %}}\n" for key, value in told.items()]
+    return "".join([*lines, template.source])
+
+
 # ------------------------------------------------------------------------------------------------ rendering
 
 
