@@ -93,6 +93,11 @@ def _ends(
 
 def _white(data: bytes, place: int) -> list[int]:
     """How far white space may be taken along from `place`: the furthest first, not at all last."""
-    rest = data[place:].decode("utf-8", "ignore")
-    run = rest[: len(rest) - len(rest.lstrip())]
+    size, run = 32, ""
+    while len(run.encode("utf-8")) >= size - 32:  # nearly every run is short, and a text may be long
+        size *= 2
+        rest = data[place : place + size].decode("utf-8", "ignore")
+        run = rest[: len(rest) - len(rest.lstrip())]
+        if place + size >= len(data):
+            break
     return [place + len(run[:count].encode("utf-8")) for count in range(len(run), -1, -1)]
