@@ -332,7 +332,7 @@ def _samples(samples: Mapping[str, Sequence[Mapping[str, str]]] | None) -> str:
 def _data(data: Mapping[str, Mapping[str, Any]]) -> str:
     if not data:
         return ""
-    names = list(dict.fromkeys(name for counts in data.values() for name in counts))
+    names = list(dict.fromkeys(name for counts in data.values() for name in counts if name != "first"))
     rows = [
         [_text(name), *(_count(counts[name]) if name in counts else "" for counts in data.values())] for name in names
     ]

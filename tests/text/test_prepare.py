@@ -40,10 +40,10 @@ def test_only_whole_pairs_are_counted():
     """The chosen answer fits and the rejected one has no boundary within the limit: nothing of the pair counts."""
     emoji = pair(rejected="\U0001f680 yes", id="b")
     limits = Limits(prompt=500, response=3)
-    ready, counters = prepare_pairs([pair(chosen="the"), emoji], TEACHER, STUDENT, limits)
+    ready, counters = prepare_pairs([pair(chosen="a"), emoji], TEACHER, STUDENT, limits)
     assert [one.id for one in ready] == ["a"]
     assert counters["left out: no common boundary within the response limit"] == 1
-    alone = prepare_pairs([pair(chosen="the")], TEACHER, STUDENT, limits)[1]
+    alone = prepare_pairs([pair(chosen="a")], TEACHER, STUDENT, limits)[1]
     for name in ("responses", "responses cut", "spans", "teacher tokens", "student tokens", "bytes", "bytes kept"):
         assert counters[name] == alone[name], name
     assert counters["responses"] == 2
@@ -52,7 +52,13 @@ def test_only_whole_pairs_are_counted():
 def test_a_response_that_was_cut_has_no_end_of_turn():
     (ready,), counters = prepare_pairs([pair(chosen="the fox " * 9)], TEACHER, STUDENT, Limits(500, response=6))
     assert ready.truncated == (True, False) and counters["responses cut"] == 1
+    assert ready.chosen.teacher.ids[-1] != 2 and ready.rejected.teacher.ids[-1] != 2  # on neither side
+    assert ready.chosen.student.ids[-1] != 0 and ready.rejected.student.ids[-1] != 0
+    assert counters["pairs without end of turn, one side cut"] == 1
+    lopsided = Limits(500, response=6, end_of_turn_both=False)
+    (ready,), counters = prepare_pairs([pair(chosen="the fox " * 9)], TEACHER, STUDENT, lopsided)
     assert ready.chosen.teacher.ids[-1] != 2 and ready.rejected.teacher.ids[-1] == 2
+    assert counters["pairs with end of turn on one side, one side cut"] == 1
     assert counters["bytes kept"] == ready.chosen.bounds[-1] + ready.rejected.bounds[-1] < counters["bytes"]
     bare, _ = prepare_pairs([pair()], TEACHER, STUDENT, Limits(500, 500, end_of_turn=False))
     assert bare[0].chosen.teacher.ids.tolist() == encode(TEACHER.tokenizer, "the fox").tolist()
