@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -188,12 +189,12 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ConfigDict:
       UserError: no such file, no get_config in it, an unknown key, a value of the wrong type.
     """
     values = flags.FlagValues()
+    line = ["ctpd", *([f"--config={path}"] if path else []), *overrides]
+    options: dict[str, Any] = {"lock_config": True, "flag_values": values, "sys_argv": line}
     if path is None:
-        line = ["ctpd", *overrides]
-        config_flags.DEFINE_config_dict("config", default_config(), lock_config=True, flag_values=values)
+        config_flags.DEFINE_config_dict("config", default_config(), **options)
     elif Path(path).is_file():
-        line = ["ctpd", f"--config={path}", *overrides]
-        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=line)
+        config_flags.DEFINE_config_file("config", **options)
     else:
         raise UserError(f"There is no config file {path}.")
     path = path or "--config"

@@ -105,9 +105,11 @@ def _verdict(row: Row, first: str, second: str) -> int:
     A bare 0 or 1 is read only where its data set says what it means: elsewhere one half of the world counts answers
     from 0, the other writes 1 for the first.
     """
-    flags = [number(row.pop(name, None)) for name in ("winner_model_a", "winner_model_b", "winner_tie")]
-    if any(flags):
-        return 0 if flags[2] else int(bool(flags[0])) - int(bool(flags[1]))
+    flags = tuple(number(row.get(name)) for name in _FLAGS)
+    if flags in _FLAGGED:
+        for name in _FLAGS:
+            row.pop(name, None)
+        return _FLAGGED[flags]
     for name, (firsts, sign, middle) in _NUMBERS.items():
         value = number(row.get(name))
         if value is not None and first in firsts:
@@ -126,6 +128,8 @@ def _verdict(row: Row, first: str, second: str) -> int:
     raise LeftOut("two answers and no verdict that names one", f'such as "winner": "{first}"')
 
 
+_FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
+_FLAGGED = {(1, 0, 0): 1, (1, 0, None): 1, (0, 1, 0): -1, (0, 1, None): -1, (0, 0, 1): 0}
 # Verdicts in numbers: of which first answer, its sign where the first one is better, and what is a tie.
 _NUMBERS = {
     "overall_preference": (("response1", "response_1"), -1, 0),  # HelpSteer

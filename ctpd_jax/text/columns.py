@@ -38,9 +38,10 @@ HARMLESS_NAMES = _words(
 # What is no text is harmless too, but not under these names.
 NEVER_HARMLESS = _words(
     "prompt context conversations conversation question instruction query messages input history system "
-    "system_prompt system_message tools functions tool_calls tool_call_id function_call image images pixel_values "
-    "audio audios video videos document documents label labels winner choice preference preferred winner_tie "
-    "winner_model_a winner_model_b better_response_id overall_preference preference_strength"
+    "system_prompt system_message tools functions tool_calls tool_call_id function_call chat_template_kwargs "
+    "enable_thinking image images pixel_values audio audios video videos document documents label labels winner choice "
+    "preference preferred winner_tie winner_model_a winner_model_b better_response_id overall_preference "
+    "preference_strength"
 )
 # Whether something is learned from: 1 is what happens anyway.
 LEARNED = _words("weight weights loss_weight loss train trainable")
