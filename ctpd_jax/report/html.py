@@ -130,7 +130,9 @@ def _results(evaluation: Mapping[str, Any]) -> str:
         "teacher), and against the teacher. All weights are one here. The dashed tick is the baseline that always "
         "takes the longer response, the short one is one half."
     )
-    return _section("Results", note, _key_figures(evaluation), *tables, _other_figures(models), _pieces(evaluation))
+    data = [f'<p class="note">{_text(line)}</p>' for line in show.data_lines(evaluation.get("data"))]
+    parts = [_key_figures(evaluation), *tables, *data, _other_figures(models), _pieces(evaluation)]
+    return _section("Results", note, *parts)
 
 
 def _accuracy(found: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:

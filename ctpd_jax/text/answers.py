@@ -129,7 +129,13 @@ def _verdict(row: Row, first: str, second: str) -> int:
 
 
 _FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
-_FLAGGED = {(1, 0, 0): 1, (1, 0, None): 1, (0, 1, 0): -1, (0, 1, None): -1, (0, 0, 1): 0}
+_FLAGGED: dict[tuple[float | None, ...], int] = {
+    (1, 0, 0): 1,
+    (1, 0, None): 1,
+    (0, 1, 0): -1,
+    (0, 1, None): -1,
+    (0, 0, 1): 0,
+}
 # Verdicts in numbers: of which first answer, its sign where the first one is better, and what is a tie.
 _NUMBERS = {
     "overall_preference": (("response1", "response_1"), -1, 0),  # HelpSteer
@@ -141,6 +147,7 @@ _NUMBERS = {
 LAYOUTS = (
     Layout(("chosen", "rejected"), _in_order),
     Layout(("chosen_response", "rejected_response"), _in_order),
+    Layout(("accepted", "rejected"), _in_order),
     Layout(("preferred_output", "non_preferred_output"), _in_order),  # OpenAI
     *(
         Layout((turns, rejected), _after_messages)

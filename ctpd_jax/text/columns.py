@@ -26,14 +26,15 @@ def _words(text: str) -> frozenset[str]:
 # Names that end in one of these words say where a row comes from and what it is worth, not what is read or answered.
 # "chosen", "rejected", "a", "b" and numbers at the end do not count: score_chosen and model_a end in score and model.
 HARMLESS_ENDINGS = _words(
-    "id uuid idx index hash score scores rating ratings reward rewards rank margin model models source dataset "
+    "id uuid idx index hash sha256 score scores rating ratings reward rewards rank margin model models source dataset "
     "origin split subset category domain language lang topic license url date time timestamp utc author annotator "
     "judge version length metadata meta"
 )
 # Of UltraFeedback, HelpSteer and OpenAI: accounts of a judgement, and how an answer was drawn.
 HARMLESS_NAMES = _words(
     "annotations critique principle custom_system_prompt correct_answers incorrect_answers individual_preference "
-    "preference_statement preference_elaboration parallel_tool_calls"
+    "preference_statement preference_elaboration three_most_similar_preferences all_preferences_unprocessed "
+    "parallel_tool_calls"
 )
 # What is no text is harmless too, but not under these names.
 NEVER_HARMLESS = _words(

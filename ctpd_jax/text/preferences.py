@@ -180,7 +180,7 @@ def overlap(train: Sequence[PreferencePair], test: Sequence[PreferencePair]) -> 
     prompts = {pair.prompt for pair in train}
     return {
         "pairs": sum(pair.id.partition("-")[0] in ids for pair in test) / len(test),
-        "prompts": sum(pair.prompt in prompts for pair in test) / len(test),
+        "prompts": sum(pair.prompt in prompts for pair in test if pair.prompt) / len(test),
     }
 
 

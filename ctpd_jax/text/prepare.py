@@ -176,10 +176,18 @@ def _count_texts(
     texts = [*responses, *(message.content for pair, _ in kept for message in pair.prompt)]
     for name, model in (("teacher", teacher), ("student", student)):
         ends = [getattr(prompt, f"{name}_end") for _, prompt in kept for _ in (CHOSEN, REJECTED)]
-        merged = merges_across(model.tokenizer, ends, responses)
+        merged = _merges(model, ends, responses)
         escaped = sum(special_literals(model.tokenizer, text) for text in texts)
         counters.add(f"{name} tokens that would merge across the prompt's border", merged)
         counters.add(f"{name} literal special tokens escaped", escaped)
+
+
+def _merges(model: TextModel, ends: Sequence[str], responses: Sequence[str]) -> int:
+    """`merges_across`; what cannot even be spelt as one text counts as merged."""
+    try:
+        return merges_across(model.tokenizer, ends, responses)
+    except UserError:
+        return 1 if len(ends) == 1 else sum(_merges(model, [end], [text]) for end, text in zip(ends, responses))
 
 
 def steered_prompt(pair: PreferencePair, dropped: int, instruction: str) -> list[Message]:

@@ -263,6 +263,14 @@ def test_files_folders_and_splits(tmp_path):
         load_preferences(str(tmp_path), split="dev")
 
 
+def test_the_share_of_test_data_in_the_training_data(tmp_path):
+    rows = [{"prompt": f"Q{n}", "chosen": "A", "rejected": "B"} for n in range(4)]
+    train, _ = load_preferences(write(tmp_path / "train.jsonl", *rows, rows[0]))
+    test = [rows[0], rows[0], {**rows[1], "chosen": "other"}, {**rows[1], "prompt": "new"}]
+    held_out, _ = load_preferences(write(tmp_path / "test.jsonl", *test))
+    assert preferences.overlap(train, held_out) == {"pairs": 0.5, "prompts": 0.75}
+
+
 # ------------------------------------------------------------------------------------------------ errors
 
 
