@@ -27,6 +27,7 @@ setup(
         "tensorflow-datasets>=4.9.10,<5",
         "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
         "array_record>=0.8",
+        "pyarrow>=15",  # .parquet and .zst files; tensorflow-datasets brings it too
         "ml-collections>=1.1,<2",
         "absl-py>=2",
         "lazy_loader>=0.4",

@@ -100,6 +100,13 @@ def write_evaluation(run: Run, columns: Mapping[str, Measured]) -> None:
         tolerance=run.config.evaluate.length_tolerance,
     )
     result["pairs"] = len(pairs)
+    cuts = [sum(pair.truncated) for pair in pairs]
+    result["data"] = {
+        "in_train": run.overlap,
+        "one_side_cut": cuts.count(1),
+        "both_cut": cuts.count(2),
+        "end_of_turn": run.limits.where_one_is_cut,
+    }
     drawn = {name: samples(run, name) for name in table}
     result["samples"] = {name: answers[:SHOWN] for name, answers in drawn.items()}
     if run.config.data.test == "toy":

@@ -11,13 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
-from ctpd_jax.settings import TRAINED, check_config
+from ctpd_jax.settings import TRAINED, check_config, default_config
 
 COMMANDS = {
     "run": "every stage in order; picks up where it stopped",
@@ -28,7 +29,7 @@ COMMANDS = {
     "evaluate": "preference accuracies, lambda, sampled answers -> DIR/evaluation.json, DIR/report.html",
     "export": "the trained student in Hugging Face format -> DIR/export",
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
-    "inspect": "one aligned pair as text: both tokenizations, spans, and weights where they are known",
+    "inspect": "one aligned pair as text, with weights where they are known; --data: what becomes of a data set's rows",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
 
@@ -59,6 +60,16 @@ The answer goes to stdout, and nothing else does. Several prompts are answered t
 """
 
 
+INSPECT_EPILOG = """\
+With --data, what becomes of the rows of a data set: how many are used, why others are not, which columns are read, and,
+with two tokenizers, what the limits cut. No model is loaded, and no --config is needed.
+
+  ctpd inspect --config configs/demo.py --workdir runs/demo --pair 3
+  ctpd inspect --data pairs.jsonl
+  ctpd inspect --data pairs.jsonl --teacher DIR --student DIR --config.data.max_response_tokens=256
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="ctpd",
@@ -72,10 +83,10 @@ def parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog={"generate": GENERATE_EPILOG, "plan": PLAN_EPILOG}.get(name, EPILOG),
+            epilog={"generate": GENERATE_EPILOG, "plan": PLAN_EPILOG, "inspect": INSPECT_EPILOG}.get(name, EPILOG),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        needed = name != "generate"
+        needed = name not in ("generate", "inspect")
         command.add_argument("--config", required=needed, metavar="FILE.py", help="a file with get_config()")
         if name == "plan":
             add_plan_arguments(command)
@@ -89,6 +100,10 @@ def parser() -> argparse.ArgumentParser:
             which.add_argument("--student", action="store_true", help="train the plain DPO student, for comparison")
         if name == "inspect":
             command.add_argument("--pair", type=int, default=0, metavar="N", help="the N-th pair of the training data")
+            command.add_argument("--data", metavar="FILE", help="a data set, as config.data.train takes it")
+            command.add_argument("--split", default="train", help="of the data set (default: train)")
+            for model in ("teacher", "student"):
+                command.add_argument(f"--{model}", metavar="DIR", help=f"folder or hub id with the {model}'s tokenizer")
         if name == "generate":
             add_generate_arguments(command)
     return top
@@ -167,28 +182,59 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-    """Reads a config file and applies --config.key=value.
+def load_config(path: str | None, overrides: Sequence[str]) -> ConfigDict:
+    """Reads a config file, or takes the defaults, and applies --config.key=value.
 
     Raises:
       UserError: no such file, no get_config in it, an unknown key, a value of the wrong type.
     """
-    if not Path(path).is_file():
-        raise UserError(f"There is no config file {path}.")
     values = flags.FlagValues()
-    line = ["ctpd", f"--config={path}", *overrides]
-    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=line)
+    line = ["ctpd", *([f"--config={path}"] if path else []), *overrides]
+    options: dict[str, Any] = {"lock_config": True, "flag_values": values, "sys_argv": line}
+    if path is None:
+        config_flags.DEFINE_config_dict("config", default_config(), **options)
+    elif Path(path).is_file():
+        config_flags.DEFINE_config_file("config", **options)
+    else:
+        raise UserError(f"There is no config file {path}.")
+    path = path or "--config"
     try:
         left = values(line)
         if left[1:]:
             raise UserError(f"What does {left[1]!r} mean? Settings are written --config.key=value.")
-        return values[holder.name].value
+        return values["config"].value
     except UserError:
         raise
     except (AttributeError, KeyError) as error:
         raise UserError(f"{path}: {str(error).strip(chr(34))} All keys stand in ctpd_jax/settings.py.") from error
     except Exception as error:  # a config file is code: whatever it raises is told, not traced
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def inspected_data(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
+    """Shows what becomes of a data set's rows where one was given.
+
+    Raises:
+      UserError: neither a data set nor a run, or one tokenizer without the other.
+    """
+    if known.data is None:
+        if not known.config or not known.workdir:
+            raise UserError("give --config and --workdir of a run, or --data with a data set.")
+        return False
+    config = load_config(known.config, overrides)
+    config.data.train = known.data
+    check_config(config)
+    paths = [getattr(known, model) or config[model].path for model in ("teacher", "student")]
+    if any(paths) and not all(paths):
+        raise UserError("give both --teacher and --student, or neither: pairs are cut where both tokenizers agree.")
+    from ctpd_jax.text.columns import Reading
+    from ctpd_jax.text.overview import overview
+    from ctpd_jax.text.prepare import Limits
+
+    models = [(path, config[model].template) for path, model in zip(paths, ("teacher", "student"))] if paths[0] else []
+    limit, reading, limits = config.data.limit or None, Reading.of(config.data), Limits.of(config.data)
+    overview(known.data, known.split, limit, reading, limits, models, print)
+    return True
 
 
 def answered_from_folder(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
@@ -223,6 +269,8 @@ def exit_code(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     try:
         if known.command == "generate" and answered_from_folder(known, overrides):
+            return 0
+        if known.command == "inspect" and inspected_data(known, overrides):
             return 0
         config = load_config(known.config, overrides)
         if known.command == "plan" and not config.data.train:

@@ -26,6 +26,7 @@ from ctpd_jax.models.hf import load_hf, model_directory
 from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.models.lora import adapter_shapes, merge, with_lora
 from ctpd_jax.models.support import choose_backend, platform_of
+from ctpd_jax.report import show
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
 from ctpd_jax.settings import left_out
 from ctpd_jax.sharding import (
@@ -37,7 +38,8 @@ from ctpd_jax.sharding import (
     row_devices,
     shard_shapes,
 )  # fmt: skip
-from ctpd_jax.text.preferences import load_preferences
+from ctpd_jax.text.columns import Reading
+from ctpd_jax.text.preferences import load_preferences, overlap, require_kept
 from ctpd_jax.text.prepare import Limits, prepare_pairs
 from ctpd_jax.text.prompts import TextModel, load_text_model
 from ctpd_jax.toy.builder import prepare_toy
@@ -223,8 +225,7 @@ class Run:
 
     @cached_property
     def limits(self) -> Limits:
-        data = self.config.data
-        return Limits(data.max_prompt_tokens, data.max_response_tokens, data.unit, data.end_of_turn)
+        return Limits.of(self.config.data)
 
     def _load(self, split: Split) -> tuple[list[PreferencePair], list[AlignedPair]]:
         if split not in self._loaded:
@@ -237,13 +238,16 @@ class Run:
             if spec == "toy":
                 data_dir = self.workdir / "toy" / "data"
                 spec = prepare_toy(data_dir, seed=self.config.seed, **self.config.toy)
-            raw, report = load_preferences(spec, name, limit or None, data_dir=data_dir)
+            raw, report = load_preferences(spec, name, limit or None, data_dir=data_dir, reading=Reading.of(data))
             aligned, counters = prepare_pairs(raw, self.text("teacher"), self.text("student"), self.limits)
             report.merge(counters)
             self._report(split, spec, report)
+            require_kept(report, len(aligned), f"{split}: {spec}", data.min_kept)
             for model in MODELS:
                 self._check_ids(split, model, aligned)
             self._loaded[split] = raw, aligned
+            if len(self._loaded) == 2:
+                self.say(show.overlap_line(self.overlap))
         return self._loaded[split]
 
     def _check_ids(self, split: Split, model: Model, pairs: list[AlignedPair]) -> None:
@@ -266,9 +270,14 @@ class Run:
 
     def _report(self, split: str, spec: str, counters: Counters) -> None:
         if first_process():
-            write_json(self.workdir / f"data_{split}.json", {"source": spec, **counters.counts})
-        told = {name: count for name, count in counters.counts.items() if count and name not in ("rows", "kept")}
-        self.say(f"{split}: {spec}\n  " + "; ".join(f"{name} {count:,}" for name, count in told.items()))
+            first = {"first": counters.notes} if counters.notes else {}
+            write_json(self.workdir / f"data_{split}.json", {"source": spec, **counters.counts, **first})
+        self.say(f"{split}: {spec}\n  {show.counts(counters)}")
+
+    @property
+    def overlap(self) -> dict[str, float]:
+        """Which shares of the test pairs and of their prompts are in the training data too."""
+        return overlap(self._load("train")[0], self._load("test")[0])
 
     def raw(self, split: Split) -> dict[str, PreferencePair]:
         """The pairs as they came, by id."""
@@ -288,6 +297,7 @@ class Run:
             "max_response_tokens": self.limits.response,
             "unit": self.limits.unit,
             "end_of_turn": self.limits.end_of_turn,
+            "end_of_turn_both": self.limits.end_of_turn_both,
             "rules": RULES,
             "teacher": self.text_digest("teacher"),
             "student": self.text_digest("student"),

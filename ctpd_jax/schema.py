@@ -136,16 +136,43 @@ class Batch(NamedTuple):
 
 @dataclass
 class Counters:
-    """What was cut, dropped, escaped or merged on the way; printed and logged, never silent."""
+    """What was cut, dropped, escaped or merged on the way; printed and logged, never silent.
+
+    A count that begins with "left out: " is a reason for which rows or pairs cannot be used.
+    """
 
     counts: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)  # where a count was met first; names of columns
 
     def add(self, name: str, number: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + int(number)
 
+    def note(self, name: str, what: str, most: int = 3) -> None:
+        """Keeps the first few things that were met under a name."""
+        noted = self.notes.setdefault(name, [])
+        if len(noted) < most and what not in noted:
+            noted.append(what)
+
     def merge(self, other: Counters) -> None:
         for name, number in other.counts.items():
             self.add(name, number)
+        for name, noted in other.notes.items():
+            for what in noted:
+                self.note(name, what)
 
     def __getitem__(self, name: str) -> int:
         return self.counts.get(name, 0)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """The reasons, the most frequent first."""
+        found = {name: number for name, number in self.counts.items() if name.startswith("left out: ")}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def reasons(self) -> str:
+        """The table of reasons, with the first rows of each."""
+        lines = (f"{name}: {number:,}{self.first(name)}" for name, number in self.left_out.items())
+        return "\n  ".join(lines)
+
+    def first(self, name: str) -> str:
+        return f" ({'; '.join(self.notes[name])})" if name in self.notes else ""

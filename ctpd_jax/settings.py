@@ -73,7 +73,7 @@ def default_config() -> ConfigDict:
             "platform": "auto",  # "cpu", "tpu", "gpu": fail where JAX finds another one
             "smaller_teacher": False,  # allow a teacher with fewer parameters than the student
             "data": {
-                "train": "",  # FILE.jsonl, tfds:NAME, hf:NAME
+                "train": "",  # FILE.jsonl, .json, .csv, .parquet, a folder, tfds:NAME, hf:NAME
                 "test": "",
                 "train_split": "train",
                 "test_split": "test",
@@ -83,6 +83,13 @@ def default_config() -> ConfigDict:
                 "max_response_tokens": 384,  # on both sides, end-of-turn included
                 "unit": "character",  # span boundaries at characters or, where both tokenizers allow it, at bytes
                 "end_of_turn": True,  # score the end-of-turn token, in a span of its own
+                "end_of_turn_both": True,  # where the limit cuts one response of a pair, on neither
+                # What rows mean (docs/data.md), and what is to be done with those that cannot be used.
+                "columns": "",  # names of yours: "prompt=question,chosen=good,rejected=bad"
+                "ignore": "",  # fields that change neither prompt nor answer, with commas
+                "ranked": "best_worst",  # of several ranked answers; "all": every pair of different rank
+                "strip_template": False,  # take the markers of a chat template off texts that carry them
+                "min_kept": 0.6,  # share of rows and pairs that must be usable; ties can be a third of a data set
             },
             "teacher": model(),
             "student": model(),
@@ -189,6 +196,7 @@ CHOICES = {
     "teacher.remat": ("full", "dots", "none"),
     "student.remat": ("full", "dots", "none"),
     "data.unit": ("character", "byte"),
+    "data.ranked": ("best_worst", "all"),
     "rows.layout": ("response", "pair", "shared"),
     "rows.packed": ("auto", "yes", "no"),
     "weights.source": ("dpo", "sft", "prompts", "uniform", "random"),
@@ -290,6 +298,7 @@ def check_config(config: ConfigDict) -> None:
         "evaluate.temperature",
     ):
         require(value(name) >= 0, name, "it cannot be negative")  # type: ignore[operator]
+    require(0 <= config.data.min_kept <= 1, "data.min_kept", "it is a share, from 0 to 1")
     weights = config.weights
     for name in ("mu", "k", "lower", "upper"):
         require(math.isfinite(weights[name]), f"weights.{name}", "it has to be finite; 1e9 as a bound switches it off")

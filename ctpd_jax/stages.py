@@ -197,7 +197,10 @@ def known_without_teacher(run: Run) -> dict:
             "seed": run.config.seed,
             "data": {
                 name: data[name]
-                for name in ("limit", "max_prompt_tokens", "max_response_tokens", "unit", "end_of_turn")
+                for name in (
+                    *("limit", "max_prompt_tokens", "max_response_tokens", "unit", "end_of_turn", "end_of_turn_both"),
+                    *("columns", "ignore", "ranked", "strip_template"),
+                )
             },
             "weights_source": run.config.weights.source,
             "teacher_weights": run.config.annotate.teacher_weights,

@@ -130,7 +130,9 @@ def _results(evaluation: Mapping[str, Any]) -> str:
         "teacher), and against the teacher. All weights are one here. The dashed tick is the baseline that always "
         "takes the longer response, the short one is one half."
     )
-    return _section("Results", note, _key_figures(evaluation), *tables, _other_figures(models), _pieces(evaluation))
+    data = [f'<p class="note">{_text(line)}</p>' for line in show.data_lines(evaluation.get("data"))]
+    parts = [_key_figures(evaluation), *tables, *data, _other_figures(models), _pieces(evaluation)]
+    return _section("Results", note, *parts)
 
 
 def _accuracy(found: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:
@@ -332,7 +334,7 @@ def _samples(samples: Mapping[str, Sequence[Mapping[str, str]]] | None) -> str:
 def _data(data: Mapping[str, Mapping[str, Any]]) -> str:
     if not data:
         return ""
-    names = list(dict.fromkeys(name for counts in data.values() for name in counts))
+    names = list(dict.fromkeys(name for counts in data.values() for name in counts if name != "first"))
     rows = [
         [_text(name), *(_count(counts[name]) if name in counts else "" for counts in data.values())] for name in names
     ]

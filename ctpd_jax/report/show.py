@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ctpd_jax.schema import SIDES, TokenSide
+from ctpd_jax.schema import SIDES, Counters, TokenSide
+from ctpd_jax.text.preferences import HARMLESS
 from ctpd_jax.text.probe import CONTROL
 from ctpd_jax.text.tokens import TextTokenizer
 
@@ -93,6 +94,25 @@ def harmless(text: str) -> str:
 
 
 _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def counts(counters: Counters) -> str:
+    """What was read, cut and escaped; then the table of reasons, and the columns that were left alone."""
+    reasons = counters.left_out
+    told = {name: count for name, count in counters.counts.items() if count and name not in ("rows", "kept", *reasons)}
+    parts = ["; ".join(f"{name} {count:,}" for name, count in told.items()), counters.reasons()]
+    if columns := counters.notes.get(HARMLESS):
+        parts.append(f"harmless columns: {', '.join(columns)}")
+    return harmless("\n  ".join(part for part in parts if part))
+
+
+def overlap_line(shares: Mapping[str, float]) -> str:
+    """How much of the test data is in the training data."""
+    pairs, prompts = percent(shares["pairs"]), percent(shares["prompts"])
+    return f"Of the test data, {pairs} of the pairs and {prompts} of the prompts are in the training data too."
 
 
 # ------------------------------------------------------------------------------------------------ one pair
@@ -185,7 +205,7 @@ def table(evaluation: Mapping[str, Any]) -> str:
         ]
         others.add_row(harmless(name), *cells, *([mean_error(row.get("true_reward"))] if rewarded else []))
 
-    parts = [render(accuracies), render(others), *baseline_lines(evaluation)]
+    parts = [render(accuracies), render(others), *baseline_lines(evaluation), *data_lines(evaluation.get("data"))]
     if evaluation.get("pieces"):
         parts.append("Weights and the decisive pieces of the toy world:")
         parts += [f"  {name}: {figure(value, 3)}" for name, value in flat(evaluation["pieces"])]
@@ -200,6 +220,17 @@ def baseline_lines(evaluation: Mapping[str, Any]) -> list[str]:
         found = longer.get(subset)
         lines.append(f"  {label + ' pairs':21} {share(found)}   n = {found['count'] if found else 0}")
     return lines
+
+
+def data_lines(data: Mapping[str, Any] | None) -> list[str]:
+    """What of the held-out pairs bears on their accuracies: overlap with the training data, and cut responses."""
+    if not data:
+        return []
+    cut = (
+        f"The length limit cuts one response of {data['one_side_cut']} pairs ({data['end_of_turn']}) and both of "
+        f"{data['both_cut']}."
+    )
+    return [overlap_line(data["in_train"]), cut]
 
 
 def share(found: Mapping[str, Any] | None) -> str:

@@ -1,15 +1,15 @@
 """Preference data from a file, TFDS or the Hugging Face hub -> PreferencePair.
 
     spec                                        what is read
-    pairs.jsonl, pairs.jsonl.gz                 one JSON object a line; the file is the split
+    pairs.jsonl, .json, .csv, .tsv, .parquet    the file is the split; formats.py; also .gz and .zst
     data/{split}.jsonl                          the same, one file per split
-    data                                        a folder: data/<split>.jsonl or data/<split>.jsonl.gz
+    data                                        a folder: data/<split>.<ending>, or shards data/<split>-*.<ending>
     tfds:name[/config][:version]                a prepared TFDS data set (ArrayRecord; TensorFlow is not needed)
     tfds:package.module:name[/config]           the same after importing the module that registers the builder
     tfds:folder/with/dataset_info               a prepared TFDS folder
     hf:owner/name[:config]                      a data set of the Hugging Face hub (needs the extra "hub")
 
-The column layouts are in layouts.py. Rows without a usable preference are left out and counted, never silently.
+The column layouts are in layouts.py. A row is used, or left out and counted by reason; errors are of the whole source.
 """
 
 from __future__ import annotations
@@ -20,15 +20,23 @@ import importlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, Message, PreferencePair
-from ctpd_jax.text.layouts import HH_SEPARATOR, LeftOut, RawPair, read_row
+from ctpd_jax.text.answers import UNKNOWN_LAYOUT
+from ctpd_jax.text.columns import AS_IT_STANDS, LeftOut, Reading, empty, harmless, quoted
+from ctpd_jax.text.dialogue import HH_SEPARATOR, carries_template
+from ctpd_jax.text.formats import ENDINGS, rows_of, unpacked
+from ctpd_jax.text.layouts import RawPair, read_row
 
-Row = tuple[str, Mapping[str, Any]]  # where it stands ("train.jsonl:17"), and its columns
+Row = tuple[str, Mapping[str, Any] | LeftOut]  # where it stands ("train.jsonl:17"), and its columns
+
+TEMPLATED = "rows that carry a chat template"
+NEARLY_ALL = 0.9
+SEEN, UNKNOWN, HARMLESS = "columns", "columns not understood", "harmless columns"  # notes, not counts
 
 
 def load_preferences(
@@ -37,6 +45,7 @@ def load_preferences(
     limit: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     separator: str = HH_SEPARATOR,
+    reading: Reading = AS_IT_STANDS,
 ) -> tuple[list[PreferencePair], Counters]:
     """Reads preference pairs.
 
@@ -46,15 +55,33 @@ def load_preferences(
       limit: stop after this many pairs have been kept; None for all.
       data_dir: where TFDS keeps prepared data; its default where None. Other sources take no notice of it.
       separator: what stands between prompt and answer where a row holds both as one text.
+      reading: names of columns, and what is to be done with templates and ranks.
 
     Returns:
       The pairs in the order of the source, and the report: "rows", "kept", and one count per reason for leaving out
-      ("left out: identical answers", ...). A pair's id is a hash of its texts, so it names the same pair whatever
-      the order of the file, and a changed text is another id; exact repeats get "-2", "-3", ... appended.
+      ("left out: identical answers", ...) with the first rows of each. A pair's id is a hash of its texts, so it names
+      the same pair whatever the order of the file, and a changed text is another id; exact repeats get "-2", "-3", ...
+      appended.
 
     Raises:
-      UserError: nothing there, an unreadable row (named as file:line), an unknown layout, or no usable pair at all.
+      UserError: nothing there, a file that cannot be read on, too few usable pairs, or texts that carry a template.
     """
+    pairs, report = read_preferences(spec, split, limit, data_dir, separator, reading)
+    where = f'"{spec}" (split "{split}")'
+    refuse_templates(report, where, reading)
+    require_kept(report, len(pairs), where, reading.min_kept)
+    return pairs, report
+
+
+def read_preferences(
+    spec: str,
+    split: str,
+    limit: int | None,
+    data_dir: str | os.PathLike[str] | None,
+    separator: str,
+    reading: Reading,
+) -> tuple[list[PreferencePair], Counters]:
+    """`load_preferences` without a judgement of what came of it."""
     if limit is not None and limit < 1:
         raise UserError(f"The limit on preference pairs is {limit}; it must be at least 1.")
     report = Counters()
@@ -62,26 +89,99 @@ def load_preferences(
     seen: dict[str, int] = {}
     for source, row in _rows(spec, split, data_dir):
         report.add("rows")
-        try:
-            raw = read_row(row, separator, report)
-        except LeftOut as reason:
-            report.add(str(reason))
-            continue
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
-        identity = pair_id(raw.prompt, raw.chosen, raw.rejected)
-        seen[identity] = seen.get(identity, 0) + 1
-        if seen[identity] > 1:
-            report.add("exact repeats")
-            identity = f"{identity}-{seen[identity]}"
-        pairs.append(PreferencePair(identity, raw.prompt, raw.chosen, raw.rejected, source))
+        if not isinstance(row, LeftOut):
+            _note_columns(row, reading, report)
+        for raw in [row] if isinstance(row, LeftOut) else read_row(row, separator, report, reading):
+            if isinstance(raw, LeftOut):
+                report.add(raw.reason)
+                report.note(raw.reason, f"{source}: {raw.detail}" if raw.detail else source)
+                for name in raw.fields:
+                    report.note(UNKNOWN, name, most=50)
+                continue
+            identity = pair_id(raw.prompt, raw.chosen, raw.rejected)
+            seen[identity] = seen.get(identity, 0) + 1
+            if seen[identity] > 1:
+                report.add("exact repeats")
+                identity = f"{identity}-{seen[identity]}"
+            if repeating := sum(map(_repeats, [raw.prompt] * 2, (raw.chosen, raw.rejected))):
+                report.add("answers that repeat the prompt", repeating)
+            pairs.append(PreferencePair(identity, raw.prompt, raw.chosen, raw.rejected, source))
+            if limit is not None and len(pairs) >= limit:
+                break
         if limit is not None and len(pairs) >= limit:
             break
     report.add("kept", len(pairs))
-    if not pairs:
-        reasons = "; ".join(f"{name}: {number}" for name, number in report.counts.items())
-        raise UserError(f'"{spec}" (split "{split}") holds no usable preference pair ({reasons}).')
     return pairs, report
+
+
+def _note_columns(row: Mapping[str, Any], reading: Reading, report: Counters) -> None:
+    judged = {name: value for name, value in row.items() if name not in reading.ignore and not empty(value)}
+    for name, value in judged.items():
+        report.note(HARMLESS if harmless(name, value) else SEEN, name, most=50)
+    if any(carries_template(value) for name, value in judged.items() if not harmless(name, value)):
+        report.add(TEMPLATED)
+
+
+def _repeats(prompt: Sequence[Message], answer: str) -> bool:
+    """Whether an answer is the last message of the prompt, or begins with it where that cannot be chance."""
+    asked = prompt[-1].content.strip() if prompt else ""
+    return bool(asked) and (answer.strip() == asked or (len(asked) > 20 and answer.strip().startswith(asked)))
+
+
+# ------------------------------------------------------------------------------------------------ judgement
+
+
+def refuse_templates(report: Counters, where: str, reading: Reading) -> None:
+    """Raises UserError where nearly all rows carry a chat template; a few have it counted."""
+    templated = report[TEMPLATED]
+    if templated < 2 or templated < NEARLY_ALL * report["rows"]:
+        return
+    if not reading.strip_template:
+        raise UserError(
+            f"{where}: {templated:,} of {report['rows']:,} rows carry a chat template already (<|im_end|>, [INST] and "
+            "the like), and both models' own would come on top. --config.data.strip_template=True takes it off: "
+            "rendered prompts become messages again, and answers lose the marker at their end."
+        )
+
+
+def require_kept(report: Counters, kept: int, where: str, min_kept: float) -> None:
+    """Holds the share of what was kept against the least that is allowed.
+
+    Raises:
+      UserError: nothing is left, or too little; with the table of reasons.
+    """
+    total = kept + sum(report.left_out.values())
+    if kept and kept >= min_kept * total:
+        return
+    said = f"{where} holds no usable preference pair"
+    if kept:
+        said = f"{where}: only {kept:,} of {total:,} pairs can be used, fewer than config.data.min_kept={min_kept:g}"
+    raise UserError(f"{said} ({report.reasons() or 'it is empty'}).{advice(report)}")
+
+
+def advice(report: Counters) -> str:
+    """What to do about the reasons for which rows were left out."""
+    parts = []
+    if unknown := report.notes.get(UNKNOWN):
+        parts.append(
+            f"Fields that change neither prompt nor answer are declared with --config.data.ignore={','.join(unknown)}"
+        )
+    if report[f"left out: {UNKNOWN_LAYOUT}"]:
+        parts.append(
+            f"The columns found are {quoted(report.notes.get(SEEN, []))}; name those that hold the texts: "
+            "--config.data.columns=prompt=NAME,chosen=NAME,rejected=NAME"
+        )
+    return "".join(f"\n{part}" for part in parts)
+
+
+def overlap(train: Sequence[PreferencePair], test: Sequence[PreferencePair]) -> dict[str, float]:
+    """Which share of the test pairs is in the training data too, and of which share the prompt is."""
+    ids = {pair.id.partition("-")[0] for pair in train}
+    prompts = {pair.prompt for pair in train}
+    return {
+        "pairs": sum(pair.id.partition("-")[0] in ids for pair in test) / len(test),
+        "prompts": sum(pair.prompt in prompts for pair in test if pair.prompt) / len(test),
+    }
 
 
 def pair_id(prompt: Iterable[Message], chosen: str, rejected: str) -> str:
@@ -95,61 +195,50 @@ def _rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ite
         return _tfds_rows(spec, split, data_dir)
     if spec.startswith("hf:"):
         return _hub_rows(spec, split)
-    return _jsonl_rows(_jsonl_path(spec, split))
+    return (row for path in _paths(spec, split) for row in _file_rows(path))
 
 
-# ------------------------------------------------------------------------------------------------ JSONL
+# ------------------------------------------------------------------------------------------------ files
 
 
-def _jsonl_path(spec: str, split: str) -> Path:
+def _paths(spec: str, split: str) -> list[Path]:
+    """The file, or the shards of a split in a folder."""
     path = Path(spec.replace("{split}", split)).expanduser()
     if path.is_dir():
-        candidates = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz")]
-        for candidate in candidates:
-            if candidate.is_file():
-                return candidate
-        raise UserError(f'The folder "{path}" holds neither {candidates[0].name} nor {candidates[1].name}.')
+        for ending in ENDINGS:
+            for folder in (path, path / "data"):  # the hub keeps its shards in "data"
+                whole, shards = folder / f"{split}{ending}", f"{split}-[0-9]*-of-*{ending}"
+                if found := [whole] if whole.is_file() else sorted(folder.glob(shards)):
+                    return found
+        raise UserError(
+            f'The folder "{path}" holds neither {split}.jsonl nor {split}.jsonl.gz nor another file or shards of the '
+            f"split in a known format ({', '.join(ENDINGS)})."
+        )
     if not path.is_file():
         raise UserError(
-            f'There is no preference file "{path}"; give a .jsonl file, a folder of them, "tfds:name" or '
-            '"hf:owner/name".'
+            f'There is no preference file "{path}"; give a .jsonl, .json, .csv or .parquet file, a folder of them, '
+            '"tfds:name" or "hf:owner/name".'
         )
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f'"{path}" is not a .jsonl or .jsonl.gz file; write one JSON object a line.')
-    return path
+    if not path.name.endswith(ENDINGS):
+        raise UserError(f'"{path}" is not a .jsonl file nor one of {", ".join(ENDINGS)}.')
+    return [path]
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    """Lines end at "\\n" only: str.splitlines would also cut at U+2028 inside a text."""
+def _file_rows(path: Path) -> Iterator[Row]:
     opened: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     number = 0
     try:
-        with opened(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
+        with opened(path, "rb") as file, unpacked(path, file) as stream:
+            for number, row in rows_of(path, stream):
+                yield f"{path}:{number}", row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch or make it again."
         ) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
-
-
-def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: the line is not valid UTF-8 ({error.reason} at byte {error.start}).") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: the line is not valid JSON ({error.msg} at column {error.colno}).") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise UserError(f"{where}: the line cannot be read as JSON ({error}).") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: the line holds {type(row).__name__}, not a JSON object.")
-    return row
+        if error.strerror is None:  # of a library that unpacks
+            raise UserError(f"{path}:{number + 1}: the file is damaged ({error}); fetch or make it again.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 # ------------------------------------------------------------------------------------------------ TFDS, hub

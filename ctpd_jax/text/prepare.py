@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, Aligned, AlignedPair, Counters, Message, PreferencePair
+from ctpd_jax.text.columns import LeftOut
 from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user
 from ctpd_jax.text.spans import align_batch, truncate, with_end_of_turn
 from ctpd_jax.text.tokens import can_spell, merges_across, special_literals
 
+ONE_SIDE_CUT = "pairs without end of turn, one side cut"
 BATCH = 1024  # pairs tokenized at a time: enough for the tokenizer's threads, small enough for memory
 
 
@@ -24,41 +26,74 @@ class Limits:
     response: int  # end-of-turn included
     unit: Literal["character", "byte"] = "character"
     end_of_turn: bool = True
+    end_of_turn_both: bool = True  # on both responses of a pair or on neither
+
+    @classmethod
+    def of(cls, data: Any) -> Limits:
+        """From config.data."""
+        return cls(data.max_prompt_tokens, data.max_response_tokens, data.unit, data.end_of_turn, data.end_of_turn_both)
+
+    @property
+    def where_one_is_cut(self) -> str:
+        """Which responses of a pair end their turn where the limit cuts one of the two."""
+        both = self.end_of_turn_both or not self.end_of_turn
+        return "end of turn on neither side" if both else "end of turn on the other side alone"
 
 
 def prepare_pairs(
     pairs: Sequence[PreferencePair], teacher: TextModel, student: TextModel, limits: Limits
 ) -> tuple[list[AlignedPair], Counters]:
-    """Aligns every pair. A pair that cannot be used is left out and counted.
+    """Aligns every pair. A pair that cannot be used is left out and counted, with the first of each reason.
 
     Raises:
       UserError: no pair is left.
     """
     counters = Counters()
     prepared: list[AlignedPair] = []
-    spelt = [pair for pair in pairs if _can_spell(pair, teacher) and _can_spell(pair, student)]
-    if len(spelt) < len(pairs):
-        counters.add("left out: characters that a vocabulary lacks", len(pairs) - len(spelt))
-    for first in range(0, len(spelt), BATCH):
+    for first in range(0, len(pairs), BATCH):
         preempt.check("the data are prepared anew")
-        part = spelt[first : first + BATCH]
-        texts = [text for pair in part for text in (pair.chosen, pair.rejected)]
-        aligned = align_batch(texts, teacher.tokenizer, student.tokenizer, unit=limits.unit)
+        part = pairs[first : first + BATCH]
         kept: list[tuple[PreferencePair, FittedPrompt]] = []
-        for number, pair in enumerate(part):
-            both = (aligned[2 * number], aligned[2 * number + 1])
-            found = _prepare(pair, both, teacher, student, limits, counters)
-            if found is not None:
-                prepared.append(found[0])
-                kept.append((pair, found[1]))
+        for pair, both in zip(part, _aligned(part, teacher, student, limits.unit)):
+            try:
+                if isinstance(both, LeftOut):
+                    raise both
+                ready, prompt = _prepare(pair, both, teacher, student, limits, counters)
+            except LeftOut as reason:
+                counters.add(reason.reason)
+                where = pair.source or pair.id
+                told = not reason.detail or reason.detail.startswith(where)  # `fit_prompt` names the row itself
+                counters.note(reason.reason, reason.detail or where if told else f"{where}: {reason.detail}")
+                continue
+            prepared.append(ready)
+            kept.append((pair, prompt))
         _count_texts(kept, teacher, student, counters)
     if not prepared:
         raise UserError(
-            f"None of {len(pairs)} pairs is left after tokenization ({counters.counts}); "
-            "raise data.max_prompt_tokens or data.max_response_tokens."
+            f"None of {len(pairs)} pairs is left after tokenization ({counters.reasons()}); "
+            "where the limits are the reason, raise data.max_prompt_tokens or data.max_response_tokens."
         )
     counters.add("pairs", len(prepared))
     return prepared, counters
+
+
+Both = tuple[Aligned, Aligned]
+
+
+def _aligned(
+    pairs: Sequence[PreferencePair], teacher: TextModel, student: TextModel, unit: Literal["character", "byte"]
+) -> list[Both | LeftOut]:
+    """Both responses of each pair, tokenized together where nothing is wrong with any of them."""
+    spelt = [_can_spell(pair, teacher) and _can_spell(pair, student) for pair in pairs]
+    texts = [text for pair, fine in zip(pairs, spelt) if fine for text in (pair.chosen, pair.rejected)]
+    try:
+        aligned = align_batch(texts, teacher.tokenizer, student.tokenizer, unit=unit)
+    except UserError as error:
+        if len(pairs) == 1:
+            return [LeftOut("tokens that do not spell the text", str(error))]
+        return [found for pair in pairs for found in _aligned([pair], teacher, student, unit)]
+    both = iter(zip(aligned[::2], aligned[1::2]))
+    return [next(both) if fine else LeftOut("characters that a vocabulary lacks") for fine in spelt]
 
 
 def _can_spell(pair: PreferencePair, model: TextModel) -> bool:
@@ -67,28 +102,16 @@ def _can_spell(pair: PreferencePair, model: TextModel) -> bool:
 
 
 def _prepare(
-    pair: PreferencePair,
-    aligned: tuple[Aligned, Aligned],
-    teacher: TextModel,
-    student: TextModel,
-    limits: Limits,
-    counters: Counters,
-) -> tuple[AlignedPair, FittedPrompt] | None:
+    pair: PreferencePair, aligned: Both, teacher: TextModel, student: TextModel, limits: Limits, counters: Counters
+) -> tuple[AlignedPair, FittedPrompt]:
+    """One pair, cut and closed. Raises LeftOut, and then nothing of it is counted."""
     try:
         prompt = fit_prompt(pair, teacher, student, limits.prompt, limits.prompt)
     except PromptTooLong:
-        counters.add("left out: template longer than the prompt limit")
-        return None
-    room = limits.response - int(limits.end_of_turn)
-    closed = []
-    for response in aligned:
-        short, cut = truncate(response, room, room)
-        if short.num_spans == 0:
-            counters.add("left out: no common boundary within the response limit")
-            return None
-        if limits.end_of_turn and not cut:  # a response cut short must not teach to stop there
-            short = with_end_of_turn(short, teacher.end_of_turn, student.end_of_turn)
-        closed.append((short, cut))
+        raise LeftOut("template longer than the prompt limit") from None
+    except UserError as error:  # a template refuses the messages, or an empty prompt leaves nothing to predict from
+        raise LeftOut("no prompt can be made of the messages", str(error)) from None
+    closed, one_side = _closed(aligned, teacher, student, limits)
     sizes = [len(text.encode("utf-8")) for text in (pair.chosen, pair.rejected)]
     for (short, cut), size in zip(closed, sizes):
         counters.add("responses")
@@ -98,6 +121,8 @@ def _prepare(
         counters.add("student tokens", len(short.student.ids))
         counters.add("bytes", size)
         counters.add("bytes kept", short.bounds[-1])
+    if one_side:
+        counters.add(one_side)
     if prompt.dropped:
         counters.add("prompts cut")
         counters.add("prompt characters cut", prompt.dropped)
@@ -115,6 +140,34 @@ def _prepare(
     return ready, prompt
 
 
+def _closed(
+    aligned: Both, teacher: TextModel, student: TextModel, limits: Limits
+) -> tuple[list[tuple[Aligned, bool]], str]:
+    """Both responses within the limit, whether each was cut, and what is to be counted where one alone was.
+
+    A response cut short must not teach to stop there. Where only the other one ended its turn, the loss would push
+    stopping up or down with no counterpart, and the sums of an evaluation would be as lopsided.
+    """
+    room = limits.response - int(limits.end_of_turn)
+    short = [truncate(response, room, room) for response in aligned]
+    if any(response.num_spans == 0 for response, _ in short):
+        raise LeftOut("no common boundary within the response limit")
+    cuts = [cut for _, cut in short]
+    neither = limits.end_of_turn_both and any(cuts)
+    closed = [
+        (with_end_of_turn(response, teacher.end_of_turn, student.end_of_turn), cut)
+        if limits.end_of_turn and not cut and not neither
+        else (response, cut)
+        for response, cut in short
+    ]
+    ids = [[*response.teacher.ids, -1, *response.student.ids] for response, _ in closed]
+    if ids[CHOSEN] == ids[REJECTED]:
+        raise LeftOut("answers identical within the response limit")
+    if not limits.end_of_turn or len(set(cuts)) == 1:
+        return closed, ""
+    return closed, ONE_SIDE_CUT if limits.end_of_turn_both else "pairs with end of turn on one side, one side cut"
+
+
 def _count_texts(
     kept: Sequence[tuple[PreferencePair, FittedPrompt]], teacher: TextModel, student: TextModel, counters: Counters
 ) -> None:
@@ -123,10 +176,18 @@ def _count_texts(
     texts = [*responses, *(message.content for pair, _ in kept for message in pair.prompt)]
     for name, model in (("teacher", teacher), ("student", student)):
         ends = [getattr(prompt, f"{name}_end") for _, prompt in kept for _ in (CHOSEN, REJECTED)]
-        merged = merges_across(model.tokenizer, ends, responses)
+        merged = _merges(model, ends, responses)
         escaped = sum(special_literals(model.tokenizer, text) for text in texts)
         counters.add(f"{name} tokens that would merge across the prompt's border", merged)
         counters.add(f"{name} literal special tokens escaped", escaped)
+
+
+def _merges(model: TextModel, ends: Sequence[str], responses: Sequence[str]) -> int:
+    """`merges_across`; what cannot even be spelt as one text counts as merged."""
+    try:
+        return merges_across(model.tokenizer, ends, responses)
+    except UserError:
+        return 1 if len(ends) == 1 else sum(_merges(model, [end], [text]) for end, text in zip(ends, responses))
 
 
 def steered_prompt(pair: PreferencePair, dropped: int, instruction: str) -> list[Message]:

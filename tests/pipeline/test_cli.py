@@ -1,6 +1,7 @@
 """Bad input ends in one sentence that says what to do, with exit code 2 and nothing half-written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,9 @@ def test_every_config_has_only_known_keys_and_says_its_command(config):
         ("--config.train.reference=teachers", "train.reference is 'teachers'"),
         ("--config.rows.layout=packed", "rows.layout is 'packed'"),
         ("--config.data.unit=word", "data.unit is 'word'"),
+        ("--config.data.ranked=some", "data.ranked is 'some'"),
+        ("--config.data.min_kept=2.0", "data.min_kept is 2.0"),
+        ("--config.data.columns=prompt", "write name=column"),
         ("--config.compute_dtype=float8", "compute_dtype is 'float8'"),
         ("--config.platform=tpu", "tpu"),
         ("--config.train.label_smoothing=0.7", "label_smoothing"),
@@ -95,6 +99,46 @@ def test_a_bad_row_is_named(tmp_path, toy_models, capsys, rows, message):
     arguments = [f"--config.teacher.path={teacher}", f"--config.student.path={student}", f"--config.data.train={path}"]
     assert run(tmp_path, *arguments, command="inspect") == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_few_bad_rows_are_told_and_do_not_end_a_run(tmp_path, toy_models, capsys):
+    asked = [GOOD | {"chosen": f"green leaves {i}"} for i in range(9)]
+    path = jsonl(tmp_path / "pairs.jsonl", *asked, "{not json")
+    teacher, student = toy_models
+    arguments = [f"--config.teacher.path={teacher}", f"--config.student.path={student}", f"--config.data.train={path}"]
+    assert run(tmp_path, *arguments, command="inspect") == 0
+    assert f"left out: the line is not valid JSON: 1 ({path}:10" in capsys.readouterr().out
+    written = json.loads((tmp_path / "run" / "data_train.json").read_text())
+    assert written["left out: the line is not valid JSON"] == 1 and written["pairs"] == 9
+    assert written["first"]["left out: the line is not valid JSON"][0].startswith(f"{path}:10")
+    assert run(tmp_path, *arguments, "--config.data.min_kept=0.95", command="inspect") == 2
+    assert "fewer than config.data.min_kept=0.95" in capsys.readouterr().err
+
+
+def test_inspect_shows_what_becomes_of_rows_without_a_model(tmp_path, toy_models, capsys):
+    folders = []
+    for model in toy_models:  # tokenizers alone
+        folders.append(tmp_path / model.name)
+        folders[-1].mkdir()
+        for file in [*model.glob("*token*"), *model.glob("*.jinja")]:
+            shutil.copy(file, folders[-1])
+    asked = [GOOD | {"chosen": f"green leaves {i}", "score": i, "notes": "x" if i > 7 else ""} for i in range(10)]
+    path = jsonl(tmp_path / "pairs.jsonl", *asked)
+    arguments = ["inspect", "--data", path, "--teacher", str(folders[0]), "--student", str(folders[1])]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^ +10  rows$", shown, re.M) and re.search(r"^ +8  pairs used$", shown, re.M)
+    assert f'2  left out: column "notes" is not understood ({path}:9; {path}:10)' in shown
+    assert "--config.data.ignore=notes" in shown and "harmless columns: score" in shown
+    assert re.search(r"^ +16  responses$", shown, re.M)
+    assert main([*arguments, "--config.data.ignore=notes"]) == 0
+    assert re.search(r"^ +10  pairs used$", capsys.readouterr().out, re.M)
+    assert main([*arguments, "--config.data.min_kept=0.9"]) == 2
+    assert "only 8 of 10 pairs can be used" in capsys.readouterr().err
+    assert main(["inspect", "--data", path]) == 0  # the rows alone
+    assert main(["inspect", "--data", path, "--teacher", str(folders[0])]) == 2
+    assert main(["inspect"]) == 2
+    assert "give --config and --workdir of a run, or --data" in capsys.readouterr().err
 
 
 def test_swapped_folders_are_noticed(tmp_path, toy_models, capsys):

@@ -47,6 +47,9 @@ def test_evaluation_and_report(finished):
     accuracy = found["models"]["ctpd"]["all"]["per_byte"]
     assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1 and accuracy["count"] == 16
     assert len(found["samples"]["ctpd"]) == 2
+    told = found["data"]
+    assert told["end_of_turn"] == "end of turn on neither side"
+    assert 0 <= told["one_side_cut"] + told["both_cut"] <= 16 and 0 <= told["in_train"]["pairs"] <= 1
     assert (finished / "report.html").stat().st_size > 10_000
 
 

@@ -79,6 +79,12 @@ def evaluation() -> dict[str, Any]:
         },
         "longer_is_better": {"all": accuracy(0.71), "length_matched": accuracy(0.5, 43)},
         "pairs": 200,
+        "data": {
+            "in_train": {"pairs": 0.12, "prompts": 0.345},
+            "one_side_cut": 85,
+            "both_cut": 21,
+            "end_of_turn": "end of turn on neither side",
+        },
         "samples": {
             name: [{"prompt": p, "answer": text} for p in ("Explain bread to a child.", "请谈谈 tea.")]
             + [{"prompt": "请谈谈 tea.", "answer": f"another one of {name}"}]
@@ -127,7 +133,7 @@ def write_run(workdir: Path) -> None:
             "data": {"train": "<i>toy</i>"},
             "weights": {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5},
         },
-        "data_train.json": {"source": "a & b.jsonl", "responses cut": 3, "pairs": 1234},
+        "data_train.json": {"source": "a & b.jsonl", "responses cut": 3, "pairs": 1234, "first": {"x": ["y:7"]}},
         "data_test.json": {"source": "test.jsonl", "pairs": 200},
     }
     for name, value in files.items():

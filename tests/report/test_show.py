@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ctpd_jax.report import show
-from ctpd_jax.schema import TokenSide
+from ctpd_jax.schema import Counters, TokenSide
 from ctpd_jax.text.tokens import TextTokenizer, encode, load_tokenizer
 
 
@@ -100,6 +100,8 @@ def test_the_table_fits_and_holds_every_figure():
     assert names == 2 * ["student_start", "student_dpo", "ctpd", "teacher", "teacher_dpo"]
     for expected in ("78.0 [71.0, 84.0]", "0.734", "31.0 %", "27.5 %", "1.414", "+1.44 ± 0.21", "n = 43", "0.812"):
         assert expected in text
+    assert "12.0 % of the pairs and 34.5 % of the prompts are in the training data too" in text
+    assert "cuts one response of 85 pairs (end of turn on neither side) and both of 21" in text
 
 
 def test_the_table_without_matched_pairs_and_true_rewards():
@@ -114,6 +116,24 @@ def test_the_table_without_matched_pairs_and_true_rewards():
     assert "n = 0" in text
     matched = [line for line in text.split("\n") if line.strip().startswith("length-matched") and "n =" not in line]
     assert len(matched) == 5 and all(line.count(show.NONE) == 3 for line in matched)
+
+
+def test_what_was_read_is_told_with_the_first_rows_of_each_reason():
+    counters = Counters({"rows": 9, "kept": 4, "exact repeats": 1})
+    for name, rows in (("left out: a tie", ("a:1", "a:2")), ("left out: empty answer", ("a:3", "a:4", "a:5", "a:6"))):
+        for row in rows:
+            counters.add(name)
+            counters.note(name, row)
+    counters.note("harmless columns", "id")
+    assert show.counts(counters).split("\n") == [
+        "exact repeats 1",
+        "  left out: empty answer: 4 (a:3; a:4; a:5)",
+        "  left out: a tie: 2 (a:1; a:2)",
+        "  harmless columns: id",
+    ]
+    merged = Counters()
+    merged.merge(counters)
+    assert (merged.counts, merged.notes) == (counters.counts, counters.notes)
 
 
 def test_figures():

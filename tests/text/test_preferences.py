@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 import types
 
@@ -164,7 +165,7 @@ def test_bytes_and_arrays_of_tfds_become_text():
         "rejected": {"role": turns, "content": np.array([b"Q", b"B"], object)},
         "score_chosen": np.float32(1),
     }
-    pair = read_row(row, "\n\nAssistant:", Counters())
+    [pair] = read_row(row, "\n\nAssistant:", Counters())
     assert (pair.prompt, pair.chosen, pair.rejected) == ((Message(USER, "Q"),), "é", "B")
     assert type(pair.chosen) is str
 
@@ -262,6 +263,14 @@ def test_files_folders_and_splits(tmp_path):
         load_preferences(str(tmp_path), split="dev")
 
 
+def test_the_share_of_test_data_in_the_training_data(tmp_path):
+    rows = [{"prompt": f"Q{n}", "chosen": "A", "rejected": "B"} for n in range(4)]
+    train, _ = load_preferences(write(tmp_path / "train.jsonl", *rows, rows[0]))
+    test = [rows[0], rows[0], {**rows[1], "chosen": "other"}, {**rows[1], "prompt": "new"}]
+    held_out, _ = load_preferences(write(tmp_path / "test.jsonl", *test))
+    assert preferences.overlap(train, held_out) == {"pairs": 0.5, "prompts": 0.75}
+
+
 # ------------------------------------------------------------------------------------------------ errors
 
 
@@ -270,13 +279,13 @@ BROKEN = {
     "not a JSON object": b'["prompt"]',
     "not valid UTF-8": b'{"prompt": "\xff"}',
     'found the columns "prompt", "completion", "label"': b'{"prompt": "Q", "completion": "A", "label": true}',
-    'found the columns "chosen", "rejected" and no': b'{"chosen": "A", "rejected": "B"}',
+    "so the prompt is unknown": b'{"chosen": "A", "rejected": "B"}',
     "hold token ids": b'{"prompt": "Q", "chosen": [1, 2], "rejected": [3]}',
     r'"chosen_input_ids".*hold token ids': b'{"chosen_input_ids": [1], "rejected_input_ids": [2]}',
     "must both be texts": b'{"prompt": "Q", "chosen": "A", "rejected": [{"role": "assistant", "content": "B"}]}',
     "the role 'tool'": b'{"prompt": [{"role": "tool", "content": "x"}], "chosen": "A", "rejected": "B"}',
-    "calls a tool": b'{"prompt": [{"role": "assistant", "content": "", "tool_calls": [{}]}], '
-    b'"chosen": "A", "rejected": "B"}',
+    'field of a message "tool_calls" is not understood': b'{"prompt": [{"role": "assistant", "content": "", '
+    b'"tool_calls": [{}]}], "chosen": "A", "rejected": "B"}',
     'last message of "chosen" is by "user"': b'{"prompt": "Q", "chosen": [{"role": "user", "content": "A"}], '
     b'"rejected": [{"role": "assistant", "content": "B"}]}',
     "must be text": b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "A", "rejected": "B"}',
@@ -290,12 +299,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_a_bad_line_is_named(tmp_path, message):
+def test_a_bad_line_is_left_out_and_named(tmp_path, message):
     good = json.dumps({"prompt": "Q", "chosen": "A", "rejected": "B"}).encode()
     (tmp_path / "bad.jsonl").write_bytes(good + b"\n\n" + BROKEN[message] + b"\n")
-    with pytest.raises(UserError, match=message) as error:
-        load_preferences(str(tmp_path / "bad.jsonl"))
-    assert "bad.jsonl:3: " in str(error.value)
+    pairs, report = load_preferences(str(tmp_path / "bad.jsonl"))
+    assert [pair.chosen for pair in pairs] == ["A"]
+    assert list(report.left_out.values()) == [1]
+    assert re.search(message, report.reasons()) and "bad.jsonl:3" in report.reasons()
 
 
 WHOLE = gzip.compress(b"".join(b'{"prompt": "Q", "chosen": "A%d", "rejected": "B"}\n' % n for n in range(50)), mtime=0)
@@ -331,7 +341,7 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", [b"[" * 100_000, b'{"prompt": ' + b"1" * 5000 + b"}"], ids=["nested", "digits"])
 def test_json_that_python_does_not_read_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(line)
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the line cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"the line cannot be read as JSON: 1 \(.*a\.jsonl:1"):
         load_preferences(str(tmp_path / "a.jsonl"))
 
 
@@ -392,9 +402,9 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch, spec, message):
 
 
 def test_other_file_types_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
-    with pytest.raises(UserError, match=r"not a \.jsonl"):
-        load_preferences(str(tmp_path / "a.csv"))
+    (tmp_path / "a.xlsx").write_text("prompt,chosen,rejected\n")
+    with pytest.raises(UserError, match=r"not a \.jsonl file nor one of .*\.parquet"):
+        load_preferences(str(tmp_path / "a.xlsx"))
 
 
 def test_the_hub_is_asked_for_name_config_and_split(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
+from ctpd_jax.text import prepare, spans
 from ctpd_jax.text.prepare import Limits, prepare_pairs, steered_prompt
 from ctpd_jax.text.prompts import TextModel
 from ctpd_jax.text.templates import PromptTemplate
@@ -40,10 +42,10 @@ def test_only_whole_pairs_are_counted():
     """The chosen answer fits and the rejected one has no boundary within the limit: nothing of the pair counts."""
     emoji = pair(rejected="\U0001f680 yes", id="b")
     limits = Limits(prompt=500, response=3)
-    ready, counters = prepare_pairs([pair(chosen="the"), emoji], TEACHER, STUDENT, limits)
+    ready, counters = prepare_pairs([pair(chosen="a"), emoji], TEACHER, STUDENT, limits)
     assert [one.id for one in ready] == ["a"]
     assert counters["left out: no common boundary within the response limit"] == 1
-    alone = prepare_pairs([pair(chosen="the")], TEACHER, STUDENT, limits)[1]
+    alone = prepare_pairs([pair(chosen="a")], TEACHER, STUDENT, limits)[1]
     for name in ("responses", "responses cut", "spans", "teacher tokens", "student tokens", "bytes", "bytes kept"):
         assert counters[name] == alone[name], name
     assert counters["responses"] == 2
@@ -52,7 +54,13 @@ def test_only_whole_pairs_are_counted():
 def test_a_response_that_was_cut_has_no_end_of_turn():
     (ready,), counters = prepare_pairs([pair(chosen="the fox " * 9)], TEACHER, STUDENT, Limits(500, response=6))
     assert ready.truncated == (True, False) and counters["responses cut"] == 1
+    assert ready.chosen.teacher.ids[-1] != 2 and ready.rejected.teacher.ids[-1] != 2  # on neither side
+    assert ready.chosen.student.ids[-1] != 0 and ready.rejected.student.ids[-1] != 0
+    assert counters["pairs without end of turn, one side cut"] == 1
+    lopsided = Limits(500, response=6, end_of_turn_both=False)
+    (ready,), counters = prepare_pairs([pair(chosen="the fox " * 9)], TEACHER, STUDENT, lopsided)
     assert ready.chosen.teacher.ids[-1] != 2 and ready.rejected.teacher.ids[-1] == 2
+    assert counters["pairs with end of turn on one side, one side cut"] == 1
     assert counters["bytes kept"] == ready.chosen.bounds[-1] + ready.rejected.bounds[-1] < counters["bytes"]
     bare, _ = prepare_pairs([pair()], TEACHER, STUDENT, Limits(500, 500, end_of_turn=False))
     assert bare[0].chosen.teacher.ids.tolist() == encode(TEACHER.tokenizer, "the fox").tolist()
@@ -91,6 +99,50 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted():
     assert counters["left out: template longer than the prompt limit"] == 1
     with pytest.raises(UserError, match=r"None of 1 pairs is left.*max_prompt_tokens"):
         prepare_pairs([system], TEACHER, STUDENT, Limits(20, 500))
+
+
+def refusing(model):
+    """The model with a template that refuses two user turns in a row."""
+    source = (
+        "{% for m in messages %}{% if loop.index0 and m.role == messages[loop.index0 - 1].role %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}\n{% endfor %}"
+    )
+    return replace(model, template=PromptTemplate("chat", source))
+
+
+def test_what_a_template_refuses_is_a_row_that_is_left_out():
+    twice = PreferencePair("t", (Message("user", "Hi"), Message("user", "the fox")), "the fox", "the dog", "b.jsonl:7")
+    empty = PreferencePair("e", (), "the fox", "the dog", "b.jsonl:9")
+    ready, counters = prepare_pairs([pair(), twice, empty], TEACHER, refusing(STUDENT), WIDE)
+    assert [one.id for one in ready] == ["a"]
+    assert counters["left out: no prompt can be made of the messages"] == 2
+    assert "b.jsonl:7: The chat template refuses" in counters.reasons() and "must alternate" in counters.reasons()
+    assert "b.jsonl:9: the prompt is empty" in counters.reasons()
+
+
+def test_tokens_that_do_not_spell_the_text_cost_one_pair(monkeypatch):
+    def align_batch(texts, teacher, student, unit):
+        if any("cat" in text for text in texts):
+            raise UserError("the tokens do not spell the text 'x.cat'")
+        return spans.align_batch(texts, teacher, student, unit)
+
+    monkeypatch.setattr(prepare, "align_batch", align_batch)
+    pairs = [pair(), pair(chosen="x.cat", id="b"), pair(chosen="the", id="c")]
+    ready, counters = prepare_pairs(pairs, TEACHER, STUDENT, WIDE)
+    assert [one.id for one in ready] == ["a", "c"]
+    assert counters.notes["left out: tokens that do not spell the text"] == [
+        "b.jsonl:1: the tokens do not spell the text 'x.cat'"
+    ]
+
+
+def test_answers_that_differ_behind_the_limit_alone_are_left_out():
+    same = pair("Why?", "the fox " * 9 + "yes", "the fox " * 9 + "no", id="b")
+    ready, counters = prepare_pairs([pair(), same], TEACHER, STUDENT, Limits(500, response=9))
+    assert [one.id for one in ready] == ["a"]
+    assert counters.notes["left out: answers identical within the response limit"] == ["b.jsonl:1"]
+    # One is whole and one is cut: alike where neither ends its turn.
+    ready, counters = prepare_pairs([pair(chosen="a"), pair(chosen="the")], TEACHER, STUDENT, Limits(500, response=3))
+    assert len(ready) == 1 and counters["left out: answers identical within the response limit"] == 1
 
 
 def test_an_instruction_leads_what_is_left_of_the_last_question():

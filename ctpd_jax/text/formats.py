@@ -1,0 +1,138 @@
+"""File formats of rows: an opened file -> (number of the row, its columns), lazily.
+
+    .jsonl              one JSON object a line
+    .json               an array of objects, or one object a line after all
+    .csv, .tsv          a header and one row a record; , ; or tab, as the header has it
+    .parquet            as the hub stores it
+
+All but .parquet also with .gz or .zst. Rows are counted from 1, in .jsonl as the lines of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.text.columns import LeftOut
+
+Numbered = tuple[int, Mapping[str, Any] | LeftOut]
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+PACKED = (".gz", ".zst")
+ENDINGS = tuple(f"{form}{packed}" for form in FORMATS for packed in ("", *PACKED) if form != ".parquet" or not packed)
+CHUNK = 1 << 20  # characters of an array that are looked at together
+BOM = b"\xef\xbb\xbf"
+
+
+def unpacked(path: Path, file: BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
+    """The stream inside a .zst file; any other as it is. pyarrow notices a file cut short, zstandard does not."""
+    if not path.name.endswith(".zst"):
+        return contextlib.nullcontext(file)
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+
+
+def rows_of(path: Path, file: BinaryIO) -> Iterator[Numbered]:
+    """The rows of an opened file, by its ending. Raises UserError where it cannot be read on."""
+    name = path.name
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    read: Callable[[Path, Any], Iterator[Numbered]] = {
+        ".jsonl": _lines,
+        ".json": _json,
+        ".csv": _records,
+        ".tsv": _records,
+        ".parquet": _parquet,
+    }[Path(name).suffix]
+    return read(path, file)
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[Numbered]:
+    """Lines end at "\\n" only: str.splitlines would also cut at U+2028 inside a text."""
+    for number, line in enumerate(file, start=1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip():
+            yield number, _object(line)
+
+
+def _object(line: bytes) -> Mapping[str, Any] | LeftOut:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return LeftOut("the line is not valid UTF-8", f"{error.reason} at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return LeftOut("the line is not valid JSON", f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return LeftOut("the line cannot be read as JSON", str(error))
+    return row if isinstance(row, dict) else LeftOut("not a JSON object", f"it holds {type(row).__name__}")
+
+
+def _json(path: Path, file: Any) -> Iterator[Numbered]:
+    """An array, element by element; anything else is read as lines.
+
+    By Python's own decoder, so that a row is the same in both: ijson refuses NaN, and writes "?" for half a surrogate.
+    """
+    if not file.peek(64).removeprefix(BOM).lstrip().startswith(b"["):
+        yield from _lines(path, file)
+        return
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    decode, number, buffer, place = json.JSONDecoder().raw_decode, 0, text.read(CHUNK).lstrip()[1:], 0
+    while True:
+        place = _BETWEEN.match(buffer, place).end()  # type: ignore[union-attr]
+        if buffer.startswith("]", place):
+            break
+        try:
+            row, place = decode(buffer, place)
+        except (ValueError, RecursionError) as error:  # the rest of the element may be in the next chunk
+            more = text.read(max(CHUNK, len(buffer) - place))
+            if not more:
+                raise UserError(f"{path}:{number + 1}: the array cannot be read on as JSON ({error}).") from None
+            buffer, place = buffer[place:] + more, 0
+            continue
+        number += 1
+        yield number, row if isinstance(row, dict) else LeftOut("not a JSON object", f"it holds {type(row).__name__}")
+    if (buffer[place + 1 :] + text.read(CHUNK)).strip():
+        raise UserError(f"{path}: something follows the array of {number} rows; write one array, or one object a line.")
+
+
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
+
+
+def _records(path: Path, file: BinaryIO) -> Iterator[Numbered]:
+    csv.field_size_limit((1 << 31) - 1)  # of Python's, 128 KB: an answer may be longer
+    # Bytes that are no UTF-8 become lone surrogates, which no prompt and no answer may hold.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    head = text.readline()
+    delimiter = max(",;\t", key=head.count)
+    columns = next(csv.reader([head], delimiter=delimiter), [])
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: two columns of the header have the same name ({', '.join(columns)}).")
+    rows = csv.DictReader(text, columns, restkey="(beyond the header)", delimiter=delimiter)
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield number, row
+    except csv.Error as error:
+        raise UserError(f"{path}:{number + 1}: the row cannot be read ({error}).") from None
+
+
+def _parquet(path: Path, file: BinaryIO) -> Iterator[Numbered]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}:{number + 1}: the file cannot be read as Parquet ({str(error).strip()}).") from None

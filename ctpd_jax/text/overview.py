@@ -1,0 +1,68 @@
+"""`ctpd inspect --data`: what becomes of the rows of a data set, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ctpd_jax.schema import Counters, PreferencePair
+from ctpd_jax.text.columns import Reading
+from ctpd_jax.text.dialogue import HH_SEPARATOR
+from ctpd_jax.text.preferences import HARMLESS, SEEN, UNKNOWN, advice, read_preferences, refuse_templates, require_kept
+from ctpd_jax.text.prepare import Limits, prepare_pairs
+from ctpd_jax.text.prompts import load_text_model
+
+
+def overview(
+    spec: str,
+    split: str,
+    limit: int | None,
+    reading: Reading,
+    limits: Limits,
+    models: list[tuple[str, str]],
+    say: Callable[[str], None],
+) -> None:
+    """Prints how a data set is read and, with two tokenizers, how it is cut.
+
+    Args:
+      spec, split, limit: as for `load_preferences`.
+      reading, limits: of the config.
+      models: (folder, template) of the teacher and of the student; empty: the rows are read, and that is all.
+      say: prints.
+
+    Raises:
+      UserError: what would end a run, after the table.
+    """
+    pairs, report = read_preferences(spec, split, limit, None, HH_SEPARATOR, reading)
+    where = f'"{spec}" (split "{split}")'
+    kept = len(pairs)
+    if models and pairs:
+        teacher, student = (load_text_model(folder, template) for folder, template in models)
+        prepared, counters = prepare_pairs(pairs, teacher, student, limits)
+        report.merge(counters)
+        kept = len(prepared)
+    say("\n".join([where, *table(report, kept), *_first_pair(pairs)]))
+    refuse_templates(report, where, reading)
+    require_kept(report, kept, where, reading.min_kept)
+
+
+def table(report: Counters, kept: int) -> list[str]:
+    """Rows, reasons, figures and columns as lines."""
+    reasons = report.left_out
+    told = {name: number for name, number in report.counts.items() if name not in ("kept", "pairs", *reasons)}
+    lines = [f"{number:>12,}  {name}" for name, number in {"rows": told.pop("rows", 0), "pairs used": kept}.items()]
+    lines += [f"{number:>12,}  {name}{report.first(name)}" for name, number in reasons.items()]
+    lines += [f"{number:>12,}  {name}" for name, number in told.items()]
+    for name, what in ((SEEN, "columns"), (HARMLESS, "harmless columns"), (UNKNOWN, "fields not understood")):
+        if names := report.notes.get(name):
+            lines.append(f"{what}: {', '.join(names)}")
+    return lines + advice(report).strip().splitlines()
+
+
+def _first_pair(pairs: list[PreferencePair]) -> list[str]:
+    """The first pair as it was understood, each text by its beginning."""
+    if not pairs:
+        return []
+    said = [(message.role, message.content) for message in pairs[0].prompt]
+    texts = [*said, ("chosen", pairs[0].chosen), ("rejected", pairs[0].rejected)]
+    shown = [f"{name:>12}  {text[:80]!r}{' ...' if len(text) > 80 else ''}" for name, text in texts]
+    return [f"first pair, {pairs[0].source}:", *shown]
