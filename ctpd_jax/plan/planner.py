@@ -88,9 +88,6 @@ def make_plan(
             memory[program.name], texts[program.name] = compile_program(program)
         else:
             memory[program.name] = estimate(stage, program)
-        if program.loading:
-            loaded = Memory({"parameters": program.loading}, program.loading, "estimated")
-            memory[f"loading {program.name}"] = loaded
     return Plan(stage, topology, memory, work_of(config, name, bases, stage), texts)
 
 
@@ -281,7 +278,7 @@ def candidates(config: ConfigDict, name: str, bases: Bases, topology: Topology, 
             if stage.shape.rows >= rows:  # fewer pairs in as many rows: padding
                 break
             rows = stage.shape.rows
-            memory = max(max(estimate(stage, program).total, program.loading) for program in stage.programs)
+            memory = max(estimate(stage, program).total for program in stage.programs)
             each, calls = work_of(changed, name, bases, stage), pairs / micro_batch if annotating else 1
             update = sum((each[one.name].times(one.times * calls) for one in stage.programs), Work())
             best = Candidate(sizes, micro_batch, memory, bound(update, topology), update.links, settings)
