@@ -12,7 +12,8 @@ import numpy as np
 from ctpd_jax import preempt
 from ctpd_jax.annotate.store import Column, shard_ranges
 from ctpd_jax.annotate.teacher import Scorer, make_scorer, plain_item, score_pairs
-from ctpd_jax.data.loader import plan_shapes
+from ctpd_jax.data.loader import padding, plan_shapes
+from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import BatchShape, PairItem
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
@@ -65,6 +66,8 @@ def score_together(
             spans = _spans(pairs, model)
             scorer, program = reader(run, list(stages.values()), model, weights)
             shapes = plan_shapes(items, ranges, run.config.annotate.micro_batch, run.rows)
+            share = padding(items, ranges[:16], run.config.annotate.micro_batch, run.rows, shapes)
+            run.say(f"{_home(split)}/{'+'.join(stages)}: {in_words(share)}")
             done = len(pairs) - sum(len(ranges[shard]) for shard in missing)
             logged = f"{_home(split)}/{'+'.join(stages)}"
             run.log.rewind(logged, missing[0] - 1)

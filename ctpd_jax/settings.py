@@ -150,10 +150,11 @@ def default_config() -> ConfigDict:
     return config
 
 
-def paper_on_tpu(teacher: str, student: str, micro_batch: int) -> ConfigDict:
+def paper_on_tpu(teacher: str, student: str, micro_batch: int, layout: str = "shared") -> ConfigDict:
     """The paper's training (arXiv 2601.11865) of a student whose teacher is too large to be trained whole on the slice.
 
-    UltraFeedback; a micro-batch of `micro_batch` pairs should give every chip at least one.
+    UltraFeedback; a micro-batch of `micro_batch` pairs should give every chip at least one. Where it gives no more,
+    `layout` "response" leaves less padding: its units are shorter. `ctpd plan` tells how much.
     """
     config = default_config()
     config.teacher.path, config.student.path = teacher, student
@@ -174,9 +175,9 @@ def paper_on_tpu(teacher: str, student: str, micro_batch: int) -> ConfigDict:
         stage.lora.update({"rank": 16, "alpha": 32.0, "base": "bfloat16"})
     config.annotate.update({"teacher_weights": "bfloat16", "micro_batch": 8})
 
-    # Ours: a pair, at most 128 + 2 x 384 tokens, fits a row.
+    # Ours: the length of rows is chosen from the data, so that every chip gets about as many tokens.
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
-    config.rows.update({"layout": "shared", "packed": "yes", "length": 1024, "multiple": 128})
+    config.rows.update({"layout": layout, "packed": "yes", "multiple": 128})
     for stage in (config.teacher_sft, config.student_sft, config.positive, config.negative, config.train):
         stage.micro_batch = micro_batch
     return config

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from ctpd_jax import preempt
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.annotate.store import MANIFEST, open_store, shard_ranges, to_record, write_store
-from ctpd_jax.data.loader import batch_indices, plan_shapes, steps_per_epoch, update_batches
+from ctpd_jax.data.loader import batch_indices, padding, plan_shapes, steps_per_epoch, update_batches
+from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import canonical_json, sha256_file
@@ -83,6 +84,8 @@ def train_stage(
     seed, batch_size = run.config.seed, settings.batch_size
     updates = (batch_indices(seed, step, len(items), batch_size) for step in range(steps))
     shapes = plan_shapes(items, updates, settings.micro_batch, run.rows)
+    some = [batch_indices(seed, step, len(items), batch_size) for step in range(min(steps, 64))]
+    run.say(f"{stage}: {in_words(padding(items, some, settings.micro_batch, run.rows, shapes))}")
     batches = update_batches(items, seed, batch_size, settings.micro_batch, run.rows, shapes)
     adapted = decoder.lora is not None
     if adapted:

@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.teacher import make_scorer
-from ctpd_jax.data.packing import round_up
-from ctpd_jax.data.rows import BatchShape
+from ctpd_jax.data.loader import padding, plan_shapes
+from ctpd_jax.data.packing import Rows, round_up
+from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
@@ -152,6 +153,27 @@ def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) 
     # Of packed rows, several units with short prompts may fill one.
     slots = length if rows.packed != "no" else min(length, int(round_up(scored, rows.multiple)))
     return BatchShape(int(round_up(-(-units // room), devices)), length, slots)
+
+
+def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
+    """The share of padding, were lengths spread evenly from a fifth of what `config.data` allows to all of it.
+
+    About what UltraFeedback has; a plan sees no data.
+    """
+    settings, sft = config[name], name != "annotate" and learns_responses(config, name)
+    part = settings.pairs_per_shard if name == "annotate" else settings.batch_size
+    lengths = np.random.default_rng(0).uniform(0.2, 1.0, (max(256, part) // part * part, 3))
+    limits = np.array([config.data.max_prompt_tokens, *[config.data.max_response_tokens] * 2])
+
+    def item(prompt: int, *responses: int) -> PairItem:
+        chosen, rejected = (ScoredResponse(np.zeros(n, np.int32), np.zeros(n, np.float32)) for n in responses)
+        return PairItem(np.zeros(prompt, np.int32), chosen, None if sft else rejected)
+
+    items = [item(*row) for row in np.ceil(lengths * limits).astype(int).tolist()]
+    rows = Rows(**config.rows.to_dict() | {"packed": config.rows.packed != "no"}, row_multiple=row_devices(mesh))
+    parts = np.arange(len(items)).reshape(-1, part)
+    micro_batch = min(settings.micro_batch, part)
+    return padding(items, parts, micro_batch, rows, plan_shapes(items, parts, micro_batch, rows))
 
 
 def abstract_batch(mesh: Mesh, shape: BatchShape, pairs: int) -> Batch:
