@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
         stage.lora.update({"rank": 16, "alpha": 32.0, "base": "bfloat16"})
         stage.update({"micro_batch": 4, "save_every": 25})
     config.annotate.update({"teacher_weights": "bfloat16", "micro_batch": 8})
-    config.rows.update({"layout": "shared", "packed": "yes", "length": 1024, "multiple": 128})
+    config.rows.update({"layout": "shared", "packed": "yes", "multiple": 128})
     config.evaluate.update({"samples": 4, "max_new_tokens": 128})
     config.export.update({"dtype": "bfloat16", "adapters": True})  # 2.5 GB to download, or 45 MB of adapters
     return config

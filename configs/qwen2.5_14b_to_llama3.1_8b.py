@@ -21,7 +21,7 @@ from ctpd_jax.settings import paper_on_tpu
 
 
 def get_config() -> ConfigDict:
-    config = paper_on_tpu("Qwen/Qwen2.5-14B", "meta-llama/Llama-3.1-8B", micro_batch=16)
+    config = paper_on_tpu("Qwen/Qwen2.5-14B", "meta-llama/Llama-3.1-8B", micro_batch=16, layout="response")
     config.teacher_sft.micro_batch = config.student_sft.micro_batch = 32
     # A checkpoint of the student in training is 96 GB.
     config.student_sft.save_every = config.train.save_every = 500

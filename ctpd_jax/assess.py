@@ -28,7 +28,7 @@ from ctpd_jax.models.lora import save_peft
 from ctpd_jax.report import show
 from ctpd_jax.report.card import model_card
 from ctpd_jax.report.html import write_report
-from ctpd_jax.run import Run
+from ctpd_jax.run import Run, dtype_of
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message, Model
 from ctpd_jax.settings import TRAINED
 from ctpd_jax.sharding import first_process
@@ -169,6 +169,7 @@ def samples(run: Run, row: str) -> list[dict[str, str]]:
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
         "weights": run.reading_dtype(model),
+        "compute": dtype_of(run.config, run.mesh),
         "seed": run.config.seed,
     }
     path = run.workdir / "evaluation" / "samples" / f"{row}.json"
@@ -182,7 +183,8 @@ def samples(run: Run, row: str) -> list[dict[str, str]]:
             prompts.setdefault(raw[pair.id].prompt, pair.id)
     asked = list(islice(cycle(prompts), settings.samples))
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=run.config.seed)
-    answers = sample(run.text(model), run.decoder(model), reading_params(run, stage, model), asked, sampling)
+    params, dtype = reading_params(run, stage, model), dtype_of(run.config, run.mesh)
+    answers = sample(run.text(model), run.decoder(model), params, asked, sampling, dtype)
     drawn = [{"prompt": prompt[-1].content, "answer": answer} for prompt, answer in zip(asked, answers)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"inputs": inputs, "samples": drawn})
@@ -199,8 +201,9 @@ def sample(
     params: Params,
     prompts: Sequence[Sequence[Message]],
     sampling: Sampling,
+    dtype: str | None = None,
 ) -> list[str]:
-    """Draws one answer to each prompt, as text."""
+    """Draws one answer to each prompt, as text; `dtype` is that of the products, by default the parameters' own."""
     key = jax.random.key(sampling.seed)
 
     def spell(ids: list[int]) -> str:
@@ -221,6 +224,7 @@ def sample(
             top_k=sampling.top_k,
             stop_strings=sampling.stop,
             decode=spell if sampling.stop else None,
+            compute_dtype=dtype,
         )
         answers += [cut_at_stop(spell(ids), sampling.stop) for ids in found]
     return answers
@@ -276,7 +280,8 @@ def answer(run: Run, row: str, prompts: Sequence[str], sampling: Sampling) -> No
     if row not in table:
         raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
     stage, model = table[row]
-    _print_answers(run.text(model), run.decoder(model), reading_params(run, stage, model), prompts, sampling)
+    params, dtype = reading_params(run, stage, model), dtype_of(run.config, run.mesh)
+    _print_answers(run.text(model), run.decoder(model), params, prompts, sampling, dtype)
 
 
 def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling) -> None:
@@ -287,10 +292,15 @@ def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Samp
 
 
 def _print_answers(
-    text: TextModel, decoder: DecoderConfig, params: Params, prompts: Sequence[str], sampling: Sampling
+    text: TextModel,
+    decoder: DecoderConfig,
+    params: Params,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    dtype: str | None = None,
 ) -> None:
     """The answer alone, or each of several under its prompt."""
-    answers = sample(text, decoder, params, [[Message("user", prompt)] for prompt in prompts], sampling)
+    answers = sample(text, decoder, params, [[Message("user", prompt)] for prompt in prompts], sampling, dtype)
     if len(prompts) == 1:
         print(answers[0])
         return

@@ -12,48 +12,62 @@ import numpy as np
 from ctpd_jax import preempt
 from ctpd_jax.annotate.store import Column, shard_ranges
 from ctpd_jax.annotate.teacher import Scorer, make_scorer, plain_item, score_pairs
-from ctpd_jax.data.loader import plan_shapes
+from ctpd_jax.data.loader import padding, plan_shapes
+from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import BatchShape, PairItem
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
-from ctpd_jax.models.int8 import quantize
 from ctpd_jax.run import Run, Split
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
-from ctpd_jax.sharding import barrier, first_process, place_batch, place_rows
+from ctpd_jax.settings import base_dtype
+from ctpd_jax.sharding import place_batch, place_rows, told_by_first
 from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.metrics import Progress
-from ctpd_jax.train.step import compiled_programs
+from ctpd_jax.train.step import Params, compiled_programs
+from ctpd_jax.workdir import read_json
 
 Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabilities of chosen and rejected, float32 [S]
 
 
 def score_column(
-    run: Run, split: Split, name: str, stage: str, model: Model, instruction: str | None = None
+    run: Run, split: Split, name: str, stage: str, model: Model, instruction: str | None = None, weights: str = ""
 ) -> Measured:
-    """What the model that a stage left makes of a split."""
-    return score_together(run, split, {name: stage}, model, instruction)[name]
+    """What the model that a stage left makes of a split, read with `weights`, or else with those of `weights_of`."""
+    return score_together(run, split, {name: stage}, model, instruction, weights)[name]
 
 
 def score_together(
-    run: Run, split: Split, stages: Mapping[str, str], model: Model, instruction: str | None = None
+    run: Run,
+    split: Split,
+    stages: Mapping[str, str],
+    model: Model,
+    instruction: str | None = None,
+    weights: str = "",
 ) -> dict[str, Measured]:
     """Columns that are measured in one pass over a split: {name: stage}, several only as adapters over one base."""
-    ranges = shard_ranges(len(run.pairs(split)), run.config.annotate.pairs_per_shard)
-    if first_process():  # makes the folders; the others find them
-        columns = {name: _column(run, split, name, stage, model, instruction) for name, stage in stages.items()}
-    barrier(f"the columns of {split}/{'+'.join(stages)} are there")
-    if not first_process():
-        columns = {name: _column(run, split, name, stage, model, instruction) for name, stage in stages.items()}
-    missing = sorted(set().union(*(column.missing_shards(len(ranges)) for column in columns.values())))
-    barrier("every process has counted the same missing shards")
+    weights = weights or weights_of(run, split, next(iter(stages.values())), model)
+
+    def columns_of() -> dict[str, Column]:
+        return {name: _column(run, split, name, stage, model, instruction, weights) for name, stage in stages.items()}
+
+    def look() -> tuple[int, list[int]]:
+        size = shard_size(run, split)
+        shards = len(shard_ranges(len(run.pairs(split)), size))
+        return size, sorted(set().union(*(column.missing_shards(shards) for column in columns_of().values())))
+
+    # One process says what is missing: each from its own view of a shared folder could leave a shard to nobody.
+    size, missing = told_by_first(look)
+    ranges, columns = shard_ranges(len(run.pairs(split)), size), columns_of()
     # Each process takes its share; what one that died has left undone is missing again for those that come after.
     run, missing = run.here, missing[jax.process_index() :: jax.process_count()]
     with preempt.apart(f"{split}/{'+'.join(stages)} is measured"):
         if missing:
             pairs, items = run.pairs(split), _items(run, split, model, instruction)
             spans = _spans(pairs, model)
-            scorer, program = reader(run, list(stages.values()), model, weights_of(run, split, model))
+            scorer, program = reader(run, list(stages.values()), model, weights)
             shapes = plan_shapes(items, ranges, run.config.annotate.micro_batch, run.rows)
+            share = padding(items, ranges[:16], run.config.annotate.micro_batch, run.rows, shapes)
+            run.say(f"{_home(split)}/{'+'.join(stages)}: {in_words(share)}")
             done = len(pairs) - sum(len(ranges[shard]) for shard in missing)
             logged = f"{_home(split)}/{'+'.join(stages)}"
             run.log.rewind(logged, missing[0] - 1)
@@ -73,36 +87,57 @@ def score_together(
     return measured
 
 
-def weights_of(run: Run, split: Split, model: Model) -> str:
-    """What the model reads with: "float32", "bfloat16" or "int8", which is for the annotating teacher alone."""
-    int8 = split == "train" and model == "teacher" and run.config.annotate.teacher_weights == "int8"
-    return "int8" if int8 else run.reading_dtype(model)
+def shard_size(run: Run, split: Split) -> int:
+    """Pairs of a shard, as they were when the first one was begun: another setting would move every boundary."""
+    path, wanted = run.workdir / _home(split) / "shards.json", run.config.annotate.pairs_per_shard
+    if (known := read_json(path)) is None:
+        known = {"pairs_per_shard": wanted}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    if known["pairs_per_shard"] != wanted:
+        size = known["pairs_per_shard"]
+        run.say(f"{path.parent} keeps its shards of {size} pairs; annotate.pairs_per_shard is {wanted} now.")
+    return known["pairs_per_shard"]
 
 
-def reader(run: Run, stages: Sequence[str], model: Model, weights: str) -> tuple[Scorer, Any]:
+def weights_of(run: Run, split: Split, stage: str, model: Model) -> str:
+    """The dtype of the parameters that a model reads with where no stage's reference asks for another one."""
+    start = split == "train" and model == "student" and stage == "student_sft"
+    return base_dtype(run.config, "train") if start else run.reading_dtype(model)
+
+
+def reference_of(run: Run, stage: str, model: Model) -> Measured:
+    """What a stage's own start makes of the training pairs: the same numbers that its policy begins with."""
+    name, dtype, sft = "reference" if model == "teacher" else "start", base_dtype(run.config, stage), f"{model}_sft"
+    if dtype != weights_of(run, "train", sft, model):  # the annotations' column of that name is of another start
+        name = f"{name}_{dtype}"
+    return score_column(run, "train", name, sft, model, weights=dtype)
+
+
+def reader(run: Run, stages: Sequence[str], model: Model, dtype: str) -> tuple[Scorer, Any]:
     """The models that stages left, ready to read in one pass with such weights, and the jitted program in it."""
-    dtype = "float32" if weights == "int8" else weights
-    config = run.decoder(model) if run.left_out(stages[0]) else run.trained_decoder(stages[0], model)
-    if config.lora is None:
-        base, adapters = run.params_of(stages[0], model, dtype), {}
+    adapters: Params = {}
+    if run.left_out(stages[0]) or stages[0] == f"{model}_sft":
+        config, base = run.start(model, dtype)
+    elif run.trained_decoder(stages[0], model).lora is None:
+        config, base = run.decoder(model), run.params_of(stages[0], model, dtype)
     else:
-        base = run.base(stages[0], model, dtype)
+        config, base = run.running_decoder(stages[0], model, dtype), run.base(stages[0], model, dtype)
         adapters = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(run.adapters(stage, model) for stage in stages))
-    if weights == "int8":
-        config, base = quantize(config, base)
     score, mesh = make_scorer(config, run.compute(model)), run.mesh
     return lambda batch, slots: score(adapters, base, place_batch(mesh, batch), place_rows(mesh, slots)), score
 
 
-def _column(run: Run, split: Split, name: str, stage: str, model: Model, instruction: str | None) -> Column:
+def _column(
+    run: Run, split: Split, name: str, stage: str, model: Model, instruction: str | None, weights: str
+) -> Column:
     identity = {
         "params": run.identity(stage, model),
         "model": model,
-        "weights": weights_of(run, split, model),
+        "weights": weights,
         "instruction": instruction,
         "data": run.data_identity(split),
         "compute": run.compute(model).dtype,
-        "pairs_per_shard": run.config.annotate.pairs_per_shard,
     }
     # Held-out scores are cheap and follow whatever was trained last; annotations are not thrown away unasked.
     return Column(run.workdir / _home(split), name, identity, replace=split == "test")
@@ -158,23 +193,37 @@ def _check_finite(
             )
 
 
-def compare_rounded(
-    run: Run, columns: Mapping[str, tuple[str, Model, str | None]], measured: Mapping[str, Measured]
-) -> None:
-    """Lets the exact teacher read the first pairs too, and tells how far the int8 one is from it."""
-    count, path = run.config.annotate.compared_pairs, run.workdir / "annotations" / "int8.json"
-    chosen = {name: entry for name, entry in columns.items() if weights_of(run, "train", entry[1]) == "int8"}
+def compare_rounded(run: Run, columns: Mapping[str, tuple[str, Model, str | None]]) -> None:
+    """Reads the first pairs with the contrastive pair as it was trained and as it will be read, and tells what is left.
+
+    Adapters stay what they are over a rounded base. A pair that was trained whole is rounded itself: where training
+    moved it by less than that, log pi+ - log pi- is mostly the rounding.
+    """
+    count, path = run.config.annotate.compared_pairs, run.workdir / "annotations" / "rounded.json"
+    chosen = {
+        name: (stage, model)
+        for name, (stage, model, _) in columns.items()
+        if name in ("positive", "negative") and not stage.endswith("_sft")
+        if run.trained_decoder(stage, model).lora is None and weights_of(run, "train", stage, model) != "float32"
+    }
     if not chosen or not count or path.exists():
         return
-    pairs, errors = run.pairs("train"), {}
+    pairs, ratios = run.pairs("train"), []
     places = range(min(count, len(pairs)))
-    for name, (stage, model, instruction) in chosen.items():
-        items = _items(run, "train", model, instruction)
-        scorer, _ = reader(run, [stage], model, "float32")
-        shapes = plan_shapes(items, [places], run.config.annotate.micro_batch, run.rows)
-        exact = _read(run, scorer, items, places, _spans(pairs, model), shapes)[0]
-        gaps = [abs(a - b) for one, other in zip(exact, measured[name]) for a, b in zip(one, other)]
-        errors[name] = float(np.mean(np.concatenate(gaps)))
-    write_json(path, {"pairs": len(places), "mean_absolute_error": errors})
-    told = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
-    run.say(f"int8 teacher: mean absolute error of a span's log-probability in nats, over {len(places)} pairs: {told}.")
+    for rounded in (False, True):
+        sums: list[np.ndarray] = []
+        for name, (stage, model, _) in columns.items():
+            if name in ("positive", "negative"):
+                items, dtype = _items(run, "train", model, None), weights_of(run, "train", stage, model)
+                scorer, _ = reader(run, [stage], model, dtype if rounded else "float32")
+                shapes = plan_shapes(items, [places], run.config.annotate.micro_batch, run.rows)
+                (found,) = _read(run, scorer, items, places, _spans(pairs, model), shapes)
+                sums.append(np.concatenate([values for both in found for values in both]))
+        ratios.append(sums[0] - sums[1])
+    correlation = float(np.corrcoef(ratios)[0, 1])
+    write_json(path, {"pairs": len(places), "correlation": correlation})
+    run.say(
+        f"The contrastive pair in bfloat16: over {len(places)} pairs log pi+ - log pi- correlates "
+        f"{correlation:.3f} with that of float32."
+        + (" Most of it is rounding: set annotate.teacher_weights=float32." if not correlation > 0.9 else "")
+    )

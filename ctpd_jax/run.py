@@ -24,16 +24,17 @@ from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import load_hf, model_directory
 from ctpd_jax.models.hf_config import read_config
-from ctpd_jax.models.lora import adapter_shapes, merge, with_lora
+from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, split, with_lora
 from ctpd_jax.models.support import choose_backend, platform_of
 from ctpd_jax.report import show
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
-from ctpd_jax.settings import left_out
+from ctpd_jax.settings import left_out, sft_stays_apart
 from ctpd_jax.sharding import (
     check_heads,
     first_process,
     make_mesh,
     param_sharding,
+    patiently,
     pieces_on_host,
     row_devices,
     shard_shapes,
@@ -146,17 +147,41 @@ class Run:
         kind of matrix at a time.
         """
         if self.left_out(stage):
-            return self.base(stage, model, dtype)
+            sft = f"{model}_sft"
+            return self.start_params(model, dtype) if stage == sft else self.params_of(sft, model, dtype)
         self.require(stage)
         config = self.trained_decoder(stage, model)
         if config.lora is not None:
             return merge(config, self.base(stage, model, dtype), self.adapters(stage, model))
         return load_params(self.workdir / stage / "params", self.abstract(model, dtype), self.local, cast=True)[0]
 
-    def base(self, stage: str, model: Model, dtype: str = "float32") -> Params:
-        """What a training stage starts from: SFT from the user's checkpoint, everything else from the model's SFT."""
+    def start(self, model: Model, dtype: str) -> tuple[DecoderConfig, Params]:
+        """The model after its SFT: the very numbers that every other stage with a base of that dtype starts from.
+
+        Its config has the adapters of SFT where those stay beside it.
+        """
         sft = f"{model}_sft"
-        return self.start_params(model, dtype) if stage == sft else self.params_of(sft, model, dtype)
+        if not sft_stays_apart(self.config, model, dtype):
+            return self.decoder(model), self.params_of(sft, model, dtype)
+        return self.trained_decoder(sft, model), join(self.start_params(model, dtype), self.adapters(sft, model))
+
+    def base(self, stage: str, model: Model, dtype: str = "float32") -> Params:
+        """What a training stage starts from: SFT from the user's checkpoint, everything else from `start`."""
+        if stage == f"{model}_sft":
+            return self.start_params(model, dtype)
+        before, params = self.start(model, dtype)
+        if before.lora is None:
+            return params
+        lora = self.trained_decoder(stage, model).lora
+        assert lora is not None  # without adapters a stage starts from float32
+        sft, rest = split(params)
+        return join(rest, scaled(sft, before.lora.scale / lora.scale))
+
+    def running_decoder(self, stage: str, model: Model, dtype: str) -> DecoderConfig:
+        """The config of a stage's `base`, joined with the adapters that it trains where it does."""
+        config, sft = self.trained_decoder(stage, model), f"{model}_sft"
+        before = self.trained_decoder(sft, model).lora if sft_stays_apart(self.config, model, dtype) else None
+        return config if stage == sft or before is None else beside(config, before)
 
     def adapters(self, stage: str, model: Model) -> Params:
         """The adapters that a stage trained, relative to `base`."""
@@ -194,7 +219,7 @@ class Run:
 
     def require(self, stage: str) -> dict:
         """The stage's result. Raises UserError naming the command that makes it."""
-        found = self.result(stage)
+        found = patiently(lambda: self.result(stage))
         if found is None:
             command = {
                 "teacher_sft": "ctpd sft --model teacher",
@@ -207,10 +232,11 @@ class Run:
         return found
 
     def fingerprint(self, stage: str) -> dict[str, Any]:
-        """The settings of a stage that decide its numbers."""
-        if self.left_out(stage):
-            return {"left_out": True}
-        return {name: value for name, value in self.config[stage].to_dict().items() if name != "save_every"}
+        """The settings of a stage that decide its numbers beyond rounding; its updates are counted in `steps`."""
+        settings = self.config[stage].to_dict()
+        if not settings["lora"]["rank"]:
+            settings["lora"] = {"rank": 0}
+        return {name: value for name, value in settings.items() if name not in ("save_every", "micro_batch", "epochs")}
 
     def identity(self, stage: str, model: Model) -> str:
         """What identifies the parameters of a stage: their SHA-256, or that of what they would start from."""
@@ -311,13 +337,18 @@ class Run:
         return Rows(rows.layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(self.mesh))
 
 
+def dtype_of(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> str:
+    """The dtype of the products of every model on a mesh."""
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    return "bfloat16" if (platform or platform_of(mesh.devices.flat[0])) == "tpu" else "float32"
+
+
 def compute_on(
     mesh: Mesh, config: ConfigDict, model: Model, decoder: DecoderConfig, platform: str | None = None
 ) -> Compute:
     """How a model is run on a mesh. Raises UserError where config.attention cannot do what model and rows need."""
-    dtype, platform = config.compute_dtype, platform or platform_of(mesh.devices.flat[0])
-    if dtype == "auto":
-        dtype = "bfloat16" if platform == "tpu" else "float32"
+    dtype, platform = dtype_of(config, mesh, platform), platform or platform_of(mesh.devices.flat[0])
     try:
         backend = choose_backend(config.attention, decoder, dtype, config.rows.layout == "shared", platform)
     except UserError as error:

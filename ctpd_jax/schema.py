@@ -127,7 +127,8 @@ class Batch(NamedTuple):
     side: Array  # int32 [R, K]; 0 chosen, 1 rejected
     weight: Array  # float32 [R, K]; 0 in padding
     constant: Array  # float32 [P, 2]: c(y) of method, the reference's share of the return
-    start: Array  # float32 [P, 2]: the weighted log-probability under the model's own start; NaN where unknown
+    start: Array  # float32 [P, 2]: log-probability under the model's own start, every token counting one; NaN: unknown
+    reference: Array  # float32 [P, 2]: the same of the reference, 0 without one
     real: Array  # float32 [P]: 1 for a pair, 0 for padding of the last batch
 
 

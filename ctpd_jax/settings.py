@@ -122,9 +122,11 @@ def default_config() -> ConfigDict:
                 "pairs_per_shard": 256,  # annotation goes on after the last whole shard
                 "micro_batch": 4,  # pairs per forward pass
                 # The teacher's parameters while it reads. "bfloat16": half the memory, also where it is evaluated and
-                # answers; exact for a bfloat16 checkpoint. "int8": its matrices rounded, a quarter of the memory.
+                # answers; exact for a bfloat16 checkpoint. What a DPO is held against is its own start all the same.
                 "teacher_weights": "float32",
-                "compared_pairs": 8,  # with int8: so many pairs are read by the exact model too, and the error told
+                # With bfloat16 and a contrastive pair that was trained whole: so many pairs are read in float32 first,
+                # and it is told how much of their weights the rounding leaves. 0: none.
+                "compared_pairs": 8,
             },
             "train": preference(
                 lr=1e-6,
@@ -157,10 +159,11 @@ def default_config() -> ConfigDict:
     return config
 
 
-def paper_on_tpu(teacher: str, student: str, micro_batch: int) -> ConfigDict:
+def paper_on_tpu(teacher: str, student: str, micro_batch: int, layout: str = "shared") -> ConfigDict:
     """The paper's training (arXiv 2601.11865) of a student whose teacher is too large to be trained whole on the slice.
 
-    UltraFeedback; a micro-batch of `micro_batch` pairs should give every chip at least one.
+    UltraFeedback; a micro-batch of `micro_batch` pairs should give every chip at least one. Where it gives no more,
+    `layout` "response" leaves less padding: its units are shorter. `ctpd plan` tells how much.
     """
     config = default_config()
     config.teacher.path, config.student.path = teacher, student
@@ -181,9 +184,9 @@ def paper_on_tpu(teacher: str, student: str, micro_batch: int) -> ConfigDict:
         stage.lora.update({"rank": 16, "alpha": 32.0, "base": "bfloat16"})
     config.annotate.update({"teacher_weights": "bfloat16", "micro_batch": 8})
 
-    # Ours: a pair, at most 128 + 2 x 384 tokens, fits a row.
+    # Ours: the length of rows is chosen from the data, so that every chip gets about as many tokens.
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
-    config.rows.update({"layout": "shared", "packed": "yes", "length": 1024, "multiple": 128})
+    config.rows.update({"layout": layout, "packed": "yes", "multiple": 128})
     for stage in (config.teacher_sft, config.student_sft, config.positive, config.negative, config.train):
         stage.micro_batch = micro_batch
     return config
@@ -206,7 +209,7 @@ CHOICES = {
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
-    "annotate.teacher_weights": ("float32", "bfloat16", "int8"),
+    "annotate.teacher_weights": ("float32", "bfloat16"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
 TRAINED = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train")
@@ -226,6 +229,20 @@ def left_out(config: ConfigDict, stage: str) -> bool:
     if stage in ("positive", "negative") and config.weights.source not in ("dpo", "sft"):
         return True
     return config[stage].steps == -1
+
+
+def base_dtype(config: ConfigDict, stage: str) -> str:
+    """In which dtype a stage holds what it starts from."""
+    return config[stage].lora.base if config[stage].lora.rank else "float32"
+
+
+def sft_stays_apart(config: ConfigDict, model: Model, dtype: str) -> bool:
+    """Whether the adapters of a model's SFT stay beside its matrices of that dtype, rather than being merged.
+
+    A bfloat16 matrix could not hold them: most of what they add to an entry is less than its rounding.
+    """
+    sft = f"{model}_sft"
+    return dtype == "bfloat16" and not left_out(config, sft) and config[sft].lora.rank > 0
 
 
 def learns_responses(config: ConfigDict, stage: str) -> bool:
@@ -258,6 +275,11 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is missing; begin get_config() with ctpd_jax.settings.default_config().")
     if not config.data.train:
         raise UserError("config.data.train is empty; give FILE.jsonl, tfds:NAME, hf:NAME or toy.")
+    if config.annotate.teacher_weights == "int8":
+        raise UserError(
+            "config.annotate.teacher_weights is 'int8'; choose one of float32, bfloat16. An int8 teacher is another "
+            "model than the reference has to be, and its rounding hides what tells the contrastive pair apart."
+        )
     for name, choices in CHOICES.items():
         require(value(name) in choices, name, f"choose one of {', '.join(choices)}")
     for stage in TRAINED:

@@ -7,10 +7,12 @@ silently whole on every device costs what it costs on one.
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that a batch's rows are spread over
@@ -34,12 +38,10 @@ RULES: Mapping[tuple[str, str], tuple[str | None, ...]] = {
     ("gate", "weight"): (None, "fsdp"),
     **{(name, "weight"): _OUT for name in _COLUMN},
     **{(name, "bias"): ("tensor",) for name in _COLUMN},
-    **{(name, "scale"): ("tensor",) for name in _COLUMN},
     **{(name, "lora_a"): (None, "fsdp") for name in _COLUMN},
     **{(name, "lora_b"): ("tensor", None) for name in _COLUMN},
     **{(name, "weight"): _IN for name in _ROW},
     **{(name, "bias"): (None,) for name in _ROW},
-    **{(name, "scale"): ("fsdp",) for name in _ROW},
     **{(name, "lora_a"): (None, "tensor") for name in _ROW},
     **{(name, "lora_b"): ("fsdp", None) for name in _ROW},
 }
@@ -144,7 +146,7 @@ def place_batch(mesh: Mesh, batch: Batch) -> Batch:
     What has a row for its first axis is spread by rows; what belongs to pairs is whole everywhere.
     """
     by_row, whole = NamedSharding(mesh, P(ROWS)), replicated(mesh)
-    shardings = jax.tree.map(lambda _: by_row, batch)._replace(constant=whole, start=whole, real=whole)
+    shardings = jax.tree.map(lambda _: by_row, batch)._replace(constant=whole, start=whole, reference=whole, real=whole)
     return jax.tree.map(_place, batch, shardings)
 
 
@@ -190,6 +192,39 @@ def barrier(name: str) -> None:
     """Waits until every process has come to the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def told_by_first(look: Callable[[], Any]) -> Any:
+    """What `look` finds on the first process, as JSON holds it: the same for all, whatever a file system shows each.
+
+    A UserError of the first process is raised by all of them.
+    """
+    if jax.process_count() == 1:
+        return look()
+    found: tuple[str, Any] = ("", None)
+    if first_process():
+        try:
+            found = "found", look()
+        except UserError as error:
+            found = "refused", str(error)
+    text = np.frombuffer(json.dumps(found).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    told = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+    how, value = json.loads(np.asarray(told, np.uint8).tobytes())
+    if how == "refused":
+        raise UserError(value)
+    return value
+
+
+def patiently(look: Callable[[], T | None], seconds: float = 60.0) -> T | None:
+    """What `look` finds; where several processes share a file system, it is asked again for up to a minute.
+
+    NFS shows a process what others have written only after a while, and that a file is not there for as long.
+    """
+    end = time.monotonic() + (seconds if jax.process_count() > 1 else 0.0)
+    while (found := look()) is None and time.monotonic() < end:
+        time.sleep(min(1.0, seconds / 10))
+    return found
 
 
 def pieces_on_host(leaf: jax.Array | np.ndarray, most: int = 2**28) -> Iterator[np.ndarray]:

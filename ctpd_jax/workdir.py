@@ -7,7 +7,7 @@ DIR/<stage>/done.json     written last: the stage is finished; holds what later 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +46,33 @@ def require_same(expected: Mapping[str, Any], found: Any, where: Path, advice: s
         raise UserError(f"{where} was made otherwise: {field} is {there!r} there and {wanted!r} here. {advice}")
 
 
-def begin(directory: Path, inputs: Mapping[str, Any], write: bool = True) -> dict[str, Any] | None:
+def begin(
+    directory: Path,
+    inputs: Mapping[str, Any],
+    noted: Mapping[str, Any] | None = None,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any] | None:
     """Opens a stage's folder. Returns what its `done.json` holds, or None where the stage has work left.
 
-    `write` says whether this process, of several, is the one that notes down the inputs.
+    `noted` are settings that change no number beyond rounding: kept beside the inputs, and told where they differ.
     Raises UserError where the folder was made from other inputs.
     """
-    path = directory / "inputs.json"
-    stored = read_json(path)
-    if stored is None and not write:
-        return None
+    path, noted = directory / "inputs.json", dict(noted or {})
+    stored, done = read_json(path), read_json(directory / "done.json")
     if stored is None:
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(inputs))
     else:
+        before = stored.pop("noted", {}) if isinstance(stored, dict) else {}
+        if not done and (changed := first_difference(noted, before)):
+            field, now, then = changed
+            say(f"{directory.name} goes on with {field} {now!r}, begun with {then!r}: its numbers change by rounding.")
         advice = f"Go back to those settings, take another --workdir, or delete {directory} to make the stage again."
         require_same(inputs, stored, path, advice)
         if gone := first_difference(stored, inputs):
             raise UserError(f"{path} was made otherwise: {gone[0]} is {gone[1]!r} there and nothing here. {advice}")
-    return read_json(directory / "done.json")
+    if not done:
+        write_json(path, {**inputs, "noted": noted})
+    return done
 
 
 def finish(directory: Path, result: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ctpd_jax.core.arrays import masked_sum_and_count
 from ctpd_jax.core.losses import Normalize, reward_coefficients
 from ctpd_jax.core.weights import (
     binary_weights,
@@ -79,7 +80,8 @@ class SpanValues:
     weights: np.ndarray  # float32 [S]
     coefficients: np.ndarray  # float32 [S]
     constant: float
-    start: float  # sum_t a_span(t) log pi_start(y_t); NaN where the start was not measured
+    start: float  # log pi_start of the response, every span counting one; NaN where the start was not measured
+    reference: float  # log pi_ref, likewise; 0 without a reference
 
 
 def span_values(
@@ -98,20 +100,19 @@ def span_values(
     contrastive = weights.source not in ("uniform", "random")
 
     @jax.jit
-    def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, mu: Array, keys: Array) -> tuple:
-        mask = student > 0
+    def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, side: Array, keys: Array) -> tuple:
+        mask, mu = student > 0, jnp.where(side == CHOSEN, weights.mu, -weights.mu)
         zeros = jnp.zeros(mask.shape)
         positive, negative = (scores["positive"], scores["negative"]) if contrastive else (zeros, zeros)
         w, diagnostics = span_weights(positive, negative, mask, mu, keys, weights)
 
-        def against(name: str | None) -> tuple[Array, Array]:
-            counts = teacher if name == "reference" else student
-            summed = None if name is None else scores[name]
-            return reward_coefficients(w, student, summed, counts, sizes, train.span_logprob, normalize)
-
-        a, constant = against(reference)
-        start = against("start")[1] if "start" in scores else jnp.full_like(constant, jnp.nan)
-        return (w, a, constant, start), diagnostics
+        summed, counts = scores[reference] if reference else None, teacher if reference == "reference" else student
+        a, constant = reward_coefficients(w, student, summed, counts, sizes, train.span_logprob, normalize)
+        plain = jnp.zeros_like(constant) if summed is None else jnp.where(mask, summed, 0).sum(axis=-1)
+        start = jnp.where(mask, scores["start"], 0).sum(axis=-1) if "start" in scores else jnp.full_like(plain, jnp.nan)
+        for number, name in enumerate(SIDES):
+            diagnostics[name] = masked_sum_and_count(w, mask & (side == number)[:, None])
+        return (w, a, constant, start, plain), diagnostics
 
     responses = [(pair.response(s), scores[name], s) for pair, scores in examples for s, name in enumerate(SIDES)]
     out: list[SpanValues | None] = [None] * len(responses)
@@ -124,13 +125,13 @@ def span_values(
             padded([np.bincount(aligned.student.span_ids) for aligned, _, _ in part], size, np.int32),
             padded([np.bincount(aligned.teacher.span_ids) for aligned, _, _ in part], size, np.int32),
             padded([np.diff(aligned.bounds) for aligned, _, _ in part], size, np.int32),
-            np.array([weights.mu if side == CHOSEN else -weights.mu for _, _, side in part], np.float32),
+            np.array([side for _, _, side in part], np.int32),
             jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.array(places, jnp.uint32) + 2 * first),
         )
-        w, a, constant, start = jax.device_get(found)
+        w, a, *sums = jax.device_get(found)
         for row, place in enumerate(places):
             spans = responses[place][0].num_spans
-            out[place] = SpanValues(w[row, :spans], a[row, :spans], float(constant[row]), float(start[row]))
+            out[place] = SpanValues(w[row, :spans], a[row, :spans], *(float(values[row]) for values in sums))
         for name, (total, count) in jax.device_get(diagnostics).items():
             totals[name] = totals.get(name, 0) + np.array([total, count], np.float64)
     figures = {f"weights/{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}
@@ -146,7 +147,8 @@ def training_items(
 
     def response(aligned: Aligned, value: SpanValues) -> ScoredResponse:
         student = aligned.student  # every token lies in a span: see AlignedPair
-        return ScoredResponse(student.ids, value.coefficients[student.span_ids], value.constant, value.start)
+        of_tokens = value.coefficients[student.span_ids]
+        return ScoredResponse(student.ids, of_tokens, value.constant, value.start, value.reference)
 
     items = [
         PairItem(pair.student_prompt, *(response(pair.response(side), both[side]) for side in (CHOSEN, REJECTED)))

@@ -27,6 +27,7 @@ import numpy as np
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import PARTIAL, local_path, sha256_file, write_bytes, write_json
 from ctpd_jax.schema import SIDES, Aligned, AlignedPair, TokenSide
+from ctpd_jax.sharding import patiently
 from ctpd_jax.workdir import first_difference, read_json, require_same
 
 NAME = "ctpd_annotations"  # of the TFDS data set
@@ -89,7 +90,7 @@ class Column:
 
     def read(self, shard: int) -> list[np.ndarray]:
         """The arrays of one shard, as they were written. Raises UserError if it is missing or damaged."""
-        arrays = self._load(shard)
+        arrays = patiently(lambda: self._load(shard))
         if arrays is None:
             raise UserError(f"{self._path(shard)} is missing or damaged; annotate again, which measures only that.")
         return arrays

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ctpd_jax.data.packing import Rows, choose_shapes, fit, needs_of, split, units_of
+from ctpd_jax.data.packing import Rows, Units, choose_shapes, fit, needs_of, padding_share, split, units_of
 from ctpd_jax.data.rows import BatchShape, PairItem, build_batch
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch
@@ -44,11 +44,32 @@ def plan_shapes(
 
     `parts` are the updates, or the shards, that `micro_batches` will be asked for: the places of their items.
     """
+    return choose_shapes(_units(items, parts, micro_batch, rows), rows)
+
+
+def padding(
+    items: Sequence[PairItem],
+    parts: Iterable[Sequence[int] | np.ndarray],
+    micro_batch: int,
+    rows: Rows,
+    shapes: Sequence[BatchShape],
+) -> float:
+    """The share of the tokens laid out that is padding, over such parts."""
+    return padding_share(_units(items, parts, micro_batch, rows), shapes, rows)
+
+
+def _units(
+    items: Sequence[PairItem], parts: Iterable[Sequence[int] | np.ndarray], micro_batch: int, rows: Rows
+) -> Units:
     needs = needs_of(items, rows.layout)
-    groups = [
-        np.asarray(part)[group] for part in parts for group in split(needs[np.asarray(part)], micro_batch, rows.packed)
-    ]
-    return choose_shapes(units_of(needs, groups), rows)
+    return units_of(
+        needs,
+        [
+            np.asarray(part)[group]
+            for part in parts
+            for group in split(needs[np.asarray(part)], micro_batch, rows.packed)
+        ],
+    )
 
 
 def micro_batches(

@@ -19,6 +19,7 @@ from ctpd_jax.errors import UserError
 
 # Kinds of rows are compared on so many units from the beginning of a stage; the rows are then counted on all of them.
 SAMPLE = 8192
+MUCH_PADDING = 0.3  # of all tokens: a warning
 LENGTHS = 32  # row lengths to compare, at most
 LONGEST = 2048  # of a packed row, or three times the longest unit
 SLACK = (1.0, 1.05, 1.1, 1.25)  # scored tokens of a packed row, relative to their share in all tokens
@@ -242,6 +243,19 @@ def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchSh
                 chosen, best, improved = [*rest, int(sums.argmin())], sums.min(), True
     used = np.unique(np.array(sorted(chosen))[costs[sorted(chosen)].argmin(axis=0)])
     return [shapes[i] for i in used]
+
+
+def padding_share(units: Units, shapes: Sequence[BatchShape], rows: Rows) -> float:
+    """The share of all tokens that is padding where these micro-batches are laid out in these shapes."""
+    sizes = np.array([shape.rows * shape.length for shape in shapes])
+    return 1 - float(units.tokens.sum() / sizes[fit(units, shapes, rows)[0]].sum())
+
+
+def in_words(padding: float) -> str:
+    """A sentence about that share, and what lowers it where it is large."""
+    advice = f"; more than {MUCH_PADDING:.0%} is time lost. Try rows.layout=response or shared with rows.length=0, "
+    advice += "rows.packed=yes, a larger micro_batch"
+    return f"{padding:.0%} of the tokens in rows are padding{advice if padding > MUCH_PADDING else ''}."
 
 
 def round_up(values: np.ndarray | float, multiple: int) -> np.ndarray:

@@ -30,7 +30,8 @@ class ScoredResponse:
     tokens: np.ndarray  # int32 [T], at least one
     weights: np.ndarray  # float32 [T]
     constant: float = 0.0  # c(y), subtracted from the weighted log-probability
-    start: float = float("nan")  # weighted log-probability under the model's own start
+    start: float = float("nan")  # log-probability under the model's own start, every token counting one
+    reference: float = 0.0  # the same of the reference
 
 
 class PairItem(NamedTuple):
@@ -85,7 +86,7 @@ def build_batch(
     slot_ints = {name: np.zeros(of_slot, np.int32) for name in ("predictor", "target", "pair", "side")}
     slot_ints["pair"][:] = -1
     weight = np.zeros(of_slot, np.float32)
-    constant, start = np.zeros((pairs, 2), np.float32), np.zeros((pairs, 2), np.float32)
+    constant, start, reference = (np.zeros((pairs, 2), np.float32) for _ in range(3))
     real = (np.arange(pairs) < len(items)).astype(np.float32)
     used, slots, segments = (np.zeros(shape.rows, np.int64) for _ in range(3))  # of each row so far
 
@@ -117,7 +118,8 @@ def build_batch(
             slot_ints["target"][place] = response.tokens
             slot_ints["pair"][place], slot_ints["side"][place] = number, side
             weight[place] = response.weights
-            constant[number, side], start[number, side] = response.constant, response.start
+            constant[number, side] = response.constant
+            start[number, side], reference[number, side] = response.start, response.reference
             slots[row] += count
 
     return Batch(
@@ -126,6 +128,7 @@ def build_batch(
         weight=weight,
         constant=constant,
         start=start,
+        reference=reference,
         real=real,
         **slot_ints,
     )

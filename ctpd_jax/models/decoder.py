@@ -49,23 +49,16 @@ def norm_graph(config: DecoderConfig) -> tuple[Any, Any]:
 
 
 def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """The parameters as jax.ShapeDtypeStruct, in the layout that every function here takes.
-
-    All of `dtype`, but for int8 matrices and their float32 scales.
-    """
+    """The parameters as jax.ShapeDtypeStruct of `dtype`, in the layout that every function here takes."""
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
-
-    def stacked(path: tuple[Any, ...], one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        own = one.dtype if one.dtype == jnp.int8 or path[-1].key == "scale" else dtype
-        return jax.ShapeDtypeStruct((config.num_layers, *one.shape), own)
 
     layer, final_norm = (nnx.to_pure_dict(state) for _, state in (layer_graph(config), norm_graph(config)))
     params: Params = {
         "model": {
             "embed_tokens": {"weight": array(config.vocab_size, config.hidden_size)},
-            "layers": jax.tree.map_with_path(stacked, layer),
+            "layers": jax.tree.map(lambda one: array(config.num_layers, *one.shape), layer),
             "norm": jax.tree.map(lambda one: array(*one.shape), final_norm),
         }
     }

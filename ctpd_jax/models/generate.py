@@ -40,6 +40,7 @@ class _Program(NamedTuple):
     draw: bool  # else greedy; the passes over the vocabulary that follow are paid only where they are used
     top_k: bool
     top_p: bool
+    dtype: str  # of the activations
 
 
 class _Inputs(NamedTuple):
@@ -79,12 +80,13 @@ def generate(
     top_k: int = 0,
     stop_strings: Sequence[str] = (),
     decode: Decode | None = None,
+    compute_dtype: str | None = None,
 ) -> list[list[int]]:
     """Continue prompts, which may differ in length, in one batch.
 
     Args:
         config: the model.
-        params: its parameters; activations have their dtype.
+        params: its parameters.
         prompts: token ids, each prompt with at least one.
         max_new_tokens: the most tokens an answer may have.
         temperature: 0 takes the likeliest token (greedy); otherwise logits are divided by it and a token is drawn.
@@ -97,6 +99,7 @@ def generate(
         stop_strings: an answer ends with the token that completes one of these in its text. Every 16 tokens the answers
             so far are decoded on the host; without stop strings the device is left alone until the end.
         decode: token ids -> text; with stop_strings, and only then.
+        compute_dtype: the dtype of the activations; None: the parameters' own.
 
     Returns:
         The answers' token ids, without prompt and without the stop token, but with all tokens of a stop string:
@@ -117,7 +120,8 @@ def generate(
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     done = np.arange(batch) >= len(prompts)
-    program = _Program(config, _round_up(max_new_tokens), temperature > 0, top_k > 0, top_p < 1)
+    dtype = str(jnp.dtype(compute_dtype or params["model"]["norm"]["weight"].dtype))
+    program = _Program(config, _round_up(max_new_tokens), temperature > 0, top_k > 0, top_p < 1, dtype)
     inputs = _Inputs(
         params,
         _one_by_one(params["model"]["layers"]) if jax.default_backend() == "cpu" else params["model"]["layers"],
@@ -230,7 +234,7 @@ def _generate_to_stop(
 
 def _begin(program: _Program, inputs: _Inputs, tokens: jax.Array, done: jax.Array) -> _State:
     """Run the prompts and choose the first token of every answer."""
-    logits, cache = _prefill(program.config, inputs, tokens)
+    logits, cache = _prefill(program, inputs, tokens)
     cache = jax.tree.map(lambda part: jnp.pad(part, ((0, 0),) * 3 + ((0, program.room), (0, 0))), cache)
     if isinstance(inputs.layers, tuple):
         cache = tuple(zip(*map(tuple, cache)))
@@ -242,7 +246,7 @@ def _go_on(program: _Program, inputs: _Inputs, state: _State, until: jax.Array) 
     """Choose token after token until there are `until`, or all answers are done."""
 
     def step(state: _State) -> _State:
-        logits, cache = _decode(program.config, inputs, state)
+        logits, cache = _decode(program, inputs, state)
         return _State(state.step + 1, cache, *_append(program, inputs, state.step, logits, state.done, state.answers))
 
     return jax.lax.while_loop(lambda state: (state.step < until) & ~state.done.all(), step, state)
@@ -278,8 +282,9 @@ def _one_by_one(layers: Params) -> Any:
     return tuple(jax.tree.unflatten(tree, parts) for parts in zip(*split))
 
 
-def _prefill(config: DecoderConfig, inputs: _Inputs, tokens: jax.Array) -> tuple[jax.Array, Any]:
+def _prefill(program: _Program, inputs: _Inputs, tokens: jax.Array) -> tuple[jax.Array, Any]:
     """Run the prompts: logits [B, V] after each prompt's last token; all keys and values, [L, B, K, P, head_dim]."""
+    config = program.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segment = (positions < inputs.lengths[:, None]).astype(jnp.int32)
     seen = attention.masks(config, RowLayout(positions, segment, segment))
@@ -290,14 +295,14 @@ def _prefill(config: DecoderConfig, inputs: _Inputs, tokens: jax.Array) -> tuple
         return module.rest(x, attend(q, k, v, seen[kind])), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     params = inputs.params
-    x, cache = _run_layers(config, params, params["model"]["layers"], tokens, positions, layer, None)
+    x, cache = _run_layers(program, params, params["model"]["layers"], tokens, positions, layer, None)
     last = x[jnp.arange(len(tokens)), inputs.lengths - 1]
     return decoder.logits_of(config, params, decoder.final_norm(config, params, last)), cache
 
 
-def _decode(config: DecoderConfig, inputs: _Inputs, state: _State) -> tuple[jax.Array, Any]:
+def _decode(program: _Program, inputs: _Inputs, state: _State) -> tuple[jax.Array, Any]:
     """The token chosen last enters the cache: logits [B, V] for the next one, and the cache with it."""
-    params, lengths, width = inputs.params, inputs.lengths[:, None], inputs.width
+    config, params, lengths, width = program.config, inputs.params, inputs.lengths[:, None], inputs.width
     slot = width + state.step - 1
     position = lengths + state.step - 1
     slots = jnp.arange(jax.tree.leaves(state.cache)[0].shape[-2])[None]
@@ -322,16 +327,17 @@ def _decode(config: DecoderConfig, inputs: _Inputs, state: _State) -> tuple[jax.
         # With one query each, the rows together are faster than one after the other, as `attention.attend` takes them.
         return module.rest(x, jax.vmap(attend)(q, keys, values, seen[kind])), new
 
-    x, new = _run_layers(config, params, inputs.layers, state.token[:, None], position, layer, state.cache)
+    x, new = _run_layers(program, params, inputs.layers, state.token[:, None], position, layer, state.cache)
     # Only the new slot is written back: the cache itself is changed in place, not copied.
     cache = jax.tree.map(write, state.cache, new)
     return decoder.logits_of(config, params, decoder.final_norm(config, params, x[:, 0])), cache
 
 
 def _run_layers(
-    config: DecoderConfig, params: Params, layers: Any, tokens: jax.Array, positions: jax.Array, layer: Any, cache: Any
+    program: _Program, params: Params, layers: Any, tokens: jax.Array, positions: jax.Array, layer: Any, cache: Any
 ) -> tuple[jax.Array, Any]:
     """Embed tokens [B, T] and take them through the layers: the residual stream, and what each layer gave besides."""
+    config = program.config
     graph, _ = decoder.layer_graph(config)
     cos, sin = decoder.rope_tables(config, positions)
 
@@ -339,7 +345,7 @@ def _run_layers(
         weights, kind, own_cache = own
         return layer(nnx.merge(graph, weights), x, cos[kind], sin[kind], kind, own_cache)
 
-    x = decoder.embed(config, params, tokens, params["model"]["norm"]["weight"].dtype)
+    x = decoder.embed(config, params, tokens, jnp.dtype(program.dtype))
     if not isinstance(layers, tuple):
         return jax.lax.scan(body, x, (layers, np.asarray(config.layer_kinds, np.int32), cache))
     given = []

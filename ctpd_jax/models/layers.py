@@ -7,7 +7,6 @@ N = R * T, H query heads, K key-value heads, E experts, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,8 +45,7 @@ class Linear(nnx.Module):
     """x W^T + bias, in x's dtype, and beside it (alpha / rank) (x A^T) B^T where the config has adapters on `name`."""
 
     def __init__(self, config: DecoderConfig, name: str, out: int, inp: int, bias: bool):
-        self.weight = nnx.Param(jnp.zeros((out, inp), jnp.int8 if config.int8 else jnp.float32))
-        self.scale = nnx.Param(jnp.zeros(out)) if config.int8 else None
+        self.weight = nnx.Param(jnp.zeros((out, inp)))
         self.bias = nnx.Param(jnp.zeros(out)) if bias else None
         self.lora = config.lora if config.lora is not None and name in config.lora.targets else None
         if self.lora is not None:
@@ -56,8 +54,6 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = matmul(x, self.weight[...].astype(x.dtype))
-        if self.scale is not None:
-            y = y * self.scale[...].astype(x.dtype)
         if self.lora is not None:
             low = matmul(x, self.lora_a[...].astype(x.dtype)) * jnp.asarray(self.lora.scale, x.dtype)
             y = y + matmul(low, self.lora_b[...].astype(x.dtype))
@@ -163,18 +159,16 @@ class Expert(nnx.Module):
     """One matrix of every expert: [E, out, in]."""
 
     def __init__(self, config: DecoderConfig, out: int, inp: int):
-        self.weight = nnx.Param(jnp.zeros((config.experts, out, inp), jnp.int8 if config.int8 else jnp.float32))
-        self.scale = nnx.Param(jnp.zeros((config.experts, out))) if config.int8 else None
+        self.weight = nnx.Param(jnp.zeros((config.experts, out, inp)))
 
-    def __call__(self, x: jax.Array, expert: jax.Array, sizes: jax.Array) -> jax.Array:
-        """x [N, in], sorted by its expert [N], of which expert e has sizes[e] rows -> [N, out]."""
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """x [N, in], sorted by its expert, of which expert e has sizes[e] rows -> [N, out]."""
         groups = jax.lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
         )
-        y = jax.lax.ragged_dot_general(
+        return jax.lax.ragged_dot_general(
             x, self.weight[...].astype(x.dtype), sizes, groups, precision=jax.lax.Precision.HIGHEST
         )
-        return y if self.scale is None else y * self.scale[...].astype(x.dtype)[expert]
 
 
 class Experts(nnx.Module):
@@ -189,7 +183,7 @@ class Mixture(nnx.Module):
 
     def __init__(self, config: DecoderConfig):
         self.config = config
-        self.gate = Linear(replace(config, int8=False), "", config.experts, config.hidden_size, bias=False)
+        self.gate = Linear(config, "", config.experts, config.hidden_size, bias=False)
         self.experts = Experts(config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -200,13 +194,12 @@ class Mixture(nnx.Module):
             share = share / share.sum(axis=-1, keepdims=True)
         # Sorted by expert, the tokens of one expert are one matrix product.
         order = jnp.argsort(chosen.reshape(-1))
-        expert, token = chosen.reshape(-1)[order], order // config.experts_per_token
-        sizes = jnp.bincount(expert, length=config.experts)
+        token, sizes = order // config.experts_per_token, jnp.bincount(chosen.reshape(-1), length=config.experts)
         mlp = self.experts
         gathered = flat[token]
-        inner = _ACTIVATIONS[config.activation](mlp.gate_proj(gathered, expert, sizes))
-        inner = inner * mlp.up_proj(gathered, expert, sizes)
-        out = mlp.down_proj(inner, expert, sizes) * share.reshape(-1)[order].astype(x.dtype)[:, None]
+        inner = _ACTIVATIONS[config.activation](mlp.gate_proj(gathered, sizes))
+        inner = inner * mlp.up_proj(gathered, sizes)
+        out = mlp.down_proj(inner, sizes) * share.reshape(-1)[order].astype(x.dtype)[:, None]
         return jnp.zeros_like(flat).at[token].add(out).reshape(x.shape)
 
 

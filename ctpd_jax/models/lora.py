@@ -34,7 +34,7 @@ _PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 def linear_names(config: DecoderConfig) -> tuple[str, ...]:
     """The matrices of a layer that can have adapters, by name: ("q_proj", "k_proj", ...)."""
-    plain = replace(config, lora=None, int8=False)
+    plain = replace(config, lora=None)
     paths = [path for path, _ in leaves(param_shapes(plain)["model"]["layers"])]
     found = [path[-2] for path in paths if path[-1] == "weight" and "norm" not in path[-2] and "experts" not in path]
     return tuple(name for name in found if name != "gate")
@@ -55,7 +55,7 @@ def with_lora(config: DecoderConfig, rank: int, alpha: float, targets: str = "al
 
 def adapter_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     """The adapters as jax.ShapeDtypeStruct."""
-    return split(param_shapes(replace(config, int8=False), dtype))[0]
+    return split(param_shapes(config, dtype))[0]
 
 
 def init_adapters(config: DecoderConfig, key: jax.Array) -> Params:
@@ -89,16 +89,35 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def join(first: Params, second: Params) -> Params:
-    """One tree of two that share no leaf; no array is copied."""
+    """One tree of two. They share no leaf but adapters: those of one matrix become one, their ranks side by side."""
     joined = dict(first)
     for name, value in second.items():
-        joined[name] = join(joined[name], value) if name in joined else value
+        if name in _PARTS and name in joined:
+            joined[name] = jnp.concatenate([joined[name], value], axis=-2 if name == "lora_a" else -1)
+        else:
+            joined[name] = join(joined[name], value) if name in joined else value
     return joined
 
 
-def merge(config: DecoderConfig, base: Params, adapters: Params) -> Params:
-    """W + (alpha / rank) B A, in float32 and W's dtype, for `config` without `lora`. The base's buffers are reused."""
+def beside(config: DecoderConfig, other: Lora) -> DecoderConfig:
+    """The config of its adapters joined to `other` ones, whose products then count as its own do: see `scaled`."""
     assert config.lora is not None
+    targets = (*config.lora.targets, *other.targets)
+    return replace(config, lora=replace(config.lora, targets=tuple(n for n in linear_names(config) if n in targets)))
+
+
+def scaled(adapters: Params, factor: float) -> Params:
+    """The same adapters for a config whose alpha / rank is `1 / factor` of theirs."""
+    return jax.tree.map_with_path(lambda path, leaf: leaf * factor if path[-1].key == "lora_b" else leaf, adapters)
+
+
+def merge(config: DecoderConfig, base: Params, adapters: Params) -> Params:
+    """W + (alpha / rank) B A, in float32 and W's dtype, for `config` without `lora`. The base's buffers are reused.
+
+    Adapters that the base has already are merged with the others.
+    """
+    assert config.lora is not None
+    adapters, base = split(join(base, adapters))
     return _merge(config.lora.scale, base, adapters)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ctpd_jax.data.packing import in_words
 from ctpd_jax.errors import UserError
 from ctpd_jax.plan.chips import GIB, Topology, devices_of, has_compiler, parse_topology
 from ctpd_jax.plan.planner import (
@@ -101,18 +102,18 @@ def search(
     print(f"{stage} on {topology.name}, by estimate; those that fit first, then the fastest, then the least over links")
     for one in left:
         verdict = "" if one.memory <= topology.chip.memory else "  too much"
-        print(f"  {in_words(one):52} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s{verdict}")
+        print(f"  {named(one):52} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s{verdict}")
     pairs = config.annotate.pairs_per_shard if stage == "annotate" else config[stage].batch_size
     for _ in range(TRIED):
         one = left.pop(0)
         if compiled:
-            say(f"{stage}: compiling {in_words(one)} ...")
+            say(f"{stage}: compiling {named(one)} ...")
         plan = make_plan(with_settings(config, one.settings), stage, bases, topology, devices, compiled)
         if plan.fits:
             print("\n  " + " ".join(f"--config.{name}={value}" for name, value in one.settings.items()) + "\n")
             break
         if compiled:
-            print(f"  {in_words(one)}: does not fit, {plan.largest / GIB:.1f} GiB")
+            print(f"  {named(one)}: does not fit, {plan.largest / GIB:.1f} GiB")
         less = smaller(one, stage, pairs)
         left = ([less] if less and one.memory <= topology.chip.memory else []) + left
         if not left:
@@ -122,7 +123,7 @@ def search(
     return plan
 
 
-def in_words(one: Candidate) -> str:
+def named(one: Candidate) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, one.sizes))
     return f"{mesh}, micro_batch {one.micro_batch}"
 
@@ -143,6 +144,7 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
         what = f"{stage.pairs} {units(stage)} an update, {stage.micro_batch} at a time"
     yield f"{stage.name}: {who}; {first.compute.dtype}, attention {first.compute.attention}"
     yield f"  {what}: {shape.rows} rows x {shape.length:,} tokens, {shape.scored:,} of them scored, at most"
+    yield f"  at lengths from a fifth of the limits to all of them {in_words(plan.padding)}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in stage.mesh.shape.items())
     hosts = f", on each of {topology.hosts} hosts" if stage.mesh.devices.size < topology.count else ""
     yield f"  mesh {mesh}{hosts} on {topology.name}: {topology.count} x {topology.chip.memory / GIB:.2f} GiB"

@@ -22,7 +22,7 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.plan.chips import Topology, devices_of
 from ctpd_jax.plan.costs import Work, work
-from ctpd_jax.plan.programs import Bases, Program, Stage, plan_stage, share
+from ctpd_jax.plan.programs import Bases, Program, Stage, plan_stage, share, usual_padding
 from ctpd_jax.sharding import AXES, make_mesh, row_devices
 
 # Of the chip's main memory; kernels can run out of others.
@@ -48,6 +48,7 @@ class Plan:
     memory: Mapping[str, Memory]  # by program
     work: Mapping[str, Work]  # of one call of each program, on one device
     texts: Mapping[str, str]  # the compiled programs, as text
+    padding: float  # share of the tokens laid out, at usual lengths
 
     @property
     def largest(self) -> float:
@@ -88,10 +89,8 @@ def make_plan(
             memory[program.name], texts[program.name] = compile_program(program)
         else:
             memory[program.name] = estimate(stage, program)
-        if program.loading:
-            loaded = Memory({"parameters": program.loading}, program.loading, "estimated")
-            memory[f"loading {program.name}"] = loaded
-    return Plan(stage, topology, memory, work_of(config, name, bases, stage), texts)
+    padding = usual_padding(config, name, stage.mesh)
+    return Plan(stage, topology, memory, work_of(config, name, bases, stage), texts, padding)
 
 
 def mesh_of(config: ConfigDict, name: str, topology: Topology, devices: list[Any]) -> Mesh:
@@ -281,7 +280,7 @@ def candidates(config: ConfigDict, name: str, bases: Bases, topology: Topology, 
             if stage.shape.rows >= rows:  # fewer pairs in as many rows: padding
                 break
             rows = stage.shape.rows
-            memory = max(max(estimate(stage, program).total, program.loading) for program in stage.programs)
+            memory = max(estimate(stage, program).total for program in stage.programs)
             each, calls = work_of(changed, name, bases, stage), pairs / micro_batch if annotating else 1
             update = sum((each[one.name].times(one.times * calls) for one in stage.programs), Work())
             best = Candidate(sizes, micro_batch, memory, bound(update, topology), update.links, settings)

@@ -21,17 +21,18 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.teacher import make_scorer
-from ctpd_jax.data.packing import round_up
-from ctpd_jax.data.rows import BatchShape
+from ctpd_jax.data.loader import padding, plan_shapes
+from ctpd_jax.data.packing import Rows, round_up
+from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.families import FAMILIES
 from ctpd_jax.models.hf_config import from_hf, read_config
-from ctpd_jax.models.lora import adapter_shapes, with_lora
+from ctpd_jax.models.lora import adapter_shapes, beside, join, with_lora
 from ctpd_jax.run import compute_on
 from ctpd_jax.schema import Batch, Model, RowLayout
-from ctpd_jax.settings import TRAINED, learns_responses, left_out, trained_model
+from ctpd_jax.settings import TRAINED, base_dtype, learns_responses, left_out, sft_stays_apart, trained_model
 from ctpd_jax.sharding import ROWS, replicated, row_devices, shard_shapes
 from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.train.optimizer import make_optimizer
@@ -57,7 +58,6 @@ class Program:
     compute: Compute
     parameters: int  # of the whole model, adapters left out
     trained: int
-    loading: float = 0.0  # bytes on one device before its parameters have the form that it reads
 
     @property
     def training(self) -> bool:
@@ -155,6 +155,27 @@ def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) 
     return BatchShape(int(round_up(-(-units // room), devices)), length, slots)
 
 
+def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
+    """The share of padding, were lengths spread evenly from a fifth of what `config.data` allows to all of it.
+
+    About what UltraFeedback has; a plan sees no data.
+    """
+    settings, sft = config[name], name != "annotate" and learns_responses(config, name)
+    part = settings.pairs_per_shard if name == "annotate" else settings.batch_size
+    lengths = np.random.default_rng(0).uniform(0.2, 1.0, (max(256, part) // part * part, 3))
+    limits = np.array([config.data.max_prompt_tokens, *[config.data.max_response_tokens] * 2])
+
+    def item(prompt: int, *responses: int) -> PairItem:
+        chosen, rejected = (ScoredResponse(np.zeros(n, np.int32), np.zeros(n, np.float32)) for n in responses)
+        return PairItem(np.zeros(prompt, np.int32), chosen, None if sft else rejected)
+
+    items = [item(*row) for row in np.ceil(lengths * limits).astype(int).tolist()]
+    rows = Rows(**config.rows.to_dict() | {"packed": config.rows.packed != "no"}, row_multiple=row_devices(mesh))
+    parts = np.arange(len(items)).reshape(-1, part)
+    micro_batch = min(settings.micro_batch, part)
+    return padding(items, parts, micro_batch, rows, plan_shapes(items, parts, micro_batch, rows))
+
+
 def abstract_batch(mesh: Mesh, shape: BatchShape, pairs: int) -> Batch:
     """A batch as jax.ShapeDtypeStruct, placed as `sharding.place_batch` places it."""
     by_row, whole = NamedSharding(mesh, P(ROWS)), replicated(mesh)
@@ -166,7 +187,7 @@ def abstract_batch(mesh: Mesh, shape: BatchShape, pairs: int) -> Batch:
     slot = array((shape.rows, shape.scored), jnp.int32, by_row)
     weight = array((shape.rows, shape.scored), jnp.float32, by_row)
     both, one = array((pairs, 2), jnp.float32, whole), array((pairs,), jnp.float32, whole)
-    return Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, both, both, one)
+    return Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, both, both, both, one)
 
 
 def device_bytes(tree: Any) -> float:
@@ -210,6 +231,8 @@ def training(config: ConfigDict, name: str, bases: Bases, mesh: Mesh, platform: 
     if lora.rank:
         params = shard_shapes(mesh, adapter_shapes(decoder))
         frozen = shard_shapes(mesh, param_shapes(base, jnp.dtype(lora.base)))
+        if not name.endswith("_sft"):
+            decoder, frozen = after_sft(config, model, lora.base, decoder, frozen, mesh)
     if sft:
         sums_of: Any = partial(sft_sums, decoder, compute)
     else:
@@ -239,6 +262,19 @@ def training(config: ConfigDict, name: str, bases: Bases, mesh: Mesh, platform: 
     return Stage(name, model, mesh, settings.batch_size, micro_batch, shape, programs)
 
 
+def after_sft(
+    config: ConfigDict, model: Model, dtype: str, decoder: DecoderConfig, base: Any, mesh: Mesh
+) -> tuple[DecoderConfig, Any]:
+    """What is read or trained, with the adapters of the model's SFT where they stay beside it: see `Run.start`."""
+    if not sft_stays_apart(config, model, dtype):
+        return decoder, base
+    lora = config[f"{model}_sft"].lora
+    sft = with_lora(decoder, lora.rank, lora.alpha, lora.targets)
+    assert sft.lora is not None
+    joined = join(base, shard_shapes(mesh, adapter_shapes(sft)))
+    return sft if decoder.lora is None else beside(decoder, sft.lora), joined
+
+
 def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None) -> Stage:
     """A program for everything that is read in one pass."""
     settings = config.annotate
@@ -248,20 +284,21 @@ def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shap
     for columns, model, lora in passes(config):
         base = bases[model]
         compute = compute_on(mesh, config, model, base, platform)
-        weights = settings.teacher_weights if model == "teacher" else "float32"
-        int8 = weights == "int8"
-        full = shard_shapes(mesh, param_shapes(base, jnp.bfloat16 if weights == "bfloat16" else jnp.float32))
-        params = shard_shapes(mesh, param_shapes(replace(base, int8=True))) if int8 else full
-        decoder, adapters = replace(base, int8=int8), {}
+        dtype = settings.teacher_weights if model == "teacher" else "float32"
+        if columns == ["start"]:
+            dtype = base_dtype(config, "train")
+        params = shard_shapes(mesh, param_shapes(base, jnp.dtype(dtype)))
+        decoder, adapters = base, {}
         if lora is not None:
-            decoder = replace(with_lora(base, lora.rank, lora.alpha, lora.targets), int8=int8)
+            decoder = with_lora(base, lora.rank, lora.alpha, lora.targets)
             own = shard_shapes(mesh, adapter_shapes(decoder))
             adapters = jax.tree.map(partial(_stacked, mesh, len(columns)), own)
+        decoder, params = after_sft(config, model, dtype, decoder, params, mesh)
         memory = {"parameters": device_bytes(params) + device_bytes(adapters), "batch": device_bytes(batch)}
         traced = make_scorer(decoder, compute).trace(adapters, params, batch, batch.pair)
-        # An int8 model is rounded on the devices, where it lies in float32 before.
-        loading = device_bytes(full) if int8 else 0.0
-        programs.append(Program("+".join(columns), traced, 1, memory, 0.0, decoder, compute, count(params), 0, loading))
+        programs.append(
+            Program("+".join(columns), traced, 1, memory, 0.0, decoder, compute, count(param_shapes(base)), 0)
+        )
     return Stage("annotate", "teacher", mesh, settings.micro_batch, settings.micro_batch, shape, tuple(programs))
 
 
@@ -278,9 +315,9 @@ def passes(config: ConfigDict) -> list[tuple[list[str], Model, ConfigDict | None
             columns[name] = (f"{config.weights[f'{name}_scorer']}_sft", config.weights[f"{name}_scorer"])
     found: dict[object, tuple[list[str], Model, ConfigDict | None]] = {}
     for name, (stage, model) in columns.items():
-        lora = config[stage].lora if config[stage].lora.rank and not left_out(config, stage) else None
-        together = lora is not None and not stage.endswith("_sft")  # adapters over one base
-        key = (model, lora.to_json()) if lora is not None and together else name
+        trained = not stage.endswith("_sft") and not left_out(config, stage)
+        lora = config[stage].lora if trained and config[stage].lora.rank else None
+        key = (model, lora.to_json()) if lora is not None else name
         found.setdefault(key, ([], model, lora))[0].append(name)
     return list(found.values())
 

@@ -36,7 +36,6 @@ _REFERENCES = {"teacher": "the teacher", "student": "the student's own start", "
 _ROUNDED = {
     "float32": "",
     "bfloat16": "the teacher read with its parameters in bfloat16",
-    "int8": "the teacher's matrices were rounded to int8",
 }
 _SENSES = {
     "per_byte": "log-probability per byte of text",

@@ -127,26 +127,32 @@ def preference_sums(
     total = jnp.sum((out.loss + objective.sft_weight * nll) * real)
 
     pairs = jnp.sum(real)
-    moved = weighted - batch.start  # against the model's own start
-    margin = out.chosen_rewards - out.rejected_rewards
+    moved = objective.beta * (plain - batch.start)
+    # With weights of one: annotated ones know the label, and a policy that has learnt nothing would seem to agree.
     means = {
         "loss": out.loss + objective.sft_weight * nll,
-        "rewards/chosen": out.chosen_rewards,
-        "rewards/rejected": out.rejected_rewards,
-        "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0) + 0.5 * (margin == 0),
-        "rewards/margin_from_start": objective.beta * (moved[:, CHOSEN] - moved[:, REJECTED]),
+        **reward_metrics("rewards/", *(objective.beta * (plain - batch.reference)).T),
+        **reward_metrics("rewards/weighted_", out.chosen_rewards, out.rejected_rewards),
+        "rewards/margin_from_start": moved[:, CHOSEN] - moved[:, REJECTED],
         "logps/chosen": plain[:, CHOSEN],
         "logps/rejected": plain[:, REJECTED],
-        "weights/chosen": per_response(batch.weight, batch)[:, CHOSEN] / jnp.maximum(counts[:, CHOSEN], 1),
-        "weights/rejected": per_response(batch.weight, batch)[:, REJECTED] / jnp.maximum(counts[:, REJECTED], 1),
     }
     sums = {name: jnp.stack([jnp.sum(jnp.where(real > 0, value, 0.0)), pairs]) for name, value in means.items()}
-    sums |= {
-        f"lambda/{name}": jnp.stack([part, count])
-        for name, (part, count) in lambda_diagnostics(out.lam, real > 0).items()
-    }
+    if objective.loss == "sigmoid":  # of the other links it is not the pair's weight in the gradient
+        weights = out.lam - objective.label_smoothing
+        sums |= {f"lambda/{name}": jnp.stack(part) for name, part in lambda_diagnostics(weights, real > 0).items()}
     return total, sums | token_sums(batch)
+
+
+def reward_metrics(prefix: str, chosen: Array, rejected: Array) -> dict[str, Array]:
+    """What is logged of the rewards of pairs, each [P]; ties count one half."""
+    margin = chosen - rejected
+    return {
+        f"{prefix}chosen": chosen,
+        f"{prefix}rejected": rejected,
+        f"{prefix}margins": margin,
+        f"{prefix}accuracies": (margin > 0) + 0.5 * (margin == 0),
+    }
 
 
 def sft_sums(config: DecoderConfig, compute: Compute, params: Params, batch: Batch) -> tuple[Array, Sums]:

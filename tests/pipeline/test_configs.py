@@ -47,9 +47,9 @@ def test_all_five_are_here():
 def test_it_is_accepted_and_a_pair_fits_its_rows(case):
     config, models, _ = case
     check_config(config)
-    assert config.rows.layout == "shared" and config.rows.multiple == 128 and config.rows.length % 128 == 0
+    assert config.rows.multiple == 128 and config.rows.length == 0
     longest = config.data.max_prompt_tokens + 2 * config.data.max_response_tokens
-    assert longest <= config.rows.length <= 1024 <= min(model.longest for model in models.values())
+    assert longest <= 1024 <= min(model.longest for model in models.values())
 
 
 def test_what_lies_on_a_chip_leaves_room(case):

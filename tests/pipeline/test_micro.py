@@ -37,6 +37,7 @@ def test_preference_stages_start_where_their_reference_says(finished):
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
     first = read_metrics(finished, "train")[0]
     assert abs(first["rewards/margins"]) > 1e-2  # the reference is another model
+    assert first["rewards/margins"] != first["rewards/weighted_margins"] and first["weights/chosen"] > 0
     assert first["rewards/margin_from_start"] == pytest.approx(0, abs=1e-3)
 
 
@@ -81,6 +82,47 @@ def test_a_store_made_otherwise_is_named(finished, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "settings.data.max_response_tokens" in error and "64" in error and "32" in error
+
+
+def test_what_changes_numbers_by_rounding_alone_is_no_difference(finished):
+    """A run that ran out of memory goes on with smaller batches, and finished work stays finished."""
+    arguments = ["--config", CONFIG, "--workdir", str(finished), "--config.rows.layout=response"]
+    arguments += [f"--config.{stage}.micro_batch=2" for stage in ("positive", "student_dpo", "train", "annotate")]
+    arguments += ["--config.annotate.pairs_per_shard=7", "--config.train.epochs=9", "--config.train.lora.alpha=3"]
+    before = {str(file): file.stat().st_mtime_ns for file in finished.rglob("*.f32")}
+    for command in ("dpo", "annotate", "train"):
+        assert main([command, *arguments]) == 0
+    assert before == {str(file): file.stat().st_mtime_ns for file in finished.rglob("*.f32")}
+
+
+def test_other_data_than_the_stores_is_named(finished, tmp_path, capsys):
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    arguments = ["train", "--config", CONFIG, "--workdir", str(finished)]
+    assert main([*arguments, f"--config.data.train={tmp_path / 'other.jsonl'}"]) == 2
+    error = capsys.readouterr().err
+    assert "source.train is 'toy' there" in error and "other.jsonl" in error
+    assert main([*arguments, "--config.toy.pairs=47"]) == 2
+    assert "source.pairs is 48 there and 47 here" in capsys.readouterr().err
+
+
+def test_training_needs_nothing_of_the_teacher(finished, tmp_path):
+    arguments = ["train", "--config", CONFIG, "--workdir", str(finished)]
+    assert main([*arguments, f"--config.teacher.path={tmp_path / 'gone'}"]) == 0
+
+
+def test_a_store_written_by_other_versions_is_the_same_store(finished):
+    path = finished / "annotations" / "manifest.json"
+    text = path.read_text()
+    told = json.loads(text)
+    told["written_with"]["jax"] = "99.0"
+    path.write_text(json.dumps(told))
+    try:
+        assert main(["train", "--config", CONFIG, "--workdir", str(finished)]) == 0
+        told["measured_by"]["positive"] = "another"
+        path.write_text(json.dumps(told))
+        assert main(["train", "--config", CONFIG, "--workdir", str(finished)]) == 2
+    finally:
+        path.write_text(text)
 
 
 def test_inspect_and_generate(finished, capsys):

@@ -190,19 +190,16 @@ def test_memory_of_parameters_gradient_and_moments(device):
 
 
 def test_annotation_reads_with_the_weights_that_the_config_names(device):
-    config, sizes, loading = load_config(str(COLAB), []), {}, {}
-    for dtype in ("float32", "bfloat16", "int8"):
+    config, sizes = load_config(str(COLAB), []), {}
+    for dtype in ("float32", "bfloat16"):
         config.annotate.teacher_weights = dtype
         programs = {program.name: program for program in stage_on(device, config, "annotate").programs}
         assert set(programs) == {"reference", "start", "positive+negative"}
-        assert programs["start"].memory["parameters"] == 4 * 1_235_814_400
+        assert programs["start"].memory["parameters"] == 2 * 1_235_814_400  # the base of train, which starts there
         sizes[dtype] = programs["reference"].memory["parameters"]
-        loading[dtype] = programs["reference"].loading
         adapters = programs["positive+negative"].memory["parameters"] - sizes[dtype]
         assert adapters == 2 * 4 * stage_on(device, config, "positive").programs[0].trained
     assert sizes["float32"] == 2 * sizes["bfloat16"] == 4 * 3_085_938_688
-    assert sizes["int8"] < 0.75 * sizes["bfloat16"]
-    assert loading == {"float32": 0, "bfloat16": 0, "int8": sizes["float32"]}  # rounded where it lies
 
 
 def test_what_is_read_in_one_pass():

@@ -51,7 +51,6 @@ def test_it_says_how_the_model_was_made():
 def test_other_sources_of_weights_are_told():
     assert "leaning to" not in card({"weights.source": "uniform"}, updates={"train": 3})
     assert "every span counts alike" in card({"weights.source": "uniform"}, updates={"train": 3})
-    assert "int8" in card({"annotate.teacher_weights": "int8"}) and "int8" not in card()
     half = "parameters in bfloat16"
     assert half in card({"annotate.teacher_weights": "bfloat16"}) and half not in card()
     mixed = card({"weights.negative_scorer": "student"})

@@ -145,6 +145,48 @@ def test_the_step_agrees_with_the_span_form_on_plain_logits(name):
         assert relative(x, y) < 1e-4
 
 
+def test_accuracies_do_not_know_the_label():
+    """For labels drawn at random: the accuracy and that of all labels swapped sum to one, as the margins to nothing.
+
+    Annotated weights follow the label, so with them both accuracies lie on one side of one half.
+    """
+    rng = np.random.default_rng(3)
+
+    def response(label: int) -> tuple[ScoredResponse, ScoredResponse]:
+        """The response as the chosen one and as the rejected one."""
+        n = int(rng.integers(3, 20))
+        ids, ratio = rng.integers(3, VOCABULARY, n).astype(np.int32), rng.normal(0, 0.6, n).clip(-0.5, 1.5)
+        reference = -6.24 * n + float(rng.normal())
+        both = [np.exp(mu * ratio).astype(np.float32) for mu in (1, -1)]
+        return tuple(ScoredResponse(ids, w, float(w.mean() * reference), reference, reference) for w in both)
+
+    pairs = [(rng.integers(3, VOCABULARY, 5).astype(np.int32), response(0), response(1)) for _ in range(24)]
+    batches = [
+        build_batch([PairItem(p, a[0], b[1]) if right else PairItem(p, b[0], a[1]) for p, a, b in pairs],
+                    "shared", BatchShape(24, 64, 40), 24)
+        for right in (True, False)
+    ]  # fmt: skip
+    params = init_params(LLAMA, jax.random.key(0))
+    one, other = (mean_of(preference_sums(LLAMA, Objective(0.1), Compute(), params, batch)[1]) for batch in batches)
+    assert one["rewards/accuracies"] + other["rewards/accuracies"] == pytest.approx(1, abs=1e-6)
+    for name in ("rewards/margins", "rewards/margin_from_start"):
+        assert one[name] == pytest.approx(-other[name], abs=1e-5) and abs(one[name]) > 1e-3
+    assert one["rewards/chosen"] == pytest.approx(other["rewards/rejected"], abs=1e-5)
+    assert abs(one["rewards/weighted_margins"] + other["rewards/weighted_margins"]) > 1e-2
+
+
+def test_lambda_is_the_pairs_weight_in_the_gradient():
+    batch = build_batch(random_items(4), "shared", BatchShape(4, 64, 40), 4)
+    for loss in ("ipo", "hinge"):
+        sums = preference_sums(LLAMA, Objective(0.1, loss=loss), Compute(), start(LLAMA), batch)[1]
+        assert not [name for name in sums if name.startswith("lambda/")]
+    plain, smoothed = (
+        preference_sums(LLAMA, Objective(0.1, label_smoothing=e), Compute(), start(LLAMA), batch)[1]["lambda/mean"]
+        for e in (0.0, 0.2)
+    )
+    np.testing.assert_allclose(smoothed[0], plain[0] - 0.2 * 4, rtol=1e-5)  # d loss / d logit of cDPO
+
+
 def test_padding_pairs_change_nothing():
     config, params = LLAMA, start(LLAMA)
     items = random_items(2)
