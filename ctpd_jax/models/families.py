@@ -44,6 +44,7 @@ FAMILIES: dict[str, Family] = {
         {
             "rope_theta": 2e6,
             "max_position_embeddings": 32_768,
+            "num_key_value_heads": 4,
             "tie_word_embeddings": True,
             "bos_token_id": 128_000,
             "eos_token_id": 128_001,
@@ -62,12 +63,17 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 2,
         },
     ),
-    "qwen2": Family("Qwen2ForCausalLM", features.read_qwen2, features.write_qwen2, {"max_position_embeddings": 32_768}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        features.read_qwen2,
+        features.write_qwen2,
+        {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         features.read_qwen3,
         features.write_qwen3,
-        {"max_position_embeddings": 32_768, "head_dim": 128},
+        {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",

@@ -11,7 +11,7 @@ from typing import Any
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig, LayerKind, Rope
-from ctpd_jax.models.hf_fields import Fields, both_spellings, longrope_amplitude, read_rope, write_rope
+from ctpd_jax.models.hf_fields import Fields, both_spellings, longrope_amplitude, rope_of, write_rope
 
 Features = dict[str, Any]  # arguments of DecoderConfig
 
@@ -29,11 +29,15 @@ class Shape:
 # ------------------------------------------------------------------------------------------------ layers and ropes
 
 
+def _spellings(fields: Fields) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """`rope_parameters`, and `rope_scaling` as `rope_of` wants it: a null that stands in the file says "none"."""
+    old = fields.or_null("rope_scaling")
+    return fields.or_null("rope_parameters"), {} if old is None and "rope_scaling" in fields.raw else old
+
+
 def _one_rope(fields: Fields, shape: Shape) -> Rope:
-    """The rotary parameters of a model whose layers share them, in either spelling."""
-    raw = fields.take("rope_parameters", None) or fields.take("rope_scaling", None)
-    fields.ignore("rope_scaling")
-    return read_rope(raw, fields.take("rope_theta", 10_000.0), shape.positions, fields.where)
+    """The rotary parameters of a model whose layers share them."""
+    return rope_of(fields, *_spellings(fields), "rope_theta", 10_000.0, shape.positions)
 
 
 def _kinds(layers: Sequence[LayerKind]) -> Features:
@@ -52,6 +56,8 @@ def _sliding(fields: Fields, default: Sequence[bool]) -> list[bool]:
     for name in types:
         if name not in ("full_attention", "sliding_attention"):
             raise UserError(f"{fields.where}: layer type {name!r} is not supported.")
+    if len(types) != len(default):
+        raise UserError(f"{fields.where}: layer_types has {len(types)} entries for {len(default)} layers.")
     return [name == "sliding_attention" for name in types]
 
 
@@ -173,9 +179,9 @@ def _read_gemma(fields: Fields, shape: Shape) -> Features:
 
 
 def read_gemma2(fields: Fields, shape: Shape) -> Features:
-    rope, window = _one_rope(fields, shape), fields.take("sliding_window", 4096)
+    rope, window = _one_rope(fields, shape), fields.or_null("sliding_window", 4096)
     sliding = _sliding(fields, [i % 2 == 0 for i in range(shape.layers)])
-    layers = _kinds([LayerKind(rope, window if one else None) for one in sliding])
+    layers = _kinds([LayerKind(rope, one) for one in _windowed(fields, sliding, window)])
     return layers | _read_gemma(fields, shape) | {"attention_softcap": fields.or_null("attn_logit_softcapping", 50.0)}
 
 
@@ -184,21 +190,19 @@ def read_gemma3(fields: Fields, shape: Shape) -> Features:
     if fields.take("attn_logit_softcapping", None) is not None:
         # transformers reads the field and then ignores it for this family: no choice would be right for everybody.
         raise UserError(f"{fields.where}: attn_logit_softcapping of a Gemma 3 is not supported; set it to null.")
-    ropes = fields.take("rope_parameters", None) or {"full_attention": fields.raw.get("rope_scaling")}
-    fields.ignore("rope_scaling")
-    theta = {
-        "sliding_attention": fields.take("rope_local_base_freq", 10_000.0),
-        "full_attention": fields.take("rope_theta", 1_000_000.0),
-    }
-    if unknown := set(ropes) - set(theta):
+    new, old = _spellings(fields)
+    if unknown := set(new or {}) - {"sliding_attention", "full_attention"}:
         raise UserError(f"{fields.where}: rope_parameters has {sorted(unknown)}; expected one entry per layer type.")
-    local, full = (read_rope(ropes.get(name), theta[name], shape.positions, fields.where) for name in theta)
-    window, pattern = (
-        fields.take("sliding_window", 4096),
-        fields.take("sliding_window_pattern", fields.raw.get("_sliding_window_pattern", 6)),
-    )
+    by_layer = Fields(new or {}, f"{fields.where}: rope_parameters")
+    local, full = by_layer.or_null("sliding_attention"), by_layer.or_null("full_attention")
+    if new and not full:  # an entry that says nothing still stands against `rope_scaling`
+        full = {"rope_type": "default"}
+    local_rope = rope_of(fields, local, None, "rope_local_base_freq", 10_000.0, shape.positions)
+    full_rope = rope_of(fields, full, old, "rope_theta", 1_000_000.0, shape.positions)
+    window, pattern = fields.or_null("sliding_window", 4096), fields.take("sliding_window_pattern", 6)
     sliding = _sliding(fields, [(i + 1) % pattern != 0 for i in range(shape.layers)])
-    layers = _kinds([LayerKind(local, window) if one else LayerKind(full) for one in sliding])
+    windows = _windowed(fields, sliding, window)
+    layers = _kinds([LayerKind(local_rope if one else full_rope, window) for one, window in zip(sliding, windows)])
     return layers | _read_gemma(fields, shape) | {"qk_norm": "head"}
 
 
@@ -239,28 +243,39 @@ def _integral(value: float) -> float | int:
 # ------------------------------------------------------------------------------------------------ Phi-3, OLMo 2, NeoX
 
 
-def _partial(fields: Fields, rope: dict[str, Any] | None, name: str, default: float, head_dim: int) -> int | None:
-    """How many dimensions of a head turn: a share that stands in the rotary parameters, or beside them."""
-    share = fields.take(name, default)
-    fields.ignore("partial_rotary_factor")
-    share = (rope or {}).get("partial_rotary_factor", fields.raw.get("partial_rotary_factor", share))
-    turned = int(head_dim * share)
+def _partial(
+    fields: Fields, ropes: Sequence[dict[str, Any] | None], name: str, default: float, shape: Shape
+) -> int | None:
+    """How many dimensions of a head turn: a share that stands in the rotary parameters, or beside them as `name`.
+
+    Raises:
+        UserError: it stands in several places, and differs.
+    """
+    inside = [Fields(rope, fields.where).or_null("partial_rotary_factor") for rope in ropes if rope]
+    stated = [share for share in (*inside, fields.or_null(name)) if share is not None] or [default]
+    # Beside them, transformers reads no other name: what stands there must be the same.
+    shares = {*stated, fields.take("partial_rotary_factor", stated[0])}
+    if len(shares) > 1:
+        raise UserError(
+            f"{fields.where}: {name} and the partial_rotary_factor of the rotary parameters differ: {sorted(shares)}."
+        )
+    head_dim = shape.hidden // shape.heads
+    if fields.take("head_dim", head_dim) != head_dim:
+        raise UserError(f"{fields.where}: a head_dim other than hidden_size / num_attention_heads is not supported.")
+    turned = int(head_dim * shares.pop())
     return None if turned == head_dim else turned
 
 
-def _without_partial(raw: dict[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (raw or {}).items() if name != "partial_rotary_factor"}
+def _without_partial(rope: dict[str, Any] | None) -> dict[str, Any] | None:
+    return rope and {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
 
 
 def read_phi3(fields: Fields, shape: Shape) -> Features:
-    raw = fields.take("rope_parameters", None) or fields.take("rope_scaling", None)
-    fields.ignore("rope_scaling")
-    original = fields.take("original_max_position_embeddings", shape.positions)
-    parameters = _without_partial(raw)
-    if parameters.get("rope_type", parameters.get("type", "default")) != "default":
-        parameters = {"original_max_position_embeddings": original} | parameters
-    rope = read_rope(parameters, fields.take("rope_theta", 10_000.0), shape.positions, fields.where)
-    rotary_dim = _partial(fields, raw, "partial_rotary_factor", 1.0, shape.hidden // shape.heads)
+    spellings = _spellings(fields)
+    original = fields.take("original_max_position_embeddings")
+    new, old = map(_without_partial, spellings)
+    rope = rope_of(fields, new, old, "rope_theta", 10_000.0, shape.positions, original)
+    rotary_dim = _partial(fields, spellings, "partial_rotary_factor", 1.0, shape)
     half = (rotary_dim or shape.hidden // shape.heads) // 2
     if rope.scaling == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == half:
         raise UserError(f"{fields.where}: short_factor and long_factor must have {half} entries each.")
@@ -298,10 +313,11 @@ def write_olmo2(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_neox(fields: Fields, shape: Shape) -> Features:
-    raw = fields.take("rope_parameters", None) or fields.take("rope_scaling", None)
-    fields.ignore("rope_scaling")
-    theta = fields.take("rotary_emb_base", fields.take("rope_theta", 10_000.0))
-    rope = read_rope(_without_partial(raw), theta, shape.positions, fields.where)
+    spellings = _spellings(fields)
+    new, old = map(_without_partial, spellings)
+    rope = rope_of(fields, new, old, "rotary_emb_base", 10_000.0, shape.positions)
+    if fields.take("rope_theta", rope.theta) != rope.theta:
+        raise UserError(f"{fields.where}: rope_theta is not read for this family, and differs from the base that is.")
     return (
         _alike(LayerKind(rope), shape)
         | _biases(fields)
@@ -310,7 +326,7 @@ def read_neox(fields: Fields, shape: Shape) -> Features:
             "norm": "layer",
             "norm_eps": fields.take("layer_norm_eps", 1e-5),
             "parallel": fields.take("use_parallel_residual", True),
-            "rotary_dim": _partial(fields, raw, "rotary_pct", 0.25, shape.hidden // shape.heads),
+            "rotary_dim": _partial(fields, spellings, "rotary_pct", 0.25, shape),
             "fused_qkv": "heads",
             "gated": False,
         }
@@ -348,6 +364,9 @@ def write_mixtral(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_qwen3_moe(fields: Fields, shape: Shape) -> Features:
+    experts = fields.take("num_experts", fields.take("num_local_experts", 128))
+    if fields.take("num_local_experts", experts) != experts:
+        raise UserError(f"{fields.where}: num_experts and num_local_experts differ; remove one.")
     if fields.take("decoder_sparse_step", 1) != 1 or fields.take("mlp_only_layers", []):
         raise UserError(
             f"{fields.where}: layers without experts among layers with them (decoder_sparse_step, mlp_only_layers) are "
@@ -356,16 +375,9 @@ def read_qwen3_moe(fields: Fields, shape: Shape) -> Features:
     window = fields.or_null("sliding_window", 4096) if fields.take("use_sliding_window", False) else None
     fields.ignore("sliding_window", "max_window_layers", "intermediate_size")
     layers = _alike(LayerKind(_one_rope(fields, shape), window), shape)
-    return (
-        layers
-        | _biases(fields)
-        | {
-            "qk_norm": "head",
-            "experts": fields.take("num_experts", fields.take("num_local_experts", 128)),
-            "experts_per_token": fields.take("num_experts_per_tok", 8),
-            "normalize_experts": fields.take("norm_topk_prob", False),
-        }
-    )
+    mixture = {"experts": experts, "experts_per_token": fields.take("num_experts_per_tok", 8)}
+    mixture["normalize_experts"] = fields.take("norm_topk_prob", False)
+    return layers | _biases(fields) | mixture | {"qk_norm": "head"}
 
 
 def write_qwen3_moe(config: DecoderConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -39,12 +40,18 @@ def read_config(directory: str | Path) -> DecoderConfig:
     Raises UserError, with the path, for a missing or broken config.json and for everything `from_hf` refuses.
     """
     path = Path(directory) / "config.json"
+    if any((path.parent / name).exists() for name in ADAPTERS):
+        beside = "beside a model" if path.exists() else "alone, without the model that they belong to"
+        raise UserError(
+            f"{path.parent} holds adapters in PEFT's format ({ADAPTERS[0]}) {beside}. Merge them into the model's "
+            f"weights (peft: model.merge_and_unload(), then save_pretrained into a new folder) and take that folder."
+        )
     raw = _read_object(path)
     if raw is None:
         raise UserError(f"There is no {path.name} in {path.parent}: it is not a Hugging Face model folder.")
     config = from_hf(raw, where=str(path))
-    generation = _read_object(path.with_name("generation_config.json")) or {}
-    more_eos = _ids(generation.get("eos_token_id"))
+    generation = path.with_name("generation_config.json")
+    more_eos = _eos_ids(Fields(_read_object(generation) or {}, str(generation)), config.vocab_size)
     return replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + more_eos)))
 
 
@@ -70,7 +77,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         raise UserError(
             f"{where}: quantization_config is not supported; take a model with bfloat16 or float32 weights."
         )
-    name = raw.get("model_type")
+    name = Fields(raw, where).or_null("model_type")
     if name is None:
         raise UserError(f"{where} has no field 'model_type': it is not a complete model config.")
     if name not in FAMILIES:
@@ -89,40 +96,57 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         layers=fields.take("num_hidden_layers"),
         positions=fields.take("max_position_embeddings", 2048),
     )
-    head_dim = fields.take("head_dim", shape.hidden // shape.heads)
+    head_dim = fields.take("head_dim", None)
+    if head_dim is None:
+        if shape.hidden % shape.heads:
+            raise UserError(
+                f"{where}: there is no head_dim, and hidden_size ({shape.hidden}) is no multiple of "
+                f"num_attention_heads ({shape.heads})."
+            )
+        head_dim = shape.hidden // shape.heads
+    vocab = fields.take("vocab_size")
     features: dict[str, Any] = {
         "family": name,
-        "vocab_size": fields.take("vocab_size"),
+        "vocab_size": vocab,
         "hidden_size": shape.hidden,
         "intermediate_size": fields.take(family.width_field),
         "num_layers": shape.layers,
         "num_heads": shape.heads,
-        "num_kv_heads": fields.take("num_key_value_heads", shape.heads),
+        "num_kv_heads": fields.or_null("num_key_value_heads", shape.heads) or shape.heads,
         "head_dim": head_dim,
         "attention_scale": head_dim**-0.5,
         "norm_eps": fields.take("rms_norm_eps", 1e-6),
         "tied": fields.take("tie_word_embeddings", False),
         "max_positions": shape.positions,
         "initializer_range": fields.take("initializer_range", 0.02),
-        **_token_ids(fields),
+        **_token_ids(fields, vocab),
         **family.read(fields, shape),
     }
     features["activation"] = _activation(fields, family.activation_field)
     fields.refuse_the_rest()
-    return DecoderConfig(**features)
+    try:
+        return DecoderConfig(**features)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
-def _token_ids(fields: Fields) -> dict[str, Any]:
+def _token_ids(fields: Fields, vocab: int) -> dict[str, Any]:
     """A null in the file means "none"; only an absent field has the family's default."""
-    return {
-        "bos_id": fields.or_null("bos_token_id"),
-        "eos_ids": _ids(fields.or_null("eos_token_id")),
-        "pad_id": fields.or_null("pad_token_id"),
-    }
+    bos, pad = (_known_ids(fields, name, vocab) for name in ("bos_token_id", "pad_token_id"))
+    return {"bos_id": next(iter(bos), None), "eos_ids": _eos_ids(fields, vocab), "pad_id": next(iter(pad), None)}
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+def _eos_ids(fields: Fields, vocab: int) -> tuple[int, ...]:
+    return _known_ids(fields, "eos_token_id", vocab)
+
+
+def _known_ids(fields: Fields, name: str, vocab: int) -> tuple[int, ...]:
+    """The ids of a field. Old files have -1 for "none"; one past the vocabulary could never be met, nor embedded."""
+    value = fields.or_null(name)
+    ids = tuple(one for one in (value if isinstance(value, list) else [value]) if one not in (None, -1))
+    if name in fields.raw and any(one >= vocab for one in ids):
+        raise UserError(f"{fields.where}: {name} is {value}, but the vocabulary has {vocab} tokens; mend it, or null.")
+    return ids
 
 
 def _activation(fields: Fields, name: str) -> str:

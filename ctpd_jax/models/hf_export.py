@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import local_path, read_json, replacing_folder, write_json
+from ctpd_jax.files import local_path, read_json, refuse_impostor, replacing_folder, write_json
 from ctpd_jax.models import safetensors
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
-from ctpd_jax.models.hf_config import eos_field, read_config, to_hf
+from ctpd_jax.models.hf_config import ADAPTERS, eos_field, read_config, to_hf
 from ctpd_jax.models.hf_import import INDEX, LOAD_DTYPES, WEIGHTS, check_weights, model_directory
 from ctpd_jax.models.hf_table import EMBEDDING, checkpoint_shapes, leaves, places, tensor_table
 
@@ -36,7 +37,9 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-_GENERATION = "generation_config.json"
+_GENERATION, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+# What a model folder consists of, older shards included, and what is replaced; a tokenizer only by another one.
+_MODEL_FILES = re.compile(r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 TensorToWrite = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # name, shape, what gives the array
 
@@ -54,36 +57,48 @@ def save_hf(
 ) -> None:
     """Write a model folder that `transformers` opens; `load_hf` of it gives the same parameters, bit for bit.
 
-    The folder is written beside its place, read back and compared with what was meant, and then renamed. An earlier
-    model folder is replaced; a folder that holds anything else is refused. What a killed save left is removed, or put
-    back, by the next.
+    The folder is written beside its place, read back and compared with what was meant, and then renamed. The model of
+    an earlier folder is replaced, whatever else lies there stays; a folder without a model that holds anything else is
+    refused. What a killed save left is removed, or put back, by the next.
 
     Args:
         directory: where to.
         config: what the parameters belong to; no adapters and no int8 weights.
         params: as from `load_hf`, on any number of devices of this process.
         tokenizer: a folder (or hub id) whose tokenizer files are copied byte for byte and whose other settings of
-            generation are kept, or an object with `save_pretrained`; None writes no tokenizer.
+            generation are kept, or an object with `save_pretrained`; None leaves what lies in `directory`. Of
+            tokenizer_config.json, what one of the two versions of transformers does not understand is written anew.
         dtype: "float32", "bfloat16" or "float16" of the weights; None keeps each parameter's own.
         chat_template: a template in Jinja; written where the tokenizer's own is another one. None keeps that.
-        card: the text of README.md; None writes none.
+        card: the text of README.md; None leaves the one that is there.
         max_shard_bytes: of the tensors in one file; a larger model becomes several files and an index.
 
     Raises:
-        UserError: the folder is in use by something else, an unknown dtype, parameters that the config does not imply,
-            a tokenizer folder without tokenizer files, or a folder that reads back otherwise than it was meant.
+        UserError: the folder is in use by something else, an unknown dtype, parameters that the config does not imply
+            or that are not finite in `dtype`, a tokenizer folder without tokenizer files, or a folder that reads back
+            otherwise than it was meant.
     """
     if dtype is not None and dtype not in LOAD_DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(LOAD_DTYPES)}.")
-    with replacing_folder(local_path(directory), "config.json", "a model folder") as beside:
+    place = local_path(directory)
+    if found := [name for name in ADAPTERS if (place / name).exists()]:
+        raise UserError(f"{place} holds adapters ({found[0]}), which are put on the model beside them; choose another.")
+    tokenizer_files = () if tokenizer is None else (*_TOKENIZER_FILES, _MORE_TEMPLATES)
+
+    def ours(name: str) -> bool:
+        return bool(_MODEL_FILES.fullmatch(name)) or name in tokenizer_files
+
+    with replacing_folder(place, "config.json", "a model folder", ours) as beside:
         _check_params(config, params)
         tensors, dtypes = _tensors(config, params, dtype)
         source = model_directory(tokenizer) if isinstance(tokenizer, str | Path) else None
-        _write_configs(beside, config, dtypes, source)
+        _write_configs(beside, config, dtypes, source or place)
         if source is not None:
             _copy_tokenizer(beside, source)
         elif tokenizer is not None:
             tokenizer.save_pretrained(beside)
+        if tokenizer is not None:
+            _suit_both_versions(beside)
         if chat_template is not None and chat_template != stored_template(beside):
             (beside / _TEMPLATE).write_bytes(chat_template.encode("utf-8"))
         if card is not None:
@@ -126,12 +141,13 @@ def _tensors(
         for place in places(config, entry):
             name = entry.format(*place)
             dtypes[name] = kind
-            tensors.append((name, found[path].shape[len(place) :], _fetch(found[path], place)))
+            tensors.append((name, found[path].shape[len(place) :], _fetch(found[path], place, name, kind)))
     return tensors, dtypes
 
 
-def _fetch(array: Any, place: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    return lambda: np.asarray(array[place] if place else array)
+def _fetch(array: Any, place: tuple[int, ...], name: str, kind: np.dtype) -> Callable[[], np.ndarray]:
+    what = f"Nothing was exported: tensor {name}"
+    return lambda: safetensors.converted(np.asarray(array[place] if place else array), kind, what)
 
 
 def write_weights(
@@ -166,11 +182,11 @@ def write_weights(
 # ------------------------------------------------------------------------------------------------ what stands beside
 
 
-def _write_configs(directory: Path, config: DecoderConfig, dtypes: dict[str, np.dtype], source: Path | None) -> None:
+def _write_configs(directory: Path, config: DecoderConfig, dtypes: dict[str, np.dtype], source: Path) -> None:
     """config.json, and generation_config.json: the source's, with the token ids of this model."""
     main = str(dtypes[tensor_table(config)[EMBEDDING]])
     write_json(directory / "config.json", to_hf(config, main))
-    kept = read_json(source / _GENERATION, "mend it, or fetch the model again") if source else None
+    kept = read_json(source / _GENERATION, "mend it, or fetch the model again")
     if kept is not None and not isinstance(kept, dict):
         raise UserError(f"{source}/{_GENERATION} must hold a JSON object.")
     # Keys with an underscore are notes of transformers to itself: the file was derived from the source's config.json.
@@ -187,17 +203,39 @@ def _copy_tokenizer(directory: Path, source: Path) -> None:
     if not found:
         raise UserError(f"There are no tokenizer files in {source}.")
     for file in found:
+        with open(file, "rb") as stream:
+            refuse_impostor(file, stream.read(64))
         shutil.copyfile(file, directory / file.name)
     for file in sorted((source / _MORE_TEMPLATES).glob("*.jinja")):
         (directory / _MORE_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(file, directory / _MORE_TEMPLATES / file.name)
 
 
+def _suit_both_versions(directory: Path) -> None:
+    """Mend tokenizer_config.json so that AutoTokenizer of transformers 4 and 5 takes tokenizer.json as it is.
+
+    Version 4 does not know version 5's class, nor its list of further special tokens; version 5 builds some
+    classes' tokenizers anew, with a split of its own. Code is not exported, so that nothing may ask for it.
+    """
+    path = directory / _TOKENIZER_CONFIG
+    stored = read_json(path, "mend it, or fetch the model again")
+    if not isinstance(stored, dict | None):
+        raise UserError(f"{path.name} of the tokenizer must hold a JSON object.")
+    settings = {name: value for name, value in (stored or {}).items() if name != "auto_map"}
+    if (directory / "tokenizer.json").exists():
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(more := settings.get("extra_special_tokens"), list):
+            del settings["extra_special_tokens"]
+            settings.setdefault("additional_special_tokens", more)
+    if settings != (stored or {}):
+        write_json(path, settings)
+
+
 def stored_template(directory: Path) -> str | None:
     """The chat template of a tokenizer folder, from whichever file holds it; None where there is none."""
     if (directory / _TEMPLATE).exists():
         return (directory / _TEMPLATE).read_bytes().decode("utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
+    for name in (_TOKENIZER_CONFIG, "chat_template.json"):
         content = read_json(directory / name, "mend it, or fetch the model again")
         template = content.get("chat_template") if isinstance(content, dict) else None
         if isinstance(template, list):  # several, by name

@@ -171,9 +171,12 @@ def save_peft(directory: str | Path, config: DecoderConfig, adapters: Params, ba
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with replacing_folder(local_path(directory), "adapter_config.json", "a folder of adapters") as folder:
-        safetensors.write(folder / "adapter_model.safetensors", tensors, lambda name: np.dtype(np.float32))
-        write_json(folder / "adapter_config.json", raw)
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    with replacing_folder(
+        local_path(directory), "adapter_config.json", "a folder of adapters", names.__contains__
+    ) as beside:
+        safetensors.write(beside / "adapter_model.safetensors", tensors, lambda name: np.dtype(np.float32))
+        write_json(beside / "adapter_config.json", raw)
 
 
 def load_peft(directory: str | Path, config: DecoderConfig) -> tuple[DecoderConfig, Params]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
+from ctpd_jax.files import refuse_impostor
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -27,7 +28,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_PIECE = 1 << 24  # bytes converted at a time
+_PIECE = 1 << 20  # bytes read, checked and converted at a time: they stay in the processor's cache
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -42,28 +43,42 @@ class Tensor:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name. Raises UserError if the file is not a whole safetensors file."""
+    """The tensors of one file by name. Raises UserError if the file is not a whole safetensors file.
+
+    As the format has it, the data follow one another without a gap and fill the file.
+    """
     size = file.stat().st_size
     with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise UserError(f"{file} is not a safetensors file, or was cut short: its header length is {length}.")
+        start = stream.read(64)
+        refuse_impostor(file, start)
+        length = int.from_bytes(start[:8], "little")
+        if size < 10 or not 2 <= length <= _MAX_HEADER:
+            raise UserError(f"{file} is not a safetensors file. Fetch the file again.")
+        if length > size - 8:
+            raise UserError(f"{file} was cut short within its header, or is no safetensors file. Fetch it again.")
+        stream.seek(8)
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            tensors = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                tensors[name] = Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
-                itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else None
-                if itemsize and end - begin != itemsize * math.prod(entry["shape"]):
-                    raise UserError(f"{file}: the data of tensor {name} does not have the size of its shape.")
-                if 8 + length + end > size:
-                    raise UserError(f"{file} was cut short: tensor {name} ends past the end. Fetch the file again.")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
+            spans = [(*map(int, entry["data_offsets"]), name) for name, entry in header.items()]
+            tensors = {
+                name: Tensor(file, header[name]["dtype"], tuple(map(int, header[name]["shape"])), 8 + length + begin)
+                for begin, _, name in spans
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file} is not a safetensors file: its header cannot be read ({error}).") from None
+    filled = 0
+    for begin, end, name in sorted(spans):
+        dtype, shape = DTYPES.get(tensors[name].code), tensors[name].shape
+        if begin != filled or end < begin:
+            raise UserError(f"{file}: the data of tensor {name} overlap another's, or leave a gap. Fetch it again.")
+        if dtype and end - begin != dtype.itemsize * math.prod(shape):
+            raise UserError(f"{file}: the data of tensor {name} do not have the size of its shape. Fetch it again.")
+        if 8 + length + end > size:
+            raise UserError(f"{file} was cut short: tensor {name} ends past the end. Fetch the file again.")
+        filled = end
+    if 8 + length + filled < size:
+        raise UserError(f"{file} goes on after its last tensor. Fetch the file again.")
     return tensors
 
 
@@ -78,7 +93,8 @@ def read_into(tensor: Tensor, name: str, out: np.ndarray, index: tuple[slice, ..
             that the first slice says are read.
 
     Raises:
-        UserError: a dtype that is no floating point, or a file that ends too early.
+        UserError: a dtype that is no floating point, a file that ends too early, or a number that is not finite or that
+            out's dtype cannot hold.
     """
     if tensor.code not in DTYPES:
         raise UserError(
@@ -95,18 +111,56 @@ def read_into(tensor: Tensor, name: str, out: np.ndarray, index: tuple[slice, ..
     offset = tensor.offset + rows.start * row_bytes
     fd = os.open(tensor.file, os.O_RDONLY)
     try:
-        if whole and dtype == out.dtype:
-            _read_bytes(fd, tensor.file, _bytes(out), offset)
-            return
         step = max(1, _PIECE // max(1, row_bytes))
         piece = np.empty((min(step, len(rows)), *shape[1:]), dtype)
         columns = tuple(slice(part.start, part.stop) for part in others)
         for start in range(0, len(rows), step):
-            part = piece[: min(step, len(rows) - start)]
+            target = out[start : start + step]
+            part = target if whole and dtype == out.dtype else piece[: len(target)]
             _read_bytes(fd, tensor.file, _bytes(part), offset + start * row_bytes)
-            out[start : start + len(part)] = part[(slice(None), *columns)]
+            refuse_not_finite(part, f"{tensor.file}: tensor {name}")
+            if part is not target:
+                convert(part[(slice(None), *columns)], target, f"{tensor.file}: tensor {name}")
     finally:
         os.close(fd)
+
+
+def convert(values: np.ndarray, out: np.ndarray, what: str) -> None:
+    """Write finite numbers into `out`, in its dtype. Raises UserError, about `what`, for one that it cannot hold."""
+    with np.errstate(over="ignore"):
+        out[...] = values
+    if ml_dtypes.finfo(out.dtype).max < ml_dtypes.finfo(values.dtype).max:
+        refuse_not_finite(out, what, values)
+
+
+def converted(values: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    """The array in `dtype`. Raises UserError, about `what`, for what is not finite, or not in `dtype`."""
+    refuse_not_finite(values, what)
+    if values.dtype == dtype:
+        return values
+    out = np.empty(values.shape, dtype)
+    convert(values, out, what)
+    return out
+
+
+def refuse_not_finite(array: np.ndarray, what: str, source: np.ndarray | None = None) -> None:
+    """Raises UserError, about `what`, for NaN or infinity; `source` is what the array was converted from.
+
+    Told by the exponent's bits: numpy's isfinite is slow for bfloat16.
+    """
+    size = array.dtype.itemsize
+    limit = np.array(np.inf, array.dtype).view(f"i{size}")  # what is not finite has these bits, or more
+    signed, unsigned, flat = array.view(f"i{size}"), array.view(f"u{size}"), array.reshape(-1)
+    if not array.size or (signed.max() < limit and unsigned.max() < limit.view(f"u{size}") | 1 << 8 * size - 1):
+        return
+    at = int(np.flatnonzero(~np.isfinite(flat.astype(np.float64)))[0])
+    found = float(flat[at] if source is None else np.asarray(source).reshape(-1)[at])
+    place = ", ".join(str(int(index)) for index in np.unravel_index(at, array.shape))
+    if math.isfinite(found):
+        raise UserError(
+            f"{what} holds {found:.6g} at [{place}], beyond the range of {array.dtype}; take another dtype."
+        )
+    raise UserError(f"{what} holds {found} at [{place}]: the weights are damaged, or their training went astray.")
 
 
 def same_values(first: Tensor, second: Tensor, name: str) -> bool:
