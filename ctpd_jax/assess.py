@@ -34,6 +34,7 @@ from ctpd_jax.settings import TRAINED
 from ctpd_jax.sharding import first_process
 from ctpd_jax.stages import scorers
 from ctpd_jax.text.prompts import TextModel, load_text_model
+from ctpd_jax.text.templates import told_source
 from ctpd_jax.toy.recovery import recovery
 from ctpd_jax.toy.world import true_reward
 from ctpd_jax.train.metrics import read_metrics
@@ -322,7 +323,8 @@ def write_export(run: Run) -> None:
     row = "ctpd" if "ctpd" in rows(run) else "student_start"
     stage, model = rows(run)[row]
     directory, adapters = run.workdir / "export", run.workdir / "adapters"
-    text, own = run.text(model), run.config[model].template not in ("auto", "chat", "plain")
+    text, settings = run.text(model), run.config[model]
+    own = settings.template not in ("auto", "chat", "plain") or bool(settings.template_variables)
     card = card_of(run, row)
     inputs = {
         "params": run.identity(stage, model),
@@ -341,7 +343,7 @@ def write_export(run: Run) -> None:
             run.params_of(stage, model),
             run.folder(model),
             dtype=run.config.export.dtype,
-            chat_template=text.template.source if own else None,
+            chat_template=told_source(text.template) if own else None,
             card=card,
         )
         if run.config.export.adapters:

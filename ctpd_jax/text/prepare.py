@@ -10,7 +10,7 @@ from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, Aligned, AlignedPair, Counters, Message, PreferencePair
 from ctpd_jax.text.columns import LeftOut
-from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user
+from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user, opened_block
 from ctpd_jax.text.spans import align_batch, truncate, with_end_of_turn
 from ctpd_jax.text.tokens import can_spell, merges_across, special_literals
 
@@ -180,6 +180,11 @@ def _count_texts(
         escaped = sum(special_literals(model.tokenizer, text) for text in texts)
         counters.add(f"{name} tokens that would merge across the prompt's border", merged)
         counters.add(f"{name} literal special tokens escaped", escaped)
+        for end, response in zip(ends, responses):
+            if block := opened_block(end):
+                what = "is opened again by the answer" if f"<{block}>" in response else "is not closed by the answer"
+                if f"<{block}>" in response or f"</{block}>" not in response:
+                    counters.add(f"{name} prompt opens <{block}>, which {what} (template_variables may close it)")
 
 
 def _merges(model: TextModel, ends: Sequence[str], responses: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -227,6 +228,12 @@ class FittedPrompt(NamedTuple):
     teacher_end: str  # the last characters of the rendered text, as many as decide what merges with a response
     student_end: str
     dropped: int  # characters cut from the left of the last user message
+
+
+def opened_block(text: str) -> str | None:
+    """The name of a tag with which a prompt ends, as in "<think>": the answer is to go on in it, and to close it."""
+    found = re.search(r"<([A-Za-z_]+)>\s*\Z", text)
+    return found[1] if found else None
 
 
 def last_user(messages: Sequence[Message]) -> int | None:

@@ -149,3 +149,15 @@ def test_an_instruction_leads_what_is_left_of_the_last_question():
     talk = PreferencePair("t", (Message("user", "Hi"), Message("assistant", "Ho"), Message("user", "abcdef")), "A", "B")
     assert [m.content for m in steered_prompt(talk, 2, "Lie.")] == ["Hi", "Ho", "Lie.\n\ncdef"]
     assert steered_prompt(PreferencePair("e", (), "A", "B"), 0, "Lie.") == [Message("user", "Lie.\n\n")]
+
+
+def test_a_thought_that_the_prompt_opens_is_counted_where_the_answer_does_not_go_on_in_it():
+    asks = TextModel(STUDENT.tokenizer, PromptTemplate("plain", " <think>\n"), end_of_turn=0)
+    pairs = [
+        pair(chosen="hm</think>yes", rejected="so</think>no", id="a"),
+        pair(chosen="<think>hm</think>yes", rejected="no", id="b"),
+    ]
+    _, counters = prepare_pairs(pairs, TEACHER, asks, WIDE)
+    found = {name: count for name, count in counters.counts.items() if "<think>" in name}
+    assert sorted(found.values()) == [1, 1] and all(name.startswith("student") for name in found)
+    assert {"opened again" in name for name in found} == {True, False}

@@ -11,7 +11,7 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
 from ctpd_jax.text import templates
 from ctpd_jax.text.prompts import PromptTooLong, TextModel, end_of_turn_id, fit_prompt
-from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_prompt, render_text
+from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_prompt, render_text, told_source
 from ctpd_jax.text.tokens import encode, load_tokenizer
 from ctpd_jax.toy.models import student_tokenizer, teacher_tokenizer
 from ctpd_jax.toy.world import corpus
@@ -193,6 +193,27 @@ def test_choices_of_template(student, tmp_path):
     (tmp_path / "bad.jinja").write_text("line\n{% if %}")
     with pytest.raises(UserError, match="not valid Jinja, line 2"):
         load_template(student, str(tmp_path / "bad.jinja"))
+
+
+def test_what_a_template_is_told_is_checked_and_can_be_written_into_it(student):
+    source = CHATML + "{% if thinks is defined and not thinks %}<no thoughts>{{ style }}{% endif %}"
+    tokenizer = with_template(student, source)
+    told = load_template(tokenizer, template_variables='{"thinks": false, "style": "it\'s"}')
+    assert render_text(told, ASK).endswith("<no thoughts>it's")
+    assert told.fingerprint != load_template(tokenizer).fingerprint
+    assert render_text(chat(told_source(told)), ASK) == render_text(told, ASK)
+    loud = PromptTemplate("chat", told_source(told), settings='{"thinks": true}')
+    assert not render_text(loud, ASK).endswith("it's")
+    assert told_source(load_template(tokenizer)) == source
+    for wrong, message in (
+        ('{"think": false}', "'think'.*it uses.*style, thinks"),
+        ("[]", "JSON object"),
+        ("{", "JSON"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_template(tokenizer, template_variables=wrong)
+    with pytest.raises(UserError, match="plain"):
+        load_template(tokenizer, "plain", template_variables='{"thinks": false}')
 
 
 def test_the_fingerprint_knows_every_part():
