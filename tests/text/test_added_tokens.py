@@ -14,9 +14,9 @@ from small_tokenizers import HARD_TEXTS, KINDS, core, fast, small
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.text.prompts import frame_tokens, load_text_model
+from ctpd_jax.text.prompts import encode_prompt, frame_tokens, load_text_model
 from ctpd_jax.text.spans import align
-from ctpd_jax.text.templates import PromptTemplate
+from ctpd_jax.text.templates import Piece, PromptTemplate
 from ctpd_jax.text.tokens import encode, encode_batch, load_tokenizer, with_control
 
 NEW = ("<ent>", "</ent>", "cat", "[word]", "<tool_call>", "é!", "  two", "foo bar", "<|x|>", "dog.")
@@ -63,8 +63,11 @@ def compared_with_the_file(folder: Path, count: int) -> int:
     rng = random.Random(1)
     texts = texts_with([*NEW, *rng.sample(tokens, min(60, len(tokens)))], count)
     tok = load_tokenizer(str(folder))
-    for text, ids, theirs in zip(texts, encode_batch(tok, texts), own.encode_batch(texts, add_special_tokens=False)):
-        assert ids.tolist() == theirs.ids, (text, folder.name)
+    asked = [text + "\n\n" for text in texts]
+    theirs = own.encode_batch([*texts, *asked], add_special_tokens=False)
+    prompts = [encode_prompt(tok, [Piece(text, False), Piece("\n\n", True)], bos=False) for text in texts]
+    for text, ids, encoding in zip([*texts, *asked], [*encode_batch(tok, texts), *prompts], theirs, strict=True):
+        assert ids.tolist() == encoding.ids, (text, folder.name)
     return len(texts)
 
 
@@ -197,7 +200,7 @@ def test_real_tokenizers_with_added_tokens_and_wrong_classes(real_tokenizers, tm
             settings = json.loads((folder / "tokenizer_config.json").read_text())
             (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": case}))
         try:
-            told[case] = f"{compared_with_the_file(folder, 2000)} texts equal"
+            told[case] = f"{compared_with_the_file(folder, 2000)} answers and as many prompts equal"
         except UserError as error:
             assert str(folder) in str(error)
             told[case] = f"refused: {error}"
