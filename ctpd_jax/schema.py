@@ -153,6 +153,12 @@ class Counters:
         if len(noted) < most and what not in noted:
             noted.append(what)
 
+    def leave_out(self, reason: str, where: str, detail: str = "") -> None:
+        """Counts a row or pair that cannot be used; keeps where the first ones stand, and the first one's detail."""
+        self.add(reason)
+        told = f"{where}: {detail}" if detail and reason not in self.notes else where
+        self.note(reason, told)
+
     def merge(self, other: Counters) -> None:
         for name, number in other.counts.items():
             self.add(name, number)

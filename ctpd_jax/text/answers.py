@@ -130,10 +130,8 @@ def _verdict(row: Row, first: str, second: str) -> int:
 
 _FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
 _FLAGGED: dict[tuple[float | None, ...], int] = {
-    (1, 0, 0): 1,
-    (1, 0, None): 1,
-    (0, 1, 0): -1,
-    (0, 1, None): -1,
+    **{(1, 0, none): 1 for none in (0, None)},
+    **{(0, 1, none): -1 for none in (0, None)},
     (0, 0, 1): 0,
 }
 # Verdicts in numbers: of which first answer, its sign where the first one is better, and what is a tie.

@@ -65,7 +65,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Numbered]:
 
 def _object(line: bytes) -> Mapping[str, Any] | LeftOut:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_every_field)
     except UnicodeDecodeError as error:
         return LeftOut("the line is not valid UTF-8", f"{error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
@@ -73,6 +73,16 @@ def _object(line: bytes) -> Mapping[str, Any] | LeftOut:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         return LeftOut("the line cannot be read as JSON", str(error))
     return row if isinstance(row, dict) else LeftOut("not a JSON object", f"it holds {type(row).__name__}")
+
+
+def _every_field(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object; what stands before a field of the same name is kept, to be judged."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            fields[f"{name} (twice)"] = fields[name]
+        fields[name] = value
+    return fields
 
 
 def _json(path: Path, file: Any) -> Iterator[Numbered]:
@@ -84,7 +94,8 @@ def _json(path: Path, file: Any) -> Iterator[Numbered]:
         yield from _lines(path, file)
         return
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    decode, number, buffer, place = json.JSONDecoder().raw_decode, 0, text.read(CHUNK).lstrip()[1:], 0
+    decode = json.JSONDecoder(object_pairs_hook=_every_field).raw_decode
+    number, place, buffer = 0, 0, text.read(CHUNK).lstrip()[1:]
     while True:
         place = _BETWEEN.match(buffer, place).end()  # type: ignore[union-attr]
         if buffer.startswith("]", place):

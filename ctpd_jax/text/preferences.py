@@ -93,8 +93,7 @@ def read_preferences(
             _note_columns(row, reading, report)
         for raw in [row] if isinstance(row, LeftOut) else read_row(row, separator, report, reading):
             if isinstance(raw, LeftOut):
-                report.add(raw.reason)
-                report.note(raw.reason, f"{source}: {raw.detail}" if raw.detail else source)
+                report.leave_out(raw.reason, source, raw.detail)
                 for name in raw.fields:
                     report.note(UNKNOWN, name, most=50)
                 continue

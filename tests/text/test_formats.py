@@ -126,6 +126,14 @@ def test_a_picture_in_a_parquet_file_is_a_reason(tmp_path):
     assert len(pairs) == 1 and report['left out: column "image" is not understood'] == 1
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_field_that_stands_twice_is_a_reason(tmp_path, name):
+    row = '{"prompt": "Q", "chosen": "A", "rejected": "B", "rejected": "C"}'
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
+    with pytest.raises(UserError, match=r'column "rejected \(twice\)" is not understood: 1'):
+        load_preferences(str(tmp_path / name))
+
+
 def test_a_broken_line_is_a_row_that_is_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"{}\n{not json\n[1]\n")
     with open(tmp_path / "a.jsonl", "rb") as file:
