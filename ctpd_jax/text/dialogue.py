@@ -160,12 +160,9 @@ def carries_template(value: Any) -> bool:
     return text.startswith(_BEGIN) or text.endswith((*_END, "[/INST]")) or _HEADER.match(text) is not None
 
 
-def without_template(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+def without_template(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with rendered conversations parsed into messages, and markers taken off the ends of other texts."""
-    return {
-        name: value if name in reading.ignore or harmless(name, value) else _parsed(from_json(value))
-        for name, value in row.items()
-    }
+    return {name: value if harmless(name, value) else _parsed(from_json(value)) for name, value in row.items()}
 
 
 def _parsed(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """File formats of rows: an opened file -> (number of the row, its columns), lazily.
 
-    .jsonl              one JSON object a line
-    .json               an array of objects, or one object a line after all
+    .jsonl, .json       one JSON object a line, or one array of objects, whatever the name
     .csv, .tsv          a header and one row a record; , ; or tab, as the header has it
     .parquet            as the hub stores it
 
@@ -46,7 +45,7 @@ def rows_of(path: Path, file: BinaryIO) -> Iterator[Numbered]:
     for packed in PACKED:
         name = name.removesuffix(packed)
     read: Callable[[Path, Any], Iterator[Numbered]] = {
-        ".jsonl": _lines,
+        ".jsonl": _json,
         ".json": _json,
         ".csv": _records,
         ".tsv": _records,
@@ -90,7 +89,10 @@ def _json(path: Path, file: Any) -> Iterator[Numbered]:
 
     By Python's own decoder, so that a row is the same in both: ijson refuses NaN, and writes "?" for half a surrogate.
     """
-    if not file.peek(64).removeprefix(BOM).lstrip().startswith(b"["):
+    head = file.peek(64).removeprefix(BOM)
+    if re.match(rb"\s*\{\s*\n", head):
+        raise UserError(f"{path} holds an object over several lines; write an array of rows, or one object a line.")
+    if not re.match(rb"\s*\[\s*(\{|$)", head):
         yield from _lines(path, file)
         return
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")

@@ -64,9 +64,10 @@ def read_row(
       The pairs, and in place of one that cannot be used the reason. A row is never an error.
     """
     try:
-        left = renamed({name: plain(value) for name, value in row.items()}, reading.columns)
+        left = {name: plain(value) for name, value in row.items() if name not in reading.ignore}
+        left = renamed(left, reading.columns)
         if reading.strip_template:
-            left = dialogue.without_template(left, reading)
+            left = dialogue.without_template(left)
         refuse_token_ids(left, PROMPT_COLUMNS)
         answers = read_answers(left, reading)
         prompt = _prompt(left, answers, reading)

@@ -269,6 +269,7 @@ def test_fields_can_be_declared_harmless():
     reading = Reading({}, ignore=frozenset({"foo", "name"}))
     row = GOOD | {"foo": "x", "prompt": [{"role": "user", "content": "Q", "name": "Ann"}]}
     assert read(row, reading)[0][0].prompt == QUESTION
+    assert read(GOOD | {"system": "S"}, Reading({}, ignore=frozenset({"system"})))[0][0].prompt == QUESTION
 
 
 def test_columns_are_named_by_the_user(tmp_path):
