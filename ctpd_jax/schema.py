@@ -134,6 +134,11 @@ class Batch(NamedTuple):
 # ------------------------------------------------------------------------------------------------ reports
 
 
+def printable(text: str) -> str:
+    """Text from data as a message or a table may show it: on one line, and nothing in it steers the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass
 class Counters:
     """What was cut, dropped, escaped or merged on the way; printed and logged, never silent.
@@ -149,7 +154,7 @@ class Counters:
 
     def note(self, name: str, what: str, most: int = 3) -> None:
         """Keeps the first few things that were met under a name."""
-        noted = self.notes.setdefault(name, [])
+        noted, what = self.notes.setdefault(name, []), printable(what)
         if len(noted) < most and what not in noted:
             noted.append(what)
 

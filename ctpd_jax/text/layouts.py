@@ -217,10 +217,9 @@ def _split_texts(chosen: str, rejected: str, separator: str, counters: Counters)
         )
     if chosen[:cut_chosen] != rejected[:cut_rejected]:
         raise LeftOut("the answers follow different prompts")
-    # HH-RLHF writes one space between the marker and the words; it belongs to the layout, not to the answer.
-    answers = [text[cut_chosen + len(separator) :].removeprefix(" ") for text in (chosen, rejected)]
-    head = chosen[:cut_chosen]
+    head, answers = chosen[:cut_chosen], [text[cut_chosen + len(separator) :] for text in (chosen, rejected)]
     if not in_notation:
+        answers = [text.removeprefix(" ") for text in answers]  # it belongs to the layout, not to the answer
         return RawPair((Message("user", head),) if head else (), answers[0], answers[1])
     if not head.strip():
         raise LeftOut("a dialogue that the assistant begins")

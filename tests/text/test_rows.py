@@ -272,6 +272,17 @@ def test_fields_can_be_declared_harmless():
     assert read(GOOD | {"system": "S"}, Reading({}, ignore=frozenset({"system"})))[0][0].prompt == QUESTION
 
 
+def test_a_strange_row_is_told_on_one_line_and_ends_nothing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    strange = '{"prompt": "Q", "chosen": "A", "rejected": "B", "x\\u001b[2J\\n\\ud83d": "y"}\n'
+    deep = '{"prompt": "Q", "chosen": "A", "rejected": "B", "x": ' + "[" * 800 + '"y"' + "]" * 800 + "}\n"
+    path.write_text(json.dumps(GOOD) + "\n" + strange + deep)
+    pairs, report = load_preferences(str(path))
+    assert len(pairs) == 1 and report["left out: values nested too deeply"] == 1
+    assert 'column "x\\x1b[2J\\n\\ud83d" is not understood' in report.reasons().split("\n")[0]
+    assert all(line.isprintable() for line in json.dumps(report.notes).split("\n"))
+
+
 def test_columns_are_named_by_the_user(tmp_path):
     rows = [{"q": f"Q{n}", "good": "A", "bad": "B"} for n in range(4)]
     path = tmp_path / "a.jsonl"
@@ -311,8 +322,8 @@ def test_an_answer_ends_where_the_user_speaks_again():
     [pair], counters = hh("\n\nHuman: Q\n\nAssistant: A\n\nHuman: Thanks")
     assert (pair.prompt, pair.chosen, pair.rejected) == (QUESTION, "A", "B")
     assert counters["answers cut where the user speaks again"] == 1
-    prompt = {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": "A\n\nHuman: Thanks", "rejected": "B"}
-    assert read(prompt)[0][0].chosen == "A"
+    prompt = {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " A\n\nHuman: Thanks", "rejected": " B"}
+    assert [(one.chosen, one.rejected) for one in read(prompt)[0]] == [("A", "B")]
 
 
 @pytest.mark.parametrize(
