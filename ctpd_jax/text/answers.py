@@ -51,9 +51,9 @@ def _after_messages(row: Row, reading: Reading, conversation: str, rejected: str
 
 def _best_first(row: Row, reading: Reading, column: str) -> list[Answer]:
     answers = row.pop(column)
-    if len(answers) != 2:
+    if not isinstance(answers, list) or len(answers) != 2:
         raise LeftOut(f'"{column}" does not hold a better and a worse answer', f"it holds {len(answers)}")
-    return [Answer(value, -place) for place, value in enumerate(answers)]
+    return [Answer(from_json(value), -place) for place, value in enumerate(answers)]
 
 
 _TEXTS = ("completion", "response", "answer", "text", "content", "output")

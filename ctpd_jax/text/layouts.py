@@ -96,7 +96,7 @@ class Prompt:
 
     messages: tuple[Message, ...]
     raw: Any = None  # the column as it stands
-    text: str | None = None  # of a column "prompt" that holds a text
+    text: str | None = None  # of a column "prompt" that holds a text, and is all there is
     dialogue: bool = False  # the answers go on in HH-RLHF's notation
 
 
@@ -123,7 +123,7 @@ def _prompt(row: Row, answers: list[Answer], reading: Reading) -> Prompt | None:
         return Prompt(before + said, raw)
     if name == "instruction" and isinstance(row.get("input"), str) and row["input"]:
         value = f"{value}\n{row.pop('input')}"
-    text = value if name == "prompt" else None
+    text = value if name == "prompt" and not before else None
     return Prompt(before + dialogue.turns(value), raw, text, dialogue.is_dialogue(value))
 
 

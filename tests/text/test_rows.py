@@ -132,6 +132,13 @@ LONGER = {
         "chosen": [*said(("u", "q"), ("a", "a"), ("u", "I\nQ")), {"from": "gpt", "value": "A"}],
         "rejected": [*said(("u", "q"), ("a", "a"), ("u", "I\nQ")), {"from": "gpt", "value": "B"}],
     },
+    "history beside conversations": {
+        "system": "S",
+        "history": [["q", "a"]],
+        "prompt": "I\nQ",
+        "chosen": said(("u", "I\nQ"), ("a", "A")),
+        "rejected": said(("u", "I\nQ"), ("a", "B")),
+    },
     "history as messages": {
         "history": said(("u", "q"), ("a", "a")),
         "system_prompt": "S",
@@ -259,6 +266,7 @@ ANSWER = {"role": "assistant", "content": "A"}
         ({"prompt": "Q", "response_a": "A", "response_b": "B", "winner": "tie (bothbad)"}, "a tie"),
         ({"prompt": "Q", "response1": "A", "response2": "B", "overall_preference": 0}, "a tie"),
         ({"instruction": "Q", "output": ["A", "B", "C"]}, "does not hold a better and a worse"),
+        ({"instruction": "Q", "output": {"good": "A", "bad": "B"}}, "does not hold a better and a worse"),
     ],
 )
 def test_what_changes_the_meaning_is_a_reason(row, expected):
