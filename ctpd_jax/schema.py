@@ -135,6 +135,11 @@ class Batch(NamedTuple):
 # ------------------------------------------------------------------------------------------------ reports
 
 
+def printable(text: str) -> str:
+    """Text from data as a message or a table may show it: on one line, and nothing in it steers the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass
 class Counters:
     """What was cut, dropped, escaped or merged on the way; printed and logged, never silent.
@@ -150,9 +155,15 @@ class Counters:
 
     def note(self, name: str, what: str, most: int = 3) -> None:
         """Keeps the first few things that were met under a name."""
-        noted = self.notes.setdefault(name, [])
+        noted, what = self.notes.setdefault(name, []), printable(what)
         if len(noted) < most and what not in noted:
             noted.append(what)
+
+    def leave_out(self, reason: str, where: str, detail: str = "") -> None:
+        """Counts a row or pair that cannot be used; keeps where the first ones stand, and the first one's detail."""
+        self.add(reason)
+        told = f"{where}: {detail}" if detail and reason not in self.notes else where
+        self.note(reason, told)
 
     def merge(self, other: Counters) -> None:
         for name, number in other.counts.items():

@@ -51,9 +51,9 @@ def _after_messages(row: Row, reading: Reading, conversation: str, rejected: str
 
 def _best_first(row: Row, reading: Reading, column: str) -> list[Answer]:
     answers = row.pop(column)
-    if len(answers) != 2:
+    if not isinstance(answers, list) or len(answers) != 2:
         raise LeftOut(f'"{column}" does not hold a better and a worse answer', f"it holds {len(answers)}")
-    return [Answer(value, -place) for place, value in enumerate(answers)]
+    return [Answer(from_json(value), -place) for place, value in enumerate(answers)]
 
 
 _TEXTS = ("completion", "response", "answer", "text", "content", "output")
@@ -130,10 +130,8 @@ def _verdict(row: Row, first: str, second: str) -> int:
 
 _FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
 _FLAGGED: dict[tuple[float | None, ...], int] = {
-    (1, 0, 0): 1,
-    (1, 0, None): 1,
-    (0, 1, 0): -1,
-    (0, 1, None): -1,
+    **{(1, 0, none): 1 for none in (0, None)},
+    **{(0, 1, none): -1 for none in (0, None)},
     (0, 0, 1): 0,
 }
 # Verdicts in numbers: of which first answer, its sign where the first one is better, and what is a tie.

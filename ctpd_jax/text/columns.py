@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.schema import printable
 
 
 def _words(text: str) -> frozenset[str]:
@@ -54,7 +55,7 @@ class LeftOut(Exception):
 
     def __init__(self, reason: str, detail: str = "", fields: Collection[str] = ()) -> None:
         super().__init__(reason, detail)
-        self.reason, self.detail, self.fields = f"left out: {reason}", detail, tuple(fields)
+        self.reason, self.detail, self.fields = f"left out: {printable(reason)}", detail, tuple(fields)
 
 
 @dataclass(frozen=True)

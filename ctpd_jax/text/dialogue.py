@@ -115,14 +115,13 @@ def turns(text: str) -> tuple[Message, ...]:
         raise LeftOut("a dialogue that the assistant begins")
     said = []
     for speaker, words in zip(parts[::2], parts[1::2]):
-        # One space between the marker and the words belongs to the notation.
         said.append(Message("user" if speaker == "Human" else "assistant", _unmarked(words.removeprefix(" "))))
     return tuple(said)
 
 
 def dialogue_answer(text: str, counters: Counters) -> str:
     """An answer in a dialogue: it ends where the user's next turn begins."""
-    answer, cut, _ = text.partition(HH_USER)
+    answer, cut, _ = text.removeprefix(" ").partition(HH_USER)  # the space belongs to the notation
     if cut:
         counters.add("answers cut where the user speaks again")
     return _unmarked(answer)
@@ -160,12 +159,9 @@ def carries_template(value: Any) -> bool:
     return text.startswith(_BEGIN) or text.endswith((*_END, "[/INST]")) or _HEADER.match(text) is not None
 
 
-def without_template(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+def without_template(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with rendered conversations parsed into messages, and markers taken off the ends of other texts."""
-    return {
-        name: value if name in reading.ignore or harmless(name, value) else _parsed(from_json(value))
-        for name, value in row.items()
-    }
+    return {name: value if harmless(name, value) else _parsed(from_json(value)) for name, value in row.items()}
 
 
 def _parsed(value: Any) -> Any:

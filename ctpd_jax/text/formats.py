@@ -1,7 +1,6 @@
 """File formats of rows: an opened file -> (number of the row, its columns), lazily.
 
-    .jsonl              one JSON object a line
-    .json               an array of objects, or one object a line after all
+    .jsonl, .json       one JSON object a line, or one array of objects, whatever the name
     .csv, .tsv          a header and one row a record; , ; or tab, as the header has it
     .parquet            as the hub stores it
 
@@ -46,7 +45,7 @@ def rows_of(path: Path, file: BinaryIO) -> Iterator[Numbered]:
     for packed in PACKED:
         name = name.removesuffix(packed)
     read: Callable[[Path, Any], Iterator[Numbered]] = {
-        ".jsonl": _lines,
+        ".jsonl": _json,
         ".json": _json,
         ".csv": _records,
         ".tsv": _records,
@@ -65,7 +64,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Numbered]:
 
 def _object(line: bytes) -> Mapping[str, Any] | LeftOut:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_every_field)
     except UnicodeDecodeError as error:
         return LeftOut("the line is not valid UTF-8", f"{error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
@@ -75,16 +74,30 @@ def _object(line: bytes) -> Mapping[str, Any] | LeftOut:
     return row if isinstance(row, dict) else LeftOut("not a JSON object", f"it holds {type(row).__name__}")
 
 
+def _every_field(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object; what stands before a field of the same name is kept, to be judged."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            fields[f"{name} (twice)"] = fields[name]
+        fields[name] = value
+    return fields
+
+
 def _json(path: Path, file: Any) -> Iterator[Numbered]:
     """An array, element by element; anything else is read as lines.
 
     By Python's own decoder, so that a row is the same in both: ijson refuses NaN, and writes "?" for half a surrogate.
     """
-    if not file.peek(64).removeprefix(BOM).lstrip().startswith(b"["):
+    head = file.peek(64).removeprefix(BOM)
+    if re.match(rb"\s*\{\s*\n", head):
+        raise UserError(f"{path} holds an object over several lines; write an array of rows, or one object a line.")
+    if not re.match(rb"\s*\[\s*(\{|$)", head):
         yield from _lines(path, file)
         return
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    decode, number, buffer, place = json.JSONDecoder().raw_decode, 0, text.read(CHUNK).lstrip()[1:], 0
+    decode = json.JSONDecoder(object_pairs_hook=_every_field).raw_decode
+    number, place, buffer = 0, 0, text.read(CHUNK).lstrip()[1:]
     while True:
         place = _BETWEEN.match(buffer, place).end()  # type: ignore[union-attr]
         if buffer.startswith("]", place):

@@ -64,9 +64,10 @@ def read_row(
       The pairs, and in place of one that cannot be used the reason. A row is never an error.
     """
     try:
-        left = renamed({name: plain(value) for name, value in row.items()}, reading.columns)
+        left = {name: plain(value) for name, value in row.items() if name not in reading.ignore}
+        left = renamed(left, reading.columns)
         if reading.strip_template:
-            left = dialogue.without_template(left, reading)
+            left = dialogue.without_template(left)
         refuse_token_ids(left, PROMPT_COLUMNS)
         answers = read_answers(left, reading)
         prompt = _prompt(left, answers, reading)
@@ -95,7 +96,7 @@ class Prompt:
 
     messages: tuple[Message, ...]
     raw: Any = None  # the column as it stands
-    text: str | None = None  # of a column "prompt" that holds a text
+    text: str | None = None  # of a column "prompt" that holds a text, and is all there is
     dialogue: bool = False  # the answers go on in HH-RLHF's notation
 
 
@@ -122,7 +123,7 @@ def _prompt(row: Row, answers: list[Answer], reading: Reading) -> Prompt | None:
         return Prompt(before + said, raw)
     if name == "instruction" and isinstance(row.get("input"), str) and row["input"]:
         value = f"{value}\n{row.pop('input')}"
-    text = value if name == "prompt" else None
+    text = value if name == "prompt" and not before else None
     return Prompt(before + dialogue.turns(value), raw, text, dialogue.is_dialogue(value))
 
 
@@ -216,10 +217,9 @@ def _split_texts(chosen: str, rejected: str, separator: str, counters: Counters)
         )
     if chosen[:cut_chosen] != rejected[:cut_rejected]:
         raise LeftOut("the answers follow different prompts")
-    # HH-RLHF writes one space between the marker and the words; it belongs to the layout, not to the answer.
-    answers = [text[cut_chosen + len(separator) :].removeprefix(" ") for text in (chosen, rejected)]
-    head = chosen[:cut_chosen]
+    head, answers = chosen[:cut_chosen], [text[cut_chosen + len(separator) :] for text in (chosen, rejected)]
     if not in_notation:
+        answers = [text.removeprefix(" ") for text in answers]  # it belongs to the layout, not to the answer
         return RawPair((Message("user", head),) if head else (), answers[0], answers[1])
     if not head.strip():
         raise LeftOut("a dialogue that the assistant begins")

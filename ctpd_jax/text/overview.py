@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, PreferencePair
 from ctpd_jax.text.columns import Reading
 from ctpd_jax.text.dialogue import HH_SEPARATOR
@@ -34,13 +35,18 @@ def overview(
     """
     pairs, report = read_preferences(spec, split, limit, None, HH_SEPARATOR, reading)
     where = f'"{spec}" (split "{split}")'
-    kept = len(pairs)
+    kept, failed = len(pairs), None
     if models and pairs:
         teacher, student = (load_text_model(folder, template) for folder, template in models)
-        prepared, counters = prepare_pairs(pairs, teacher, student, limits)
-        report.merge(counters)
-        kept = len(prepared)
+        try:
+            prepared, counters = prepare_pairs(pairs, teacher, student, limits)
+            report.merge(counters)
+            kept = len(prepared)
+        except UserError as error:  # none is left: first how the rows were read
+            failed = error
     say("\n".join([where, *table(report, kept), *_first_pair(pairs)]))
+    if failed:
+        raise failed
     refuse_templates(report, where, reading)
     require_kept(report, kept, where, reading.min_kept)
 

@@ -89,12 +89,9 @@ def read_preferences(
     seen: dict[str, int] = {}
     for source, row in _rows(spec, split, data_dir):
         report.add("rows")
-        if not isinstance(row, LeftOut):
-            _note_columns(row, reading, report)
-        for raw in [row] if isinstance(row, LeftOut) else read_row(row, separator, report, reading):
+        for raw in _understood(row, separator, report, reading):
             if isinstance(raw, LeftOut):
-                report.add(raw.reason)
-                report.note(raw.reason, f"{source}: {raw.detail}" if raw.detail else source)
+                report.leave_out(raw.reason, source, raw.detail)
                 for name in raw.fields:
                     report.note(UNKNOWN, name, most=50)
                 continue
@@ -112,6 +109,18 @@ def read_preferences(
             break
     report.add("kept", len(pairs))
     return pairs, report
+
+
+def _understood(
+    row: Mapping[str, Any] | LeftOut, separator: str, report: Counters, reading: Reading
+) -> list[RawPair | LeftOut]:
+    if isinstance(row, LeftOut):
+        return [row]
+    try:
+        _note_columns(row, reading, report)
+        return read_row(row, separator, report, reading)
+    except RecursionError:
+        return [LeftOut("values nested too deeply")]
 
 
 def _note_columns(row: Mapping[str, Any], reading: Reading, report: Counters) -> None:
@@ -156,7 +165,8 @@ def require_kept(report: Counters, kept: int, where: str, min_kept: float) -> No
     said = f"{where} holds no usable preference pair"
     if kept:
         said = f"{where}: only {kept:,} of {total:,} pairs can be used, fewer than config.data.min_kept={min_kept:g}"
-    raise UserError(f"{said} ({report.reasons() or 'it is empty'}).{advice(report)}")
+    end = " Mend the rows, or lower it to go on without them." if kept else ""
+    raise UserError(f"{said} ({report.reasons() or 'it is empty'}).{end}{advice(report)}")
 
 
 def advice(report: Counters) -> str:
@@ -275,11 +285,10 @@ def _hub_rows(spec: str, split: str) -> Iterator[Row]:
     except ImportError:
         raise UserError(f'"{spec}" needs the package "datasets"; install ctpd-jax[hub].') from None
     try:
-        rows = load_dataset(name, config or None, split=split)
-    except Exception as error:  # the hub's client raises a dozen kinds, from HTTP to its own offline mode
-        raise _cannot_open(f'The Hugging Face data set "{name}", split "{split}", cannot be opened', error) from error
-    for index, row in enumerate(rows):
-        yield f"{spec}[{split}]:{index}", row
+        for index, row in enumerate(load_dataset(name, config or None, split=split)):
+            yield f"{spec}[{split}]:{index}", row
+    except Exception as error:  # the hub's client raises a dozen kinds, from HTTP to a picture that cannot be decoded
+        raise _cannot_open(f'The Hugging Face data set "{name}", split "{split}", cannot be read', error) from error
 
 
 def _cannot_open(what: str, error: Exception) -> UserError:

@@ -60,10 +60,7 @@ def prepare_pairs(
                     raise both
                 ready, prompt = _prepare(pair, both, teacher, student, limits, counters)
             except LeftOut as reason:
-                counters.add(reason.reason)
-                where = pair.source or pair.id
-                told = not reason.detail or reason.detail.startswith(where)  # `fit_prompt` names the row itself
-                counters.note(reason.reason, reason.detail or where if told else f"{where}: {reason.detail}")
+                counters.leave_out(reason.reason, pair.source or pair.id, reason.detail)
                 continue
             prepared.append(ready)
             kept.append((pair, prompt))
@@ -109,8 +106,9 @@ def _prepare(
         prompt = fit_prompt(pair, teacher, student, limits.prompt, limits.prompt)
     except PromptTooLong:
         raise LeftOut("template longer than the prompt limit") from None
-    except UserError as error:  # a template refuses the messages, or an empty prompt leaves nothing to predict from
-        raise LeftOut("no prompt can be made of the messages", str(error)) from None
+    except UserError as error:
+        what = "no prompt can be made of the messages" if pair.prompt else "an empty prompt predicts nothing"
+        raise LeftOut(what, str(error).removeprefix(f"{pair.source or pair.id}: ")) from None
     closed, one_side = _closed(aligned, teacher, student, limits)
     sizes = [len(text.encode("utf-8")) for text in (pair.chosen, pair.rejected)]
     for (short, cut), size in zip(closed, sizes):

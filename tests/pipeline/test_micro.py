@@ -62,7 +62,7 @@ def test_export_is_the_trained_student(finished):
     assert params_digest(trained) == json.loads((finished / "train" / "done.json").read_text())["params"]
 
 
-def test_a_second_call_changes_nothing(finished):
+def test_a_second_call_changes_nothing(finished, capsys):
     def state() -> dict[str, int]:
         return {str(f): f.stat().st_mtime_ns for f in finished.rglob("*") if f.is_file() and "params" in f.parts}
 
@@ -70,6 +70,7 @@ def test_a_second_call_changes_nothing(finished):
     assert main(["run", "--config", CONFIG, "--workdir", str(finished)]) == 0
     assert state() == before
     assert (finished / "metrics.jsonl").read_bytes() == metrics
+    assert "of the prompts are in the training data too" in capsys.readouterr().out
 
 
 def test_another_setting_in_the_same_folder_is_named(finished, capsys):
@@ -82,6 +83,8 @@ def test_a_store_made_otherwise_is_named(finished, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "settings.data.max_response_tokens" in error and "64" in error and "32" in error
+    assert main([*arguments[:-1], "--config.data.end_of_turn_both=False"]) == 2
+    assert "settings.data.end_of_turn_both" in capsys.readouterr().err
 
 
 def test_what_changes_numbers_by_rounding_alone_is_no_difference(finished):

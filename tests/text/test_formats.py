@@ -44,6 +44,7 @@ FILES = {
     "a.json": ARRAY,
     "bom.json": b"\xef\xbb\xbf" + ARRAY,
     "lines.json": LINES,  # misnamed
+    "array.jsonl": ARRAY,  # misnamed
     "a.csv": as_csv(","),
     "semicolon.csv": b"\xef\xbb\xbf" + as_csv(";"),
     "a.tsv": as_csv("\t"),
@@ -80,6 +81,7 @@ def test_an_array_is_read_element_by_element(tmp_path, monkeypatch):
 DAMAGED = {
     "cut.json": (ARRAY[:-40], r"cut\.json:8: the array cannot be read on"),
     "two.json": (ARRAY + ARRAY, r"two\.json: something follows the array of 8 rows"),
+    "object.json": (json.dumps({"data": ROWS}, indent=1).encode(), r"object\.json holds an object over several lines"),
     "cut.jsonl.zst": (zst(LINES)[:-9], r"cut\.jsonl\.zst:\d+: the file is damaged"),
     "bad.jsonl.zst": (b"no zstd at all", r"bad\.jsonl\.zst:1: the file is damaged"),
     "bad.parquet": (b"PAR1 no parquet", r"bad\.parquet:1: the file cannot be read as Parquet"),
@@ -124,6 +126,14 @@ def test_a_picture_in_a_parquet_file_is_a_reason(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     pairs, report = load_preferences(str(tmp_path / "a.parquet"))
     assert len(pairs) == 1 and report['left out: column "image" is not understood'] == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_field_that_stands_twice_is_a_reason(tmp_path, name):
+    row = '{"prompt": "Q", "chosen": "A", "rejected": "B", "rejected": "C"}'
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
+    with pytest.raises(UserError, match=r'column "rejected \(twice\)" is not understood: 1'):
+        load_preferences(str(tmp_path / name))
 
 
 def test_a_broken_line_is_a_row_that_is_left_out(tmp_path):

@@ -115,7 +115,8 @@ def test_what_a_template_refuses_is_a_row_that_is_left_out():
     empty = PreferencePair("e", (), "the fox", "the dog", "b.jsonl:9")
     ready, counters = prepare_pairs([pair(), twice, empty], TEACHER, refusing(STUDENT), WIDE)
     assert [one.id for one in ready] == ["a"]
-    assert counters["left out: no prompt can be made of the messages"] == 2
+    assert counters["left out: no prompt can be made of the messages"] == 1
+    assert counters["left out: an empty prompt predicts nothing"] == 1
     assert "b.jsonl:7: The chat template refuses" in counters.reasons() and "must alternate" in counters.reasons()
     assert "b.jsonl:9: the prompt is empty" in counters.reasons()
 

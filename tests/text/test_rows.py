@@ -132,6 +132,13 @@ LONGER = {
         "chosen": [*said(("u", "q"), ("a", "a"), ("u", "I\nQ")), {"from": "gpt", "value": "A"}],
         "rejected": [*said(("u", "q"), ("a", "a"), ("u", "I\nQ")), {"from": "gpt", "value": "B"}],
     },
+    "history beside conversations": {
+        "system": "S",
+        "history": [["q", "a"]],
+        "prompt": "I\nQ",
+        "chosen": said(("u", "I\nQ"), ("a", "A")),
+        "rejected": said(("u", "I\nQ"), ("a", "B")),
+    },
     "history as messages": {
         "history": said(("u", "q"), ("a", "a")),
         "system_prompt": "S",
@@ -259,6 +266,7 @@ ANSWER = {"role": "assistant", "content": "A"}
         ({"prompt": "Q", "response_a": "A", "response_b": "B", "winner": "tie (bothbad)"}, "a tie"),
         ({"prompt": "Q", "response1": "A", "response2": "B", "overall_preference": 0}, "a tie"),
         ({"instruction": "Q", "output": ["A", "B", "C"]}, "does not hold a better and a worse"),
+        ({"instruction": "Q", "output": {"good": "A", "bad": "B"}}, "does not hold a better and a worse"),
     ],
 )
 def test_what_changes_the_meaning_is_a_reason(row, expected):
@@ -269,6 +277,18 @@ def test_fields_can_be_declared_harmless():
     reading = Reading({}, ignore=frozenset({"foo", "name"}))
     row = GOOD | {"foo": "x", "prompt": [{"role": "user", "content": "Q", "name": "Ann"}]}
     assert read(row, reading)[0][0].prompt == QUESTION
+    assert read(GOOD | {"system": "S"}, Reading({}, ignore=frozenset({"system"})))[0][0].prompt == QUESTION
+
+
+def test_a_strange_row_is_told_on_one_line_and_ends_nothing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    strange = '{"prompt": "Q", "chosen": "A", "rejected": "B", "x\\u001b[2J\\n\\ud83d": "y"}\n'
+    deep = '{"prompt": "Q", "chosen": "A", "rejected": "B", "x": ' + "[" * 800 + '"y"' + "]" * 800 + "}\n"
+    path.write_text(json.dumps(GOOD) + "\n" + strange + deep)
+    pairs, report = load_preferences(str(path))
+    assert len(pairs) == 1 and report["left out: values nested too deeply"] == 1
+    assert 'column "x\\x1b[2J\\n\\ud83d" is not understood' in report.reasons().split("\n")[0]
+    assert all(line.isprintable() for line in json.dumps(report.notes).split("\n"))
 
 
 def test_columns_are_named_by_the_user(tmp_path):
@@ -310,8 +330,8 @@ def test_an_answer_ends_where_the_user_speaks_again():
     [pair], counters = hh("\n\nHuman: Q\n\nAssistant: A\n\nHuman: Thanks")
     assert (pair.prompt, pair.chosen, pair.rejected) == (QUESTION, "A", "B")
     assert counters["answers cut where the user speaks again"] == 1
-    prompt = {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": "A\n\nHuman: Thanks", "rejected": "B"}
-    assert read(prompt)[0][0].chosen == "A"
+    prompt = {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " A\n\nHuman: Thanks", "rejected": " B"}
+    assert [(one.chosen, one.rejected) for one in read(prompt)[0]] == [("A", "B")]
 
 
 @pytest.mark.parametrize(
