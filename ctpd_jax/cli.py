@@ -231,7 +231,8 @@ def inspected_data(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
     from ctpd_jax.text.overview import overview
     from ctpd_jax.text.prepare import Limits
 
-    models = [(path, config[model].template) for path, model in zip(paths, ("teacher", "student"))] if paths[0] else []
+    settings = [config[model] for model in ("teacher", "student")]
+    models = [(path, each.template, each.template_variables) for path, each in zip(paths, settings) if path]
     limit, reading, limits = config.data.limit or None, Reading.of(config.data), Limits.of(config.data)
     overview(known.data, known.split, limit, reading, limits, models, print)
     return True

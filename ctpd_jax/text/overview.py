@@ -19,7 +19,7 @@ def overview(
     limit: int | None,
     reading: Reading,
     limits: Limits,
-    models: list[tuple[str, str]],
+    models: list[tuple[str, str, str]],
     say: Callable[[str], None],
 ) -> None:
     """Prints how a data set is read and, with two tokenizers, how it is cut.
@@ -27,7 +27,8 @@ def overview(
     Args:
       spec, split, limit: as for `load_preferences`.
       reading, limits: of the config.
-      models: (folder, template) of the teacher and of the student; empty: the rows are read, and that is all.
+      models: (folder, template, template_variables) of the teacher and of the student; empty: the rows are read, and
+        that is all.
       say: prints.
 
     Raises:
@@ -37,7 +38,7 @@ def overview(
     where = f'"{spec}" (split "{split}")'
     kept, failed = len(pairs), None
     if models and pairs:
-        teacher, student = (load_text_model(folder, template) for folder, template in models)
+        teacher, student = (load_text_model(*model) for model in models)
         try:
             prepared, counters = prepare_pairs(pairs, teacher, student, limits)
             report.merge(counters)
