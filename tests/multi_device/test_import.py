@@ -35,7 +35,7 @@ def test_a_sharded_import_is_the_plain_one_and_reads_no_more_than_it_needs(tmp_p
     save_hf(tmp_path / "model", config, init_params(config, jax.random.key(0)), max_shard_bytes=20_000)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, Path(__file__).with_name("import_checks.py"), tmp_path / "model"]

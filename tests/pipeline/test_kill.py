@@ -36,7 +36,7 @@ def start(workdir: Path) -> subprocess.Popen:
         [*COMMAND, "--workdir", str(workdir)],
         stdout=open(workdir.with_suffix(".log"), "ab"),
         stderr=subprocess.STDOUT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""},
     )
 
 

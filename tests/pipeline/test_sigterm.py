@@ -26,7 +26,7 @@ from ctpd_jax.train.loop import train
 from ctpd_jax.train.metrics import MetricLog, read_metrics
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": ""}
 
 # ------------------------------------------------------------------------------------------------ one process
 
