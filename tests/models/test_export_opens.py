@@ -154,9 +154,9 @@ def test_both_versions_find_the_ids_of_tokenizer_json(tokenized, number, version
 
 
 def test_version_4_finds_our_logits_for_every_family(tmp_path):
-    """test_torch_parity.py has version 5. Here it is both spellings of config.json that version 4 makes its way through."""
+    """As test_torch_parity.py has it for version 5."""
     jobs, ours = [], {}
-    for name in sorted(FAMILIES):
+    for name in sorted(FAMILIES.keys() - {"phi3_attention_factor"}):  # a factor that version 4 refuses by name
         config, params = random_model(name)
         save_hf(tmp_path / name, config, params)
         tokens = [np.random.default_rng(0).integers(3, config.vocab_size, 24).tolist()]
