@@ -8,6 +8,7 @@ import hashlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from ctpd_jax.measure import Measured, score_column
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.generate import cut_at_stop, generate
 from ctpd_jax.models.hf import load_hf, model_directory, save_hf
+from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.models.lora import save_peft
 from ctpd_jax.report import show
 from ctpd_jax.report.card import model_card
@@ -288,6 +290,7 @@ def answer(run: Run, row: str, prompts: Sequence[str], sampling: Sampling) -> No
 def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling) -> None:
     """Prints the answers of a model in Hugging Face format, a folder or a hub id."""
     folder = model_directory(path_or_repo)
+    read_config(folder)  # says what the folder is, before anything of it is opened
     text = load_text_model(str(folder))
     _print_answers(text, *load_hf(folder), prompts, sampling)
 
@@ -346,6 +349,11 @@ def write_export(run: Run) -> None:
             chat_template=told_source(text.template) if own else None,
             card=card,
         )
+        if not _opens_as_it_is(directory):
+            run.say(
+                "AutoTokenizer of transformers 5 builds the tokenizer of this kind of model anew and splits text "
+                f"otherwise than {directory / 'tokenizer.json'}: open it with PreTrainedTokenizerFast.from_pretrained."
+            )
         if run.config.export.adapters:
             base = run.config[model].path or str(run.folder(model))
             save_peft(adapters, run.trained_decoder(stage, model), run.adapters(stage, model), base)
@@ -353,6 +361,20 @@ def write_export(run: Run) -> None:
     run.say(f"The student in Hugging Face format: {directory}")
     if run.config.export.adapters:
         run.say(f"Its adapters, for PEFT: {adapters}")
+
+
+def _opens_as_it_is(directory: Path) -> bool:
+    """Whether AutoTokenizer of an exported folder gives the ids of its tokenizer.json, where splits tell."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    if not (directory / "tokenizer.json").exists():
+        return True
+    opened = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    core = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    texts = ["It's 1234567 x.cat(a_b)\n\n\n  DON'T\t\tnaïve 你好 12.5%", " two  spaces\r\n", "Ünïcödé e\u0301 \u00a0x"]
+    bare = {"add_special_tokens": False}
+    return all(opened.encode(text, **bare) == core.encode(text, **bare).ids for text in texts)
 
 
 def card_of(run: Run, row: str) -> str:

@@ -7,6 +7,7 @@ stopped by SIGTERM with everything saved (give the same command again), 130 inte
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -258,6 +259,8 @@ def answered_from_folder(known: argparse.Namespace, overrides: Sequence[str]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character of some text ends no run
+        sys.stdout.reconfigure(errors="replace")
     known, overrides = parser().parse_known_args(arguments)
     if known.command in ("inspect", "generate", "plan"):  # nothing of theirs could go on: SIGTERM ends them at once
         return exit_code(known, overrides)

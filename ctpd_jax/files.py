@@ -124,7 +124,7 @@ def read_json(path: Path, advice: str) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, whole or not there. NaN and infinity are refused (ValueError): JSON has none."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))  # half of a surrogate pair, as JSON spells it
 
 
 def canonical_json(value: Any) -> bytes:

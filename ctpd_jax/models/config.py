@@ -114,6 +114,10 @@ class DecoderConfig:
                 f"num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_kv_heads})."
             )
+        if self.experts_per_token > self.experts:
+            raise UserError(
+                f"num_experts_per_tok ({self.experts_per_token}) is more than the experts ({self.experts})."
+            )
         if self.turned % 2 or not 0 < self.turned <= self.head_dim:
             raise UserError(
                 f"Rotary positions need an even number of dimensions, at most head_dim ({self.head_dim}), not "

@@ -217,16 +217,20 @@ def _suit_both_versions(directory: Path) -> None:
     Version 4 does not know version 5's class, nor its list of further special tokens; version 5 builds some
     classes' tokenizers anew, with a split of its own. Code is not exported, so that nothing may ask for it.
     """
-    path = directory / _TOKENIZER_CONFIG
-    stored = read_json(path, "mend it, or fetch the model again")
-    if not isinstance(stored, dict | None):
-        raise UserError(f"{path.name} of the tokenizer must hold a JSON object.")
+    path, advice = directory / _TOKENIZER_CONFIG, "mend it, or fetch the model again"
+    stored, core = (read_json(file, advice) for file in (path, directory / "tokenizer.json"))
+    if not all(isinstance(content, dict | None) for content in (stored, core)):
+        raise UserError(f"{path.name} and tokenizer.json of the tokenizer must hold a JSON object.")
     settings = {name: value for name, value in (stored or {}).items() if name != "auto_map"}
-    if (directory / "tokenizer.json").exists():
+    if core is not None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(more := settings.get("extra_special_tokens"), list):
             del settings["extra_special_tokens"]
             settings.setdefault("additional_special_tokens", more)
+        # Version 4 writes this setting, or false, over what stands in tokenizer.json.
+        prefix = (core.get("pre_tokenizer") or {}).get("add_prefix_space", settings.get("add_prefix_space", False))
+        if prefix != settings.get("add_prefix_space", False):
+            settings["add_prefix_space"] = prefix
     if settings != (stored or {}):
         write_json(path, settings)
 

@@ -189,7 +189,10 @@ def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (directory / shard).exists():
             raise UserError(f"{index} lists {shard}, but there is no such file in {directory}.")
-        stored |= safetensors.read_header(directory / shard)
+        header = safetensors.read_header(directory / shard)
+        if twice := sorted(stored.keys() & header.keys()):
+            raise UserError(f"{shard} in {directory} holds tensors that another shard holds too: {_some(twice)}.")
+        stored |= header
     missing = sorted(set(weight_map) - set(stored))
     if missing:
         raise UserError(f"{index} lists tensors that no shard holds: {_some(missing)}.")

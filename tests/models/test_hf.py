@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -151,8 +152,8 @@ def test_broken_files_are_refused(tmp_path):
     file.write_bytes(whole[:-10])
     with pytest.raises(UserError, match="cut short"):
         load_hf(folder)
-    file.write_bytes(b"<html>not found</html>")
-    with pytest.raises(UserError, match="not a safetensors file"):
+    file.write_bytes(b"not found")
+    with pytest.raises(UserError, match=r"(no|not a) safetensors file"):
         load_hf(folder)
     header = json.dumps({"x": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}}).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
@@ -216,17 +217,70 @@ def test_a_hub_name_loads_the_downloaded_snapshot(monkeypatch, tmp_path):
 def test_saving_replaces_a_model_and_nothing_else(tmp_path):
     config, params = random_model("llama")
     target = tmp_path / "deep" / "m"
-    save_hf(target, config, params)
-    (target / "stale.txt").write_text("of the earlier export")
+    save_hf(target, config, params, max_shard_bytes=20_000)
+    kept = ("notes.txt", "README.md", "tokenizer.json", "chat_template.jinja", "runs/1/log.txt", "empty/.keep")
+    for name in kept:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(name)
+    (target / "link").symlink_to("notes.txt")
+    (target / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": 2}))
     other, other_params = random_model("gemma3")
     save_hf(target, other, other_params)
-    assert load_hf(target)[0] == other and not (target / "stale.txt").exists()
+    assert load_hf(target)[0] == other
+    assert (
+        all((target / name).read_text() == name for name in kept) and (target / "link").readlink().name == "notes.txt"
+    )
+    assert [path.name for path in target.glob("model*")] == ["model.safetensors"]  # no shards of the earlier model
+    assert json.loads((target / "generation_config.json").read_text())["temperature"] == 0.6
+    assert [path.name for path in target.parent.iterdir()] == ["m"]
 
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not a model folder"):
         save_hf(tmp_path / "notes", config, params)
     assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
+
+
+def test_another_tokenizer_replaces_all_of_the_earlier_one(tmp_path):
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    (tmp_path / "m" / "tokenizer.model").write_text("of the earlier one")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "tokenizer.json").write_text("{}")
+    save_hf(tmp_path / "m", config, params, tokenizer=tmp_path / "new")
+    assert (tmp_path / "m" / "tokenizer.json").exists() and not (tmp_path / "m" / "tokenizer.model").exists()
+
+
+def test_a_save_that_is_killed_loses_no_strangers(tmp_path, monkeypatch):
+    """Between the two renames, and where the file system has no hard links."""
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    (tmp_path / "m" / "notes.txt").write_text("keep")
+    monkeypatch.setattr(os, "link", lambda *a, **k: (_ for _ in ()).throw(OSError("no links here")))
+    real, calls = Path.rename, []
+
+    def killed(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_hf(tmp_path / "m", config, params)
+    monkeypatch.setattr(Path, "rename", real)
+    save_hf(tmp_path / "m", config, params)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "keep"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    config, params = random_model("llama")
+    save_hf(tmp_path / "real" / "m", config, params)
+    (tmp_path / "m").symlink_to(tmp_path / "real" / "m")
+    save_hf(tmp_path / "m", config, params)
+    assert (tmp_path / "m").is_symlink() and load_hf(tmp_path / "real" / "m")[0] == config
+    assert sorted(path.name for path in tmp_path.rglob("*m*") if path.is_dir()) == ["m", "m"]
 
 
 def test_a_failed_save_leaves_the_earlier_model(tmp_path):

@@ -10,6 +10,8 @@ JOBS.json is a list of jobs:
    "beta": B, "out": FILE.npz}              the gradient of the summed DPO loss by each parameter, in float64 and under
                                             the checkpoint's names; "loss"; and for each parameter "float32:NAME", how
                                             far torch's own float32 is from it
+  {"ids": FOLDER, "texts": [...], "out": FILE.json}
+                                            the ids of each text by AutoTokenizer, without and with special tokens
   {"score": FOLDER, "tokens": [...], "greedy": [prompt length, new tokens], "out": FILE.npz}
                                             log-probability of each next token, and a greedy continuation
 """
@@ -26,7 +28,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 _THREADS = torch.get_num_threads()
 _CHUNK = 256  # positions whose logits are held at a time
@@ -111,11 +113,18 @@ def score(job: dict[str, Any]) -> None:
     np.savez(job["out"], logprobs=torch.cat(logprobs).numpy(), greedy=greedy[0, prompt:].numpy())
 
 
+def ids(job: dict[str, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(job["ids"])
+    found = [[tokenizer.encode(text, add_special_tokens=add) for add in (False, True)] for text in job["texts"]]
+    with open(job["out"], "w") as stream:
+        json.dump(found, stream)
+
+
 def main() -> None:
     with open(sys.argv[1]) as stream:
         jobs = json.load(stream)
     for job in jobs:
-        next(run for run in (create, logits, dpo, score) if run.__name__ in job)(job)
+        next(run for run in (create, logits, dpo, ids, score) if run.__name__ in job)(job)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """`ctpd generate`: with a model folder, with a run; prompts, draws, stop texts; what it refuses."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from ctpd_jax.cli import main
+from ctpd_jax.models import safetensors
 from ctpd_jax.models.generate import generate
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import Message
@@ -115,3 +120,58 @@ def test_a_folder_or_a_row_of_a_run_but_not_both(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "--prompt", TEA, "--folder", "x", "--model", "teacher"])
     assert "not allowed with argument --folder" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ folders of strangers
+
+
+def _copy(source, target):
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_no_code_of_a_folder_runs_and_any_terminal_will_do(folders, tmp_path):
+    """`auto_map` of config.json names a Python file, and "y" is answered; the prompts, shown again, are not latin-1."""
+    folder = _copy(folders[1], tmp_path / "m")
+    code = {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoModelForCausalLM": "own.Model"}
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    command = [sys.executable, "-m", "ctpd_jax.cli", "generate", "--folder", folder, "--max-new-tokens", "4"]
+    done = subprocess.run(
+        [*command, "--prompt", "Zażółć", "--prompt", "tea"],
+        input=b"y\n" * 9,
+        capture_output=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "latin-1"},
+        cwd=Path(__file__).parents[2],
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"> Za?\xf3??\n") and not (tmp_path / "ran").exists()
+
+
+def test_a_template_reaches_nothing_of_python(folders, tmp_path, capsys):
+    folder = _copy(folders[1], tmp_path / "m")
+    escape = "cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "ran") + "')"
+    (folder / "chat_template.jinja").write_text("{{ " + escape + " }}{{ messages[0]['content'] }}")
+    assert main(["generate", "--folder", str(folder), "--prompt", TEA]) == 2
+    assert "unsafe" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named(folders, tmp_path, capsys):
+    folder = _copy(folders[1], tmp_path / "m")
+    name, tensor = next(iter(safetensors.read_header(folder / "model.safetensors").items()))
+    with open(tensor.file, "r+b") as stream:
+        stream.seek(tensor.offset)
+        stream.write(b"\xff" * 4)
+    assert main(["generate", "--folder", str(folder), "--prompt", TEA]) == 2
+    printed = capsys.readouterr()
+    assert f"tensor {name} holds nan" in printed.err and not printed.out
+
+
+def test_a_folder_of_adapters_is_named(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["generate", "--folder", str(tmp_path), "--prompt", TEA]) == 2
+    assert "merge_and_unload" in capsys.readouterr().err
