@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,11 +93,13 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
 def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]:
     """The added tokens with which a chat template frames its turns, whether they are flagged as special or not.
 
-    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them.
+    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them. They are known by
+    coming in pairs with no message between them, be it in an empty block or in a system prompt that speaks of them.
     """
     if template.kind == "plain":
         return set()
     found: set[str] = set()
+    inner: set[str] = set()
     for roles in (("user",), ("user", "assistant", "user"), ("system", "user", "assistant", "user")):
         marks = [Message(role, f"\ue0f1{index}\ue0f2") for index, role in enumerate(roles)]
         try:
@@ -104,7 +107,9 @@ def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]
         except UserError:  # many a template takes no system message
             continue
         found.update(match.group() for match in tokenizer.added_pattern.finditer(text))
-    return found
+        for block in re.finditer(r"(<(\w+)>)[^\ue0f1]*?(</\2>)", text):
+            inner.update(block.group(1, 3))
+    return found - inner
 
 
 def _try_prompts(model: TextModel) -> None:

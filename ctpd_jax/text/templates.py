@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ctpd_jax.errors import UserError
@@ -31,6 +32,7 @@ from ctpd_jax.text.tokens import TextTokenizer
 TEMPLATE_DATE = datetime(2024, 7, 26)
 DEFAULT_SEPARATOR = "\n\n"
 _OURS = {"messages", "add_generation_prompt", "tools", "documents"}  # what a template is told in any case
+_OPEN, _CLOSE = "\ue0f5", "\ue0f6"  # around the words of a message
 _STOP = "\ue0f3\ue0f4 "  # marks where a prefilled answer stops; its space shows whether the template trims
 
 
@@ -152,9 +154,10 @@ def _settings(source: str, template_variables: str, name: str) -> str:
 def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list[Piece]:
     """The pieces of a prompt, up to where the response starts.
 
-    The template's own text is found with placeholders in place of the messages, once for each sequence of roles. A
-    template may trim or edit what it is given; then each message is also rendered for real amid placeholders, which
-    shows what becomes of it. In every case the whole, rendered for real, must be the pieces joined.
+    The template's own text is found with placeholders in place of the messages, once for each sequence of roles. Where
+    it depends on the messages, it is found with marks around the words of each; and where the template edits a message,
+    that one is rendered for real amid placeholders. In every case the whole, rendered for real, must be the pieces
+    joined.
 
     Raises:
       UserError: the template refuses the messages, leaves one out, repeats one, or changes its own text with them.
@@ -170,6 +173,12 @@ def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list
         pieces = _pieces(frame, [contents[index] for index in order])
         if "".join(piece.text for piece in pieces) == whole:
             return pieces
+    frame, words = _amid_marks(template, messages)
+    for contents in (words, [each.strip() for each in words]):
+        pieces = _pieces(frame, contents)
+        if "".join(piece.text for piece in pieces) == whole:
+            return pieces
+    frame, order = _frame(template, tuple(message.role for message in messages))
     contents = _edited(template, messages)
     pieces = _pieces(frame, [contents[index] for index in order])
     if "".join(piece.text for piece in pieces) != whole:
@@ -212,6 +221,24 @@ def _masked(roles: Sequence[str]) -> tuple[list[Message], list[str]]:
     return [Message(role, mark) for role, mark in zip(roles, marks)], marks
 
 
+def _amid_marks(template: PromptTemplate, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+    """A template's own text around these very messages, and their words; white space beside those counts as its own.
+
+    A message that is empty, or that holds a word such as "/no_think", may change the template's own text. One text and
+    no words if the marks do not come back in pairs.
+    """
+    marked = []
+    for message in messages:
+        words, content = message.content.strip(), message.content
+        marked.append(
+            Message(message.role, content.replace(words, f"{_OPEN}{words}{_CLOSE}", 1) if words else content)
+        )
+    parts = re.split(f"([{_OPEN}{_CLOSE}])", _prompt_text(template, marked))
+    if parts[1::2] != [_OPEN, _CLOSE] * (len(parts) // 4):
+        return ["".join(parts)], []
+    return parts[::4], parts[2::4]
+
+
 def _edited(template: PromptTemplate, messages: Sequence[Message]) -> list[str]:
     """What a template makes of each message, each rendered for real amid marks."""
     masked, marks = _masked([message.role for message in messages])
@@ -246,8 +273,8 @@ def _prompt_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
     last = Message("assistant", messages[-1].content + _STOP)
     text = render_chat(template, [*messages[:-1], last], ask=False)
     before, found, after = text.rpartition(_STOP.strip())
-    if not found:
-        raise UserError("The chat template leaves out the answer that the prompt begins; give another template.")
+    if not found or messages[-1].content.strip() not in text:
+        raise UserError("The chat template leaves out the answer that the prompt begins, or a part of it.")
     # A template that trims messages has trimmed the mark's space, and would have trimmed the answer's.
     return before if after.startswith(" ") else before.rstrip()
 
@@ -258,7 +285,7 @@ def render_chat(template: PromptTemplate, messages: Sequence[Message], ask: bool
     told = {"tools": None, "documents": None, **dict(template.variables), **json.loads(template.settings)}
     try:
         return _compiled(template.source).render(messages=turns, add_generation_prompt=ask, **told)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template may divide by zero, or take a list for a text
         roles = ", ".join(message.role for message in messages) or "none"
         raise UserError(f"The chat template refuses the messages (roles: {roles}): {error}") from None
 
@@ -289,8 +316,9 @@ class _GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
 
     def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(inside).set_lineno(line)  # what is set inside is not set outside
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
