@@ -73,13 +73,10 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
     white space aside, else EOS.
 
     Raises:
-      UserError: neither is there.
+      UserError: neither is there, or the template refuses every conversation.
     """
     if template.kind == "chat":
-        mark = "\ue0f1"
-        text = render_chat(template, [Message("user", "\ue0f2"), Message("assistant", mark)], ask=False)
-        after = (text.rpartition(mark)[2] if mark in text else "").lstrip()
-        found = tokenizer.added_pattern.match(after)
+        found = tokenizer.added_pattern.match(_after_answer(tokenizer, template))
         if found:
             return tokenizer.ids_of_added[found.group()]
     if tokenizer.eos_id is None:
@@ -88,6 +85,21 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
             "eos_token in its tokenizer_config.json."
         )
     return tokenizer.eos_id
+
+
+def _after_answer(tokenizer: TextTokenizer, template: PromptTemplate) -> str:
+    """What a template writes after an answer, in the first conversation that it takes."""
+    mark, question = "\ue0f1", Message("user", "\ue0f2")
+    talk = [question, Message("assistant", mark)]
+    refused = None
+    for turns in (talk, [Message("system", "\ue0f2"), *talk], [*talk, question]):
+        try:
+            text = render_chat(template, turns, ask=False)
+        except UserError as error:
+            refused = refused or error
+        else:
+            return (text.rpartition(mark)[2] if mark in text else "").lstrip()
+    raise UserError(f"The tokenizer {tokenizer.name!r}: {refused}")
 
 
 def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -31,7 +31,7 @@ from ctpd_jax.text.tokens import TextTokenizer
 # Llama 3's own template falls back to.
 TEMPLATE_DATE = datetime(2024, 7, 26)
 DEFAULT_SEPARATOR = "\n\n"
-_OURS = {"messages", "add_generation_prompt", "tools", "documents"}  # what a template is told in any case
+_OURS = {"messages", "add_generation_prompt"}
 _OPEN, _CLOSE = "\ue0f5", "\ue0f6"  # around the words of a message
 _STOP = "\ue0f3\ue0f4 "  # marks where a prefilled answer stops; its space shows whether the template trims
 
@@ -111,6 +111,8 @@ def load_template(
         raise UserError(
             f'The chat template of "{name}" is not valid Jinja, line {error.lineno}: {error.message}'
         ) from None
+    except SyntaxError as error:  # of the Python that Jinja writes, whose lines say nothing
+        raise UserError(f'The chat template of "{name}" is not valid Jinja: {error.msg}') from None
     return PromptTemplate("chat", source, special, _settings(source, template_variables, name))
 
 
@@ -145,7 +147,7 @@ def _settings(source: str, template_variables: str, name: str) -> str:
                 f'template_variables sets {key!r}, which the chat template of "{name}" does not use; it uses '
                 f"{', '.join(sorted(known)) or 'none'}."
             )
-    return json.dumps(chosen, sort_keys=True)
+    return json.dumps(dict(sorted(chosen.items())))  # inside of a value a template may print the order
 
 
 # ------------------------------------------------------------------------------------------------ rendering
@@ -167,23 +169,24 @@ def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list
     whole = _prompt_text(template, messages)
     if not messages:
         return _pieces([whole], [])
-    frame, order = _frame(template, tuple(message.role for message in messages))
-    # Nearly every template leaves a message as it is, or trims it: then this one rendering is enough.
-    for contents in ([m.content for m in messages], [m.content.strip() for m in messages]):
-        pieces = _pieces(frame, [contents[index] for index in order])
-        if "".join(piece.text for piece in pieces) == whole:
-            return pieces
-    frame, words = _amid_marks(template, messages)
-    for contents in (words, [each.strip() for each in words]):
+    for frame, contents in _partings(template, messages):
         pieces = _pieces(frame, contents)
         if "".join(piece.text for piece in pieces) == whole:
             return pieces
+    raise UserError("The chat template changes one message with another; give another template.")
+
+
+def _partings(template: PromptTemplate, messages: Sequence[Message]) -> Iterator[tuple[list[str], list[str]]]:
+    """Ways to tell the template's own text from the messages', the cheapest first."""
     frame, order = _frame(template, tuple(message.role for message in messages))
+    # Nearly every template leaves a message as it is, or trims it.
+    yield frame, [messages[index].content for index in order]
+    yield frame, [messages[index].content.strip() for index in order]
+    around, words = _amid_marks(template, messages)
+    yield around, words
+    yield around, [each.strip() for each in words]
     contents = _edited(template, messages)
-    pieces = _pieces(frame, [contents[index] for index in order])
-    if "".join(piece.text for piece in pieces) != whole:
-        raise UserError("The chat template changes one message with another; give another template.")
-    return pieces
+    yield frame, [contents[index] for index in order]
 
 
 def render_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
@@ -224,15 +227,14 @@ def _masked(roles: Sequence[str]) -> tuple[list[Message], list[str]]:
 def _amid_marks(template: PromptTemplate, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
     """A template's own text around these very messages, and their words; white space beside those counts as its own.
 
-    A message that is empty, or that holds a word such as "/no_think", may change the template's own text. One text and
-    no words if the marks do not come back in pairs.
+    A message that is empty, or that holds a switch such as "/no_think", may change the template's own text, and one
+    that is nothing else is left without marks. One text and no words if the marks do not come back in pairs.
     """
     marked = []
     for message in messages:
         words, content = message.content.strip(), message.content
-        marked.append(
-            Message(message.role, content.replace(words, f"{_OPEN}{words}{_CLOSE}", 1) if words else content)
-        )
+        bare = re.fullmatch(r"(/\w+\s*)*", words)
+        marked.append(Message(message.role, content if bare else content.replace(words, f"{_OPEN}{words}{_CLOSE}", 1)))
     parts = re.split(f"([{_OPEN}{_CLOSE}])", _prompt_text(template, marked))
     if parts[1::2] != [_OPEN, _CLOSE] * (len(parts) // 4):
         return ["".join(parts)], []
@@ -321,8 +323,11 @@ class _GenerationTag(jinja2.ext.Extension):
         return jinja2.nodes.Scope(inside).set_lineno(line)  # what is set inside is not set outside
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own would escape "<" as HTML does
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own would escape "<" as HTML does.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

@@ -148,7 +148,7 @@ _FRAGMENTS = (
     "User: hi\n\nAssistant:",
     "### Response:",
     "<|im_",
-    "end|>",
+    "d|>",
     "<",
     "|>",
     "[/",
@@ -189,7 +189,7 @@ def with_typed(turns: list[Message], names: list[str], seed: int) -> tuple[list[
     rng = random.Random(seed)
     typed, clean, where = list(turns), list(turns), set()
     for index, message in enumerate(turns):
-        if message.content.strip() and (rng.random() < 0.6 or not where and index == len(turns) - 1):
+        if message.content.strip() and (rng.random() < 0.6 or (not where and index == len(turns) - 1)):
             text, name, other = message.content, rng.choice(names), rng.choice(names)
             form = rng.choice(("{0}", "{0}", " {0} ", "{0} {0}", "{0}\n", "{0}{1}"))
             half = rng.randrange(1, len(name))  # one that waits for the template, or for the next message
