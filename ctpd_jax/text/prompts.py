@@ -73,13 +73,10 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
     white space aside, else EOS.
 
     Raises:
-      UserError: neither is there.
+      UserError: neither is there, or the template refuses every conversation.
     """
     if template.kind == "chat":
-        mark = "\ue0f1"
-        text = render_chat(template, [Message("user", "\ue0f2"), Message("assistant", mark)], ask=False)
-        after = (text.rpartition(mark)[2] if mark in text else "").lstrip()
-        found = tokenizer.added_pattern.match(after)
+        found = tokenizer.added_pattern.match(_after_answer(tokenizer, template))
         if found:
             return tokenizer.ids_of_added[found.group()]
     if tokenizer.eos_id is None:
@@ -90,15 +87,32 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
     return tokenizer.eos_id
 
 
+def _after_answer(tokenizer: TextTokenizer, template: PromptTemplate) -> str:
+    """What a template writes after an answer, in the first conversation that it takes."""
+    mark, question = "\ue0f1", Message("user", "\ue0f2")
+    talk = [question, Message("assistant", mark)]
+    refused = None
+    for turns in (talk, [Message("system", "\ue0f2"), *talk], [*talk, question]):
+        try:
+            text = render_chat(template, turns, ask=False)
+        except UserError as error:
+            refused = refused or error
+        else:
+            return (text.rpartition(mark)[2] if mark in text else "").lstrip()
+    raise UserError(f"The tokenizer {tokenizer.name!r}: {refused}")
+
+
 def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]:
     """The added tokens with which a chat template frames its turns, whether they are flagged as special or not.
 
-    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them. Nor does white
-    space, of which some tokenizers have added tokens.
+    Those that it writes into an answer, such as <think>, frame none: an answer may well hold them. They are known by
+    coming in pairs with no message between them, be it in an empty block or in a system prompt that speaks of them.
+    Nor does white space, of which some tokenizers have added tokens.
     """
     if template.kind == "plain":
         return set()
     found: set[str] = set()
+    inner: set[str] = set()
     for roles in (("user",), ("user", "assistant", "user"), ("system", "user", "assistant", "user")):
         marks = [Message(role, f"\ue0f1{index}\ue0f2") for index, role in enumerate(roles)]
         try:
@@ -106,7 +120,9 @@ def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]
         except UserError:  # many a template takes no system message
             continue
         found.update(match.group() for match in tokenizer.added_pattern.finditer(text))
-    return {token for token in found if token.strip(f" \n\t\r{tokenizer.marker or ''}")}
+        for block in re.finditer(r"(<(\w+)>)[^\ue0f1]*?(</\2>)", text):
+            inner.update(block.group(1, 3))
+    return {token for token in found - inner if token.strip(f" \n\t\r{tokenizer.marker or ''}")}
 
 
 def _try_prompts(model: TextModel) -> None:

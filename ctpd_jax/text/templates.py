@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ctpd_jax.errors import UserError
@@ -30,7 +31,8 @@ from ctpd_jax.text.tokens import TextTokenizer
 # Llama 3's own template falls back to.
 TEMPLATE_DATE = datetime(2024, 7, 26)
 DEFAULT_SEPARATOR = "\n\n"
-_OURS = {"messages", "add_generation_prompt", "tools", "documents"}  # what a template is told in any case
+_OURS = {"messages", "add_generation_prompt"}
+_OPEN, _CLOSE = "\ue0f5", "\ue0f6"  # around the words of a message
 _STOP = "\ue0f3\ue0f4 "  # marks where a prefilled answer stops; its space shows whether the template trims
 
 
@@ -109,6 +111,8 @@ def load_template(
         raise UserError(
             f'The chat template of "{name}" is not valid Jinja, line {error.lineno}: {error.message}'
         ) from None
+    except SyntaxError as error:  # of the Python that Jinja writes, whose lines say nothing
+        raise UserError(f'The chat template of "{name}" is not valid Jinja: {error.msg}') from None
     return PromptTemplate("chat", source, special, _settings(source, template_variables, name))
 
 
@@ -143,7 +147,7 @@ def _settings(source: str, template_variables: str, name: str) -> str:
                 f'template_variables sets {key!r}, which the chat template of "{name}" does not use; it uses '
                 f"{', '.join(sorted(known)) or 'none'}."
             )
-    return json.dumps(chosen, sort_keys=True)
+    return json.dumps(dict(sorted(chosen.items())))  # inside of a value a template may print the order
 
 
 def told_source(template: PromptTemplate) -> str:
@@ -159,9 +163,10 @@ def told_source(template: PromptTemplate) -> str:
 def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list[Piece]:
     """The pieces of a prompt, up to where the response starts.
 
-    The template's own text is found with placeholders in place of the messages, once for each sequence of roles. A
-    template may trim or edit what it is given; then each message is also rendered for real amid placeholders, which
-    shows what becomes of it. In every case the whole, rendered for real, must be the pieces joined.
+    The template's own text is found with placeholders in place of the messages, once for each sequence of roles. Where
+    it depends on the messages, it is found with marks around the words of each; and where the template edits a message,
+    that one is rendered for real amid placeholders. In every case the whole, rendered for real, must be the pieces
+    joined.
 
     Raises:
       UserError: the template refuses the messages, leaves one out, repeats one, or changes its own text with them.
@@ -171,17 +176,24 @@ def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list
     whole = _prompt_text(template, messages)
     if not messages:
         return _pieces([whole], [])
-    frame, order = _frame(template, tuple(message.role for message in messages))
-    # Nearly every template leaves a message as it is, or trims it: then this one rendering is enough.
-    for contents in ([m.content for m in messages], [m.content.strip() for m in messages]):
-        pieces = _pieces(frame, [contents[index] for index in order])
+    for frame, contents in _partings(template, messages):
+        pieces = _pieces(frame, contents)
         if "".join(piece.text for piece in pieces) == whole:
             return pieces
+    raise UserError("The chat template changes one message with another; give another template.")
+
+
+def _partings(template: PromptTemplate, messages: Sequence[Message]) -> Iterator[tuple[list[str], list[str]]]:
+    """Ways to tell the template's own text from the messages', the cheapest first."""
+    frame, order = _frame(template, tuple(message.role for message in messages))
+    # Nearly every template leaves a message as it is, or trims it.
+    yield frame, [messages[index].content for index in order]
+    yield frame, [messages[index].content.strip() for index in order]
+    around, words = _amid_marks(template, messages)
+    yield around, words
+    yield around, [each.strip() for each in words]
     contents = _edited(template, messages)
-    pieces = _pieces(frame, [contents[index] for index in order])
-    if "".join(piece.text for piece in pieces) != whole:
-        raise UserError("The chat template changes one message with another; give another template.")
-    return pieces
+    yield frame, [contents[index] for index in order]
 
 
 def render_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
@@ -219,6 +231,23 @@ def _masked(roles: Sequence[str]) -> tuple[list[Message], list[str]]:
     return [Message(role, mark) for role, mark in zip(roles, marks)], marks
 
 
+def _amid_marks(template: PromptTemplate, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+    """A template's own text around these very messages, and their words; white space beside those counts as its own.
+
+    A message that is empty, or that holds a switch such as "/no_think", may change the template's own text, and one
+    that is nothing else is left without marks. One text and no words if the marks do not come back in pairs.
+    """
+    marked = []
+    for message in messages:
+        words, content = message.content.strip(), message.content
+        bare = re.fullmatch(r"(/\w+\s*)*", words)
+        marked.append(Message(message.role, content if bare else content.replace(words, f"{_OPEN}{words}{_CLOSE}", 1)))
+    parts = re.split(f"([{_OPEN}{_CLOSE}])", _prompt_text(template, marked))
+    if parts[1::2] != [_OPEN, _CLOSE] * (len(parts) // 4):
+        return ["".join(parts)], []
+    return parts[::4], parts[2::4]
+
+
 def _edited(template: PromptTemplate, messages: Sequence[Message]) -> list[str]:
     """What a template makes of each message, each rendered for real amid marks."""
     masked, marks = _masked([message.role for message in messages])
@@ -253,8 +282,8 @@ def _prompt_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
     last = Message("assistant", messages[-1].content + _STOP)
     text = render_chat(template, [*messages[:-1], last], ask=False)
     before, found, after = text.rpartition(_STOP.strip())
-    if not found:
-        raise UserError("The chat template leaves out the answer that the prompt begins; give another template.")
+    if not found or messages[-1].content.strip() not in text:
+        raise UserError("The chat template leaves out the answer that the prompt begins, or a part of it.")
     # A template that trims messages has trimmed the mark's space, and would have trimmed the answer's.
     return before if after.startswith(" ") else before.rstrip()
 
@@ -265,7 +294,7 @@ def render_chat(template: PromptTemplate, messages: Sequence[Message], ask: bool
     told = {"tools": None, "documents": None, **dict(template.variables), **json.loads(template.settings)}
     try:
         return _compiled(template.source).render(messages=turns, add_generation_prompt=ask, **told)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template may divide by zero, or take a list for a text
         roles = ", ".join(message.role for message in messages) or "none"
         raise UserError(f"The chat template refuses the messages (roles: {roles}): {error}") from None
 
@@ -296,12 +325,16 @@ class _GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
 
     def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(inside).set_lineno(line)  # what is set inside is not set outside
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own would escape "<" as HTML does
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own would escape "<" as HTML does.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:
