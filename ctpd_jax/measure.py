@@ -221,6 +221,7 @@ def compare_rounded(run: Run, columns: Mapping[str, tuple[str, Model, str | None
                 sums.append(np.concatenate([values for both in found for values in both]))
         ratios.append(sums[0] - sums[1])
     correlation = float(np.corrcoef(ratios)[0, 1])
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"pairs": len(places), "correlation": correlation})
     run.say(
         f"The contrastive pair in bfloat16: over {len(places)} pairs log pi+ - log pi- correlates "
