@@ -388,8 +388,8 @@ def test_the_configs_leave_little_padding_and_a_plan_says_where_there_is_much():
     chips = {"qwen2.5_14b_to_llama3.1_8b": 16, "qwen2.5_7b_to_llama3.2_1b": 8, "mistral_7b_to_llama3.2_1b": 4}
     for name, count in chips.items():
         config = load_config(str(ROOT / "configs" / f"{name}.py"), [])
-        mesh = SimpleNamespace(shape={"data": 1, "fsdp": count, "tensor": 1})
+        mesh, host = (SimpleNamespace(shape={"data": 1, "fsdp": n, "tensor": 1}) for n in (count, min(count, 4)))
         for stage in ("teacher_sft", "positive", "train", "annotate"):
-            assert usual_padding(config, stage, mesh) < 0.2, (name, stage)
+            assert usual_padding(config, stage, host if stage == "annotate" else mesh) < 0.2, (name, stage)
         config.rows.update({"layout": "shared", "length": 1024})
         assert usual_padding(config, "train", mesh) > 0.4
