@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -318,6 +319,10 @@ class Store:
         return from_record(self.records[int(index) % len(self)])
 
 
+def _there(path: Path) -> bool | None:
+    return path.is_file() or None
+
+
 def open_store(
     directory: str | os.PathLike[str], expect: Mapping[str, Any] | None = None, verify: bool = True
 ) -> Store:
@@ -331,7 +336,7 @@ def open_store(
 
     folder = local_path(directory)
     path = folder / MANIFEST
-    if not path.exists():
+    if not patiently(partial(_there, path)):
         started = (folder / (MANIFEST + ".progress")).exists()
         state = "an unfinished annotated store" if started else "no annotated store"
         raise UserError(f"There is {state} at {folder}; run `ctpd annotate` first.")
@@ -340,7 +345,7 @@ def open_store(
     files = {entry["file"]: entry["sha256"] for entry in manifest["shards"]} | manifest["metadata"]
     for name, sha256 in files.items():
         file = folder / name
-        if not file.is_file():
+        if not patiently(partial(_there, file)):
             raise UserError(f"{file} is missing; remove {path} and annotate again to restore it.")
         if verify and sha256_file(file) != sha256:
             raise UserError(f"{file} is damaged (its SHA-256 is not the manifest's); remove {path} and annotate again.")
