@@ -58,13 +58,21 @@ class Column:
     The file: SHA-256 of the rest (32 bytes), n, n+1 offsets (int64), the values (float32); all little-endian.
     `identity` says what was measured (model, tokenizers, lengths, ...): going on with another one is a UserError that
     names the first field that differs, unless `replace` says that the old one is not worth keeping. Several processes
-    may write different shards.
+    may write different shards; one of them is to `judge` that, as the others may still see what it replaced.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], scorer: str, identity: Mapping[str, Any], replace: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        scorer: str,
+        identity: Mapping[str, Any],
+        replace: bool = False,
+        judge: bool = True,
     ) -> None:
         self.directory = local_path(directory) / "columns" / scorer
+        if not judge:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            return
         if replace and first_difference(identity, read_json(self.directory / "identity.json")):
             shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
