@@ -20,7 +20,7 @@ from ctpd_jax.files import write_json
 from ctpd_jax.run import Run, Split
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
 from ctpd_jax.settings import base_dtype
-from ctpd_jax.sharding import place_batch, place_rows, told_by_first
+from ctpd_jax.sharding import first_process, place_batch, place_rows, told_by_first
 from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.metrics import Progress
 from ctpd_jax.train.step import Params, compiled_programs
@@ -140,7 +140,7 @@ def _column(
         "compute": run.compute(model).dtype,
     }
     # Held-out scores are cheap and follow whatever was trained last; annotations are not thrown away unasked.
-    return Column(run.workdir / _home(split), name, identity, replace=split == "test")
+    return Column(run.workdir / _home(split), name, identity, split == "test", first_process())
 
 
 def _home(split: Split) -> str:
@@ -221,6 +221,7 @@ def compare_rounded(run: Run, columns: Mapping[str, tuple[str, Model, str | None
                 sums.append(np.concatenate([values for both in found for values in both]))
         ratios.append(sums[0] - sums[1])
     correlation = float(np.corrcoef(ratios)[0, 1])
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"pairs": len(places), "correlation": correlation})
     run.say(
         f"The contrastive pair in bfloat16: over {len(places)} pairs log pi+ - log pi- correlates "

@@ -7,7 +7,8 @@
 #
 # What stands on sbatch's command line goes before the lines below. As many tasks as GPUs on a node, and every task must
 # see all GPUs of its node (no --gpus-per-task, no --gpu-bind): JAX takes the one with the task's number on the node.
-# DIR must be on a file system that all nodes see.
+# DIR must be on a file system that all nodes see; NFS mounted with lookupcache=positive, so that none remembers a file as
+# absent that another has written since.
 #
 # Environment
 #   VENV      the virtual environment that holds ctpd (default: .venv in the folder where sbatch was called)

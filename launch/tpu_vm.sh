@@ -86,8 +86,9 @@ install() {
 python3 -m uv venv --quiet --allow-existing --python ${PYTHON:-3.12} ctpd/.venv &&
 python3 -m uv pip install --quiet --python ctpd/.venv/bin/python -e 'ctpd[tpu]'"
   if [[ ${SHARE-} ]]; then
+    # lookupcache=positive: that a file is not there is asked again, not remembered.
     on_workers all "set -e; sudo apt-get install -y -qq nfs-common >/dev/null; sudo mkdir -p /mnt/ctpd
-mountpoint -q /mnt/ctpd || sudo mount -t nfs -o hard $(printf %q "$SHARE") /mnt/ctpd; sudo chown \$(id -u) /mnt/ctpd"
+mountpoint -q /mnt/ctpd || sudo mount -t nfs -o hard,lookupcache=positive $(printf %q "$SHARE") /mnt/ctpd; sudo chown \$(id -u) /mnt/ctpd"
   fi
 }
 

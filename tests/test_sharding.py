@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from ctpd_jax import sharding
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
@@ -22,9 +23,11 @@ from ctpd_jax.sharding import (
     make_mesh,
     param_sharding,
     param_spec,
+    patiently,
     pieces_on_host,
     replicated,
     shard_shapes,
+    told_by_first,
 )  # fmt: skip
 
 SIZES = {
@@ -98,3 +101,38 @@ def test_an_array_of_several_processes_comes_in_pieces_that_are_its_bytes(shape)
     assert b"".join(piece.tobytes() for piece in pieces) == whole.tobytes()
     assert len(pieces) == {3: 4, 1: 1, 2: 1, 0: 1}[whole.ndim]
     assert [piece.tolist() for piece in pieces_on_host(placed)] == [whole.tolist()]
+
+
+def test_what_is_missing_is_what_the_first_process_says(monkeypatch):
+    """Two processes whose views of a shared folder differ; the broadcast itself is for the tests with two."""
+    sent: list = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def broadcast(value):
+        if sharding.first_process():
+            sent.append(value)
+            return value
+        return sent.pop(0)
+
+    monkeypatch.setattr(sharding.multihost_utils, "broadcast_one_to_all", broadcast)
+
+    def refuse():
+        raise UserError("inputs.json was made otherwise")
+
+    for look, found in ((lambda: [256, [0, 3]], [256, [0, 3]]), (lambda: None, None), (refuse, UserError)):
+        for number in (0, 1):
+            monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+            mine = look if number == 0 else lambda: "not what I see"
+            if found is UserError:
+                with pytest.raises(UserError, match="made otherwise"):
+                    told_by_first(mine)
+            else:
+                assert told_by_first(mine) == found
+
+
+def test_a_file_that_another_process_wrote_may_come_late(monkeypatch):
+    views = iter([None, None, "there"])
+    assert patiently(lambda: next(views), seconds=1.0) is None  # alone there is nobody to wait for
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert patiently(lambda: next(views), seconds=1.0) == "there"
+    assert patiently(lambda: None, seconds=0.2) is None

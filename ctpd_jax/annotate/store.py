@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -57,13 +58,21 @@ class Column:
     The file: SHA-256 of the rest (32 bytes), n, n+1 offsets (int64), the values (float32); all little-endian.
     `identity` says what was measured (model, tokenizers, lengths, ...): going on with another one is a UserError that
     names the first field that differs, unless `replace` says that the old one is not worth keeping. Several processes
-    may write different shards.
+    may write different shards; one of them is to `judge` that, as the others may still see what it replaced.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], scorer: str, identity: Mapping[str, Any], replace: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        scorer: str,
+        identity: Mapping[str, Any],
+        replace: bool = False,
+        judge: bool = True,
     ) -> None:
         self.directory = local_path(directory) / "columns" / scorer
+        if not judge:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            return
         if replace and first_difference(identity, read_json(self.directory / "identity.json")):
             shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -318,6 +327,10 @@ class Store:
         return from_record(self.records[int(index) % len(self)])
 
 
+def _there(path: Path) -> bool | None:
+    return path.is_file() or None
+
+
 def open_store(
     directory: str | os.PathLike[str], expect: Mapping[str, Any] | None = None, verify: bool = True
 ) -> Store:
@@ -331,7 +344,7 @@ def open_store(
 
     folder = local_path(directory)
     path = folder / MANIFEST
-    if not path.exists():
+    if not patiently(partial(_there, path)):
         started = (folder / (MANIFEST + ".progress")).exists()
         state = "an unfinished annotated store" if started else "no annotated store"
         raise UserError(f"There is {state} at {folder}; run `ctpd annotate` first.")
@@ -340,7 +353,7 @@ def open_store(
     files = {entry["file"]: entry["sha256"] for entry in manifest["shards"]} | manifest["metadata"]
     for name, sha256 in files.items():
         file = folder / name
-        if not file.is_file():
+        if not patiently(partial(_there, file)):
             raise UserError(f"{file} is missing; remove {path} and annotate again to restore it.")
         if verify and sha256_file(file) != sha256:
             raise UserError(f"{file} is damaged (its SHA-256 is not the manifest's); remove {path} and annotate again.")

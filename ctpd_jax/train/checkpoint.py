@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import PARTIAL, canonical_json, local_path, sha256_file, write_bytes
-from ctpd_jax.sharding import barrier, first_process
+from ctpd_jax.sharding import barrier, first_process, patiently
 
 CHECKSUMS = "checksums.json"
 _FORMAT = 1
@@ -168,6 +168,23 @@ def _verify(folder: Path) -> _Record:
     return record
 
 
+def _seen(look: Callable[[Path], _Record], folder: Path) -> _Record:
+    """What `look` says of a folder that another process may just have written: see `patiently`. Raises _Broken."""
+    broken: list[_Broken] = []
+
+    def again() -> _Record | None:
+        try:
+            return look(folder)
+        except _Broken as reason:
+            broken.append(reason)
+            return None
+
+    record = patiently(again)
+    if record is None:
+        raise broken[-1]
+    return record
+
+
 def _remove(folder: Path) -> None:
     (folder / CHECKSUMS).unlink(missing_ok=True)  # first: a removal cut short must not leave what looks whole
     shutil.rmtree(folder)
@@ -271,7 +288,7 @@ class Checkpoints:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if step < 0:
             return None
-        record = _read_record(self._folder(step))
+        record = _seen(_read_record, self._folder(step))
         return step, _restore(self._checkpointer, self._folder(step), record, target), record.meta
 
     def close(self) -> None:
@@ -365,10 +382,10 @@ def load_params(
     several processes all load together, unless `alone` says that this one loads for itself, onto its own devices.
     """
     folder = local_path(directory)
-    if not folder.is_dir():
+    if not patiently(lambda: folder.is_dir() or None):
         raise UserError(f"There are no parameters at {folder}; run the stage that writes them first.")
     try:
-        record = _verify(folder)
+        record = _seen(_verify, folder)
     except _Broken as reason:
         message = f"The parameters at {folder} are not whole: {reason}. Remove the folder and run its stage again."
         raise UserError(message) from None

@@ -354,3 +354,10 @@ def test_a_column_that_may_be_replaced_is(tmp_path):
 def test_a_manifest_cannot_take_the_stores_own_fields(tmp_path):
     with pytest.raises(ValueError, match="scorers"):
         write_store(tmp_path, shard_ranges(8, 4), records, SCORERS, {**FEW, "scorers": {"positive": "abc"}})
+
+
+def test_a_process_that_does_not_judge_removes_nothing(tmp_path):
+    """Over NFS it may still see what the first process has replaced."""
+    Column(tmp_path, "ctpd", FEW).write(0, [np.ones(2, np.float32)])
+    other = Column(tmp_path, "ctpd", {**FEW, "spans": "byte"}, replace=True, judge=False)
+    assert other.missing_shards(1) == []

@@ -8,7 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
-from ctpd_jax.data.packing import SAMPLE, Rows, Units, choose_shapes, cost, fit, needs_of, pack, split, units_of
+from ctpd_jax.data.packing import (
+    SAMPLE,
+    Rows,
+    Units,
+    choose_shapes,
+    cost,
+    fit,
+    in_words,
+    needs_of,
+    pack,
+    padding_share,
+    split,
+    units_of,
+)  # fmt: skip
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 
@@ -175,3 +188,17 @@ def test_a_length_that_is_given_is_kept():
         assert {shape.length for shape in shapes} == {200}
     with pytest.raises(UserError, match=r"config\.rows\.length is 30, but a row has to take \d+ tokens at once"):
         plan_shapes(items, [range(20)], 5, Rows("pair", length=30))
+
+
+def test_much_padding_is_told_with_what_lowers_it():
+    """16 pairs over 16 devices, in rows that a pair fits: about half of every row stays empty."""
+    rng = np.random.default_rng(0)
+    tokens = np.sort(rng.integers(300, 800, (8, 16)), axis=1)[:, ::-1]
+    units = Units(tokens, tokens - 100, np.broadcast_to(np.arange(16), tokens.shape))
+    shares = {}
+    for length in (1024, 0):
+        rows = Rows("shared", True, length=length, multiple=128, row_multiple=16)
+        shapes = choose_shapes(units, rows)
+        shares[length] = padding_share(units, shapes, rows)
+    assert shares[1024] > 0.4 and shares[0] < shares[1024]
+    assert "rows.length=0" in in_words(shares[1024]) and in_words(0.12) == "12% of the tokens in rows are padding."

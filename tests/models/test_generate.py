@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import random_model
@@ -273,3 +274,21 @@ def test_refusals(prompts, settings, words):
     config, params = random_model("llama")
     with pytest.raises(UserError, match=words):
         generate(config, params, prompts, 8, **settings)
+
+
+def test_products_are_of_the_dtype_that_is_asked_for(monkeypatch):
+    """Whatever the parameters were loaded as: float32 ones in bfloat16, bfloat16 ones in float32."""
+    config, params = random_model("llama_biases")
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    seen, attend = [], module.attention.attend
+
+    def spy(q, *rest, **more):
+        seen.append(q.dtype)
+        return attend(q, *rest, **more)
+
+    monkeypatch.setattr(module.attention, "attend", spy)
+    for given, dtype in ((params, "bfloat16"), (half, "float32"), (half, None)):
+        seen.clear()
+        other = replace(config, max_positions=400 + len(str(dtype)))  # compiled by no other test
+        generate(other, given, [[3, 4]], 2, compute_dtype=dtype)
+        assert set(seen) == {jnp.dtype(dtype or "bfloat16")}

@@ -1,5 +1,6 @@
 """A teacher that reads with bfloat16 parameters: from the user's checkpoint, from a trained stage, merged, adapted."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def test_annotations_are_nearly_those_of_float32(runs):
         print(f"{name}: mean absolute error of a span's log-probability {gaps.mean():.1e}, at most {gaps.max():.1e}")
         assert (gaps.max() == 0) == (name == "start")  # the student reads as before
         assert gaps.mean() < 0.02
+
+
+def test_what_rounding_leaves_of_the_weights_is_told_where_it_takes_some(runs):
+    """Of a pair that was trained whole; adapters are not rounded."""
+    _, _, run = runs
+    whole = not run.left_out("positive") and not run.config.positive.lora.rank
+    path = run.workdir / "annotations" / "rounded.json"
+    assert path.exists() == whole
+    assert not whole or 0.5 < json.loads(path.read_text())["correlation"] < 1
 
 
 def test_parameters_are_the_float32_ones_rounded(runs):

@@ -11,9 +11,11 @@ import pytest
 
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
+from ctpd_jax.run import Run
 from ctpd_jax.settings import default_config
+from ctpd_jax.stages import same_source, source_of
 from ctpd_jax.toy.models import make_toy_models
-from ctpd_jax.workdir import begin, finish
+from ctpd_jax.workdir import begin, finish, first_difference
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MICRO = str(CONFIGS / "micro.py")
@@ -162,6 +164,39 @@ def test_a_folder_of_other_inputs_is_refused_with_the_field(tmp_path):
     assert begin(tmp_path / "stage", {"settings": {"lr": 1.0}}) == {"params": "abc"}
     with pytest.raises(UserError, match=r"settings\.lr is 1\.0 there and 2\.0 here"):
         begin(tmp_path / "stage", {"settings": {"lr": 2.0}})
+
+
+def test_what_changes_no_number_beyond_rounding_is_noted_not_refused(tmp_path):
+    """What a stage that ran out of memory is repeated with."""
+    folder, told, inputs = tmp_path / "stage", [], {"settings": {"lr": 1.0}}
+    assert begin(folder, inputs, {"micro_batch": 8}, told.append) is None and not told
+    assert begin(folder, inputs, {"micro_batch": 4}, told.append) is None
+    assert len(told) == 1 and "micro_batch 4" in told[0] and "begun with 8" in told[0]
+    assert begin(folder, inputs, {"micro_batch": 4}, told.append) is None and len(told) == 1
+    with pytest.raises(UserError, match=r"settings\.lr"):
+        begin(folder, {"settings": {"lr": 2.0}}, {"micro_batch": 4}, told.append)
+    finish(folder, {"params": "abc"})
+    assert begin(folder, inputs, {"micro_batch": 2}, told.append) == {"params": "abc"} and len(told) == 1
+
+
+def test_training_data_are_the_same_by_their_bytes(tmp_path):
+    """A file may lie elsewhere, or be gone where only the store is needed; it may not say something else."""
+
+    def run_of(spec: Path) -> Run:
+        config = load_config(MICRO, [f"--config.data.train={spec}"])
+        return Run(config, tmp_path, None, say=lambda text: None)
+
+    here, there, other = (tmp_path / name for name in ("here.jsonl", "there.jsonl", "other.jsonl"))
+    for path, text in ((here, "a"), (there, "a"), (other, "b")):
+        path.write_text(text)
+    stored = source_of(run_of(here))
+    assert first_difference(same_source(run_of(there), stored), stored) is None
+    assert first_difference(same_source(run_of(other), stored), stored)[0] == "train"
+    here.write_text("b")
+    assert first_difference(same_source(run_of(here), stored), stored)[0] == "sha256"
+    here.unlink()
+    assert first_difference(same_source(run_of(here), stored), stored) is None
+    assert first_difference(same_source(run_of(tmp_path / "gone.jsonl"), stored), stored)[0] == "train"
 
 
 def test_an_accelerator_that_is_not_there(tmp_path):

@@ -101,7 +101,8 @@ def test_what_changes_numbers_by_rounding_alone_is_no_difference(finished):
 def test_other_data_than_the_stores_is_named(finished, tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     arguments = ["train", "--config", CONFIG, "--workdir", str(finished)]
-    assert main([*arguments, f"--config.data.train={tmp_path / 'other.jsonl'}"]) == 2
+    student = f"--config.student.path={finished / 'toy' / 'models' / 'student'}"
+    assert main([*arguments, student, f"--config.data.train={tmp_path / 'other.jsonl'}"]) == 2
     error = capsys.readouterr().err
     assert "source.train is 'toy' there" in error and "other.jsonl" in error
     assert main([*arguments, "--config.toy.pairs=47"]) == 2

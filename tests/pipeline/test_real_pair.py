@@ -1,4 +1,4 @@
-"""The two real models: int8 and bfloat16 teachers against the exact one, a student with adapters, opened by PEFT.
+"""The two real models: a bfloat16 teacher against the exact one, a student with adapters, opened by PEFT.
 
 Slow: builds the real models the first time, and torch runs in an environment of its own.
 """
@@ -11,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import real_assets
-from scipy.stats import spearmanr
 
-from ctpd_jax.annotate.coefficients import span_values
 from ctpd_jax.annotate.store import open_store
-from ctpd_jax.cli import load_config, main
+from ctpd_jax.cli import main
 from ctpd_jax.models.decoder import apply
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import SIDES
@@ -86,30 +84,6 @@ def test_peft_opens_the_adapters_and_finds_the_merged_model(trained, real_models
     np.testing.assert_allclose(found["adapters"], found["merged"], atol=1e-4)
     np.testing.assert_allclose(ours, found["merged"], atol=1e-4)
     assert np.abs(found["adapters"] - found["base"]).max() > 0.01
-
-
-def test_an_int8_teacher_gives_nearly_the_same_weights(trained, overrides, tmp_path):
-    arguments = ["annotate", "--config", CONFIG, "--workdir", str(tmp_path), *overrides]
-    assert main([*arguments, "--config.annotate.teacher_weights=int8"]) == 0
-    exact, rounded = (
-        [store[i] for i in range(len(store))]
-        for store in (open_store(folder / "annotations", verify=False) for folder in (trained, tmp_path))
-    )
-    for name in ("reference", "positive", "negative"):
-        gaps = [
-            np.abs(a[1][side][name] - b[1][side][name]) for a, b in zip(exact, rounded, strict=True) for side in SIDES
-        ]
-        error = np.concatenate(gaps).mean()
-        print(f"int8 {name}: mean absolute error of a span's log-probability {error:.4f} nats")
-        assert 0 < error < 0.2
-    config = load_config(CONFIG, overrides)
-    weights = []
-    for examples in (exact, rounded):
-        values, _ = span_values(examples, config.weights, config.train, seed=0)
-        weights.append(np.concatenate([value.weights for both in values for value in both]))
-    correlation = spearmanr(*weights).statistic
-    print(f"int8: rank correlation of {len(weights[0])} weights with the exact ones {correlation:.4f}")
-    assert correlation > 0.95
 
 
 def test_a_bfloat16_teacher_gives_the_very_numbers(trained, overrides, tmp_path):

@@ -35,7 +35,7 @@ from ctpd_jax.plan.planner import (
     over_links,
     vocabulary_arrays,
 )
-from ctpd_jax.plan.programs import Program, decoders, largest_shape, passes, plan_stage, share
+from ctpd_jax.plan.programs import Program, decoders, largest_shape, passes, plan_stage, share, usual_padding
 from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import make_mesh
 
@@ -381,3 +381,15 @@ def test_the_examples_of_the_help_need_no_data():
 def test_the_micro_configuration_needs_no_model_folder():
     code, out, _ = plan("--config", ROOT / "configs" / "micro.py", "--topology", "v5e:1x1", "--stage", "train")
     assert code == 0 and "the student, 0.34 million parameters trained" in out
+
+
+def test_the_configs_leave_little_padding_and_a_plan_says_where_there_is_much():
+    """16 chips, 16 pairs: rows of a fixed length for whole pairs would stay empty by half."""
+    chips = {"qwen2.5_14b_to_llama3.1_8b": 16, "qwen2.5_7b_to_llama3.2_1b": 8, "mistral_7b_to_llama3.2_1b": 4}
+    for name, count in chips.items():
+        config = load_config(str(ROOT / "configs" / f"{name}.py"), [])
+        mesh, host = (SimpleNamespace(shape={"data": 1, "fsdp": n, "tensor": 1}) for n in (count, min(count, 4)))
+        for stage in ("teacher_sft", "positive", "train", "annotate"):
+            assert usual_padding(config, stage, host if stage == "annotate" else mesh) < 0.2, (name, stage)
+        config.rows.update({"layout": "shared", "length": 1024})
+        assert usual_padding(config, "train", mesh) > 0.4
