@@ -13,14 +13,13 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, models
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import read_json
+from ctpd_jax.files import read_json, refuse_impostor
 
 _FETCHED = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 # Stands for a control token where a template's text is read beside what somebody typed. Noncharacters are not for
 # interchange, so they do not turn up in texts; one that has them is refused.
 _STAND_IN = "\ufdd0{}\ufdd1"
 STAND_INS = re.compile(_STAND_IN.format("[0-9]+"))
-_LFS_POINTER = "version https://git-lfs.github.com/spec/"
 
 
 def open_tokenizer(source: str) -> tuple[Any, str]:
@@ -43,8 +42,8 @@ def open_tokenizer(source: str) -> tuple[Any, str]:
             f"The tokenizer {source!r} needs code of its own (auto_map in tokenizer_config.json: {json.dumps(code)}), "
             "and code that comes with a model is not run here. If its tokenizer.json is complete, remove auto_map."
         )
-    if content is not None and content.startswith(_LFS_POINTER):
-        raise UserError(f"{file} is a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`.")
+    if content is not None:
+        refuse_impostor(file, content[:64].encode("utf-8"))
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # The base class reads tokenizer.json as it stands; the model's own class may build another tokenizer from it.
