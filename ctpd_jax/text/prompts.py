@@ -107,7 +107,7 @@ def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]
 
     Those that it writes into an answer, such as <think>, frame none: an answer may well hold them. They are known by
     coming in pairs with no message between them, be it in an empty block or in a system prompt that speaks of them.
-    Nor does white space, of which some tokenizers have added tokens.
+    Nor do mere words and white space, which some vocabularies add too: Gemma has line ends.
     """
     if template.kind == "plain":
         return set()
@@ -119,10 +119,10 @@ def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]
             text = render_chat(template, marks, ask=False)
         except UserError:  # many a template takes no system message
             continue
-        found.update(match.group() for match in tokenizer.added_pattern.finditer(text))
+        found.update(token for token in tokenizer.added_pattern.findall(text) if re.search(r"[^\w\s\u2581]", token))
         for block in re.finditer(r"(<(\w+)>)[^\ue0f1]*?(</\2>)", text):
             inner.update(block.group(1, 3))
-    return {token for token in found - inner if token.strip(f" \n\t\r{tokenizer.marker or ''}")}
+    return found - inner
 
 
 def _try_prompts(model: TextModel) -> None:

@@ -55,7 +55,10 @@ def added(*names: str, normalized: bool = True, **flags: bool) -> tuple[AddedTok
 _WORDS = added("<tool_call>", "</tool_call>", "<think>", "</think>", normalized=False)
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _LLAMA3 = special("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
-_GEMMA = special("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+_GEMMA = (
+    *special("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    *added("\n", "\n\n", "\t", "\u2581\u2581", "<b>", "</b>", normalized=False),
+)
 _DEEPSEEK = special("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 _COMMAND = special("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
@@ -70,10 +73,12 @@ def _cases() -> list[Case]:
     found: list[Case] = []
     im, end = "<|im_end|>", "<|endoftext|>"
     chatml = special(*_CHATML)
-    add("qwen2", "byte-nfc", "qwen2.5", special(end, *_CHATML), None, im)
+    add("qwen2", "byte-nfc", "smollm2", special(end, *_CHATML), None, im)
     add("qwen2.5", "byte-nfc byte-whole-words", "qwen2.5", special(end, *_CHATML), None, im)
     add("qwen3", "byte-nfc byte", "qwen2.5", special(end, *_CHATML), None, im, "enable_thinking")
     add("hermes", "byte", "llama3", (*_LLAMA3, *chatml), "<|begin_of_text|>", im)
+    # Words that somebody has added to a vocabulary may stand in a template too.
+    add("hermes", "byte-nfc", "smollm2", (*special(*_CHATML), *added("user", "assistant", "you", "\n")), None, im)
     # ChatML on a SentencePiece vocabulary, as fine-tunes add it: with and without the flags.
     add("hermes", "bpe-prepend unigram", "mistral-v0.1", chatml, "<s>", im)
     add("hermes", "bpe-prepend bpe-first unigram", "mistral-v0.1", added(*_CHATML, normalized=False), "<s>", "</s>")
@@ -87,7 +92,7 @@ def _cases() -> list[Case]:
     add("mistral-v0.1", "bpe-prepend unigram-never", "mistral-v0.1", (), "<s>", "</s>")
     inst = special("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
     add("mistral-v0.3", "bpe-first bpe-prepend", "mistral-v0.1", inst, "<s>", "</s>")
-    add("mistral-nemo", "byte", "llama3", (*special("<s>", "</s>"), *inst), "<s>", "</s>")
+    add("mistral-nemo", "byte", "smollm2", (*special("<s>", "</s>"), *inst), "<s>", "</s>")
     add("zephyr", "bpe-prepend unigram", "mistral-v0.1", (), "<s>", "</s>")
     add("gemma2", "bpe-no-dummy unigram-never", "gemma3", _GEMMA, "<bos>", "<eos>")
     add("gemma3", "bpe-no-dummy", "gemma3", _GEMMA, "<bos>", "<eos>")
@@ -95,13 +100,13 @@ def _cases() -> list[Case]:
     add("phi3", "bpe-prepend bpe-first", "mistral-v0.1", (*special(end), *phi3), "<s>", end)
     # The same, as a fine-tune keeps them that has lost the flag, and with white space taken from the left.
     add("phi3", "bpe-prepend", "mistral-v0.1", (*special(end), *added(*_ROLES, "<|end|>", rstrip=True)), "<s>", end)
-    add("phi3-small", "byte", "llama3", (*special(end), *special(*_ROLES, "<|end|>")), end, end)
-    add("phi3-small", "byte", "llama3", (*special(end), *special(*_ROLES, "<|end|>", lstrip=True)), end, end)
+    add("phi3-small", "byte", "smollm2", (*special(end), *special(*_ROLES, "<|end|>")), end, end)
+    add("phi3-small", "byte", "smollm2", (*special(end), *special(*_ROLES, "<|end|>", lstrip=True)), end, end)
     add("phi4-mini", "byte", "qwen2.5", (*special(end), *phi3), end, end)
-    add("phi4", "byte", "qwen2.5", special(end, *_CHATML, "<|im_sep|>", lstrip=True, rstrip=True), end, end)
-    add("olmo2", "byte", "qwen2.5", special(end, *_ROLES), end, end)
-    add("olmo2", "byte-nfd", "qwen2.5", special(end), end, end)
-    add("tulu3", "byte", "llama3", _LLAMA3, "<|begin_of_text|>", "<|end_of_text|>")
+    add("phi4", "byte", "smollm2", special(end, *_CHATML, "<|im_sep|>", lstrip=True, rstrip=True), end, end)
+    add("olmo2", "byte", "smollm2", special(end, *_ROLES), end, end)
+    add("olmo2", "byte-nfd", "smollm2", special(end), end, end)
+    add("tulu3", "byte", "smollm2", _LLAMA3, "<|begin_of_text|>", "<|end_of_text|>")
     add("deepseek-v2", "byte", "deepseek", _DEEPSEEK, _DEEPSEEK[0].content, _DEEPSEEK[1].content)
     turns = added("<｜User｜>", "<｜Assistant｜>", normalized=False)
     add("deepseek-r1", "byte byte-nfc", "deepseek", (*_DEEPSEEK, *turns), _DEEPSEEK[0].content, _DEEPSEEK[1].content)
@@ -110,13 +115,13 @@ def _cases() -> list[Case]:
     openchat = added("<|end_of_turn|>", "<|pad_0|>", normalized=False)
     add("openchat3.5", "bpe-prepend", "mistral-v0.1", openchat, "<s>", "<|end_of_turn|>")
     add("granite3", "byte", "smollm2", _GRANITE, "<|end_of_text|>", "<|end_of_text|>")
-    add("command-r", "byte-nfc", "qwen2.5", (*special("<BOS_TOKEN>"), *_COMMAND), "<BOS_TOKEN>", _COMMAND[1].content)
-    add("stablelm2", "byte-nfc", "qwen2.5", special(end, *_ROLES), end, end)
+    add("command-r", "byte-nfc", "smollm2", (*special("<BOS_TOKEN>"), *_COMMAND), "<BOS_TOKEN>", _COMMAND[1].content)
+    add("stablelm2", "byte-nfc", "smollm2", special(end, *_ROLES), end, end)
     add("nemotron", "unigram", "mistral-v0.1", special("<extra_id_0>", "<extra_id_1>"), "<s>", "</s>")
     add("nemotron", "unigram", "gemma3", added("<extra_id_0>", "<extra_id_1>", lstrip=True), "<s>", "</s>")
-    add("grounded", "byte", "llama3", (*_LLAMA3, *special(*_ROLES)), "<|begin_of_text|>", "<|eot_id|>")
-    add("training", "byte-nfd", "qwen2.5", chatml, None, im)
-    add("macros", "byte", "llama3", _LLAMA3, "<|begin_of_text|>", "<|eot_id|>")
+    add("grounded", "byte", "smollm2", (*_LLAMA3, *special(*_ROLES)), "<|begin_of_text|>", "<|eot_id|>")
+    add("training", "byte-nfd", "smollm2", chatml, None, im)
+    add("macros", "byte", "smollm2", _LLAMA3, "<|begin_of_text|>", "<|eot_id|>")
     add("numbered", "bpe-first", "mistral-v0.1", (), "<s>", "</s>")
     return found
 
