@@ -218,7 +218,7 @@ SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8), (1.3, 6,
 def test_draws_follow_the_exact_probabilities(temperature, top_k, top_p):
     """And they do not fit any other of the settings."""
     logits = np.float32(np.random.default_rng(2).normal(size=97, scale=2.0))
-    program = module._Program(None, 1, True, top_k > 0, top_p < 1)
+    program = module._Program(None, 1, True, top_k > 0, top_p < 1, "float32")
     inputs = module._Inputs(None, None, None, None, None, temperature, top_k, top_p, None)
     tokens = module._choose(program, inputs, np.tile(logits, (4096, 1)), jax.random.key(1))
     counts = np.bincount(tokens, minlength=97)

@@ -109,7 +109,7 @@ def quadratic(directory: Path, sigterm_at: int | None = None) -> np.ndarray:
         row, slot = np.zeros((1, 4), np.int32), np.zeros((1, 2), np.int32)
         pair = np.full((1, 2), step, np.float32)
         weight, real = np.zeros((1, 2), np.float32), np.ones(1, np.float32)
-        return [Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, pair, pair, real)]
+        return [Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, pair, pair, pair, real)]
 
     def initial():
         if sigterm_at == -1:

@@ -151,8 +151,10 @@ def test_operations_are_those_of_the_textbook(device):
     head = decoder.vocab_size * decoder.hidden_size
     layers = program.trained - 2 * head
     attention = 8 * 2 * tokens * stage.shape.length * decoder.num_heads * decoder.head_dim * decoder.num_layers
-    expected = 8 * layers * tokens + 8 * head * scored + attention
-    assert found == pytest.approx(expected, rel=0.05)
+    # What a layer's last matrix gives is not needed again for its gradient.
+    last = decoder.intermediate_size * decoder.hidden_size * decoder.num_layers
+    expected = (8 * layers - 2 * last) * tokens + 8 * head * scored + attention
+    assert found == pytest.approx(expected, rel=0.02)
     # Adapters: no gradient of the frozen matrices, a quarter of the work.
     stage = stage_on(device, load_config(str(COLAB), []), "positive")
     program = stage.programs[0]

@@ -16,7 +16,9 @@ LENGTHS = (4, 8, 4, 12)  # of the rows, update for update
 def batches(step: int) -> list[Batch]:
     row, slot = np.zeros((1, LENGTHS[step]), np.int32), np.zeros((1, 2), np.int32)
     pair, weight = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)
-    return [Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, pair, pair, np.ones(1, np.float32))]
+    return [
+        Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, pair, pair, pair, np.ones(1, np.float32))
+    ]
 
 
 def sums_of(params, batch):

@@ -40,7 +40,7 @@ def abstract_batch() -> Batch:
     row, slot = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32), jax.ShapeDtypeStruct((1, SCORED), jnp.int32)
     pair = jax.ShapeDtypeStruct((1, 2), jnp.float32)
     weight, real = jax.ShapeDtypeStruct((1, SCORED), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-    return Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, pair, pair, real)
+    return Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, pair, pair, pair, real)
 
 
 def forbidden(text: str, config: DecoderConfig) -> set[tuple[int, ...]]:
