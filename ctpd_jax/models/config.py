@@ -104,7 +104,6 @@ class DecoderConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     lora: Lora | None = None
-    int8: bool = False  # no such matrices: always False
 
     def __post_init__(self) -> None:
         if len(self.layer_kinds) != self.num_layers:

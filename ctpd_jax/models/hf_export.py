@@ -63,7 +63,7 @@ def save_hf(
 
     Args:
         directory: where to.
-        config: what the parameters belong to; no adapters and no int8 weights.
+        config: what the parameters belong to; no adapters.
         params: as from `load_hf`, on any number of devices of this process.
         tokenizer: a folder (or hub id) whose tokenizer files are copied byte for byte and whose other settings of
             generation are kept, or an object with `save_pretrained`; None leaves what lies in `directory`. Of
@@ -111,10 +111,9 @@ def save_hf(
 
 
 def _check_params(config: DecoderConfig, params: Params) -> None:
-    if config.lora is not None or config.int8:
+    if config.lora is not None:
         raise UserError(
-            "A model with adapters or int8 weights has no checkpoint of its own: merge the adapters into the weights "
-            "before the export, and export the weights that were quantized, not the int8 ones."
+            "A model with adapters has no checkpoint of its own: merge them into the weights before the export."
         )
     expected, found = checkpoint_shapes(config), dict(leaves(params))
     for path in sorted(expected.keys() ^ found.keys()):

@@ -43,8 +43,7 @@ def tensor_table(config: DecoderConfig) -> dict[Path, str]:
     """Path in the parameter tree -> name in the checkpoint.
 
     A first "{}" in the name is the number of the layer, a second one that of the expert: such a parameter is the stack
-    of all those tensors, [layers, ...] or [layers, experts, ...]. Adapters and the scales of int8 weights stand in no
-    checkpoint, and not in this table.
+    of all those tensors, [layers, ...] or [layers, experts, ...]. Adapters stand in no checkpoint and not in this table.
     """
     return {path: checkpoint_name(config, path) for path in checkpoint_shapes(config)}
 
@@ -59,7 +58,7 @@ def checkpoint_name(config: DecoderConfig, path: Path) -> str:
 
 def checkpoint_shapes(config: DecoderConfig) -> dict[Path, tuple[int, ...]]:
     """The parameters that a checkpoint holds, each with its shape, layers and experts stacked."""
-    return {path: leaf.shape for path, leaf in leaves(param_shapes(replace(config, lora=None, int8=False)))}
+    return {path: leaf.shape for path, leaf in leaves(param_shapes(replace(config, lora=None)))}
 
 
 def leaves(tree: Params) -> Iterator[tuple[Path, Any]]:

@@ -307,7 +307,8 @@ def _spelled(tok: TextTokenizer, name: str) -> list[int]:
         alphabet = {byte: chr(point) for point, byte in probe.byte_alphabet().items()}
         return ids(alphabet[byte] for byte in name.encode("utf-8"))
     characters = name.replace(" ", tok.marker or " ")
-    return [i for c in characters for i in ids([c]) or ids(f"<0x{byte:02X}>" for byte in c.encode("utf-8"))]
+    whole = {c: ids([c]) for c in characters if c not in tok.control}
+    return [i for c in characters for i in whole.get(c) or ids(f"<0x{byte:02X}>" for byte in c.encode("utf-8"))]
 
 
 def require_unicode(tok: TextTokenizer, text: str) -> None:
