@@ -344,14 +344,14 @@ def test_what_does_not_fit_is_told_and_answered_with_3():
 
 
 def test_a_search_proposes_settings_that_fit():
-    code, out, _ = plan("--config", PAPER, "--topology", "v5e:4x4", "--stage", "train", "--search")
+    code, out, _ = plan("--config", PAPER, "--topology", "v5p:2x2x2", "--stage", "train", "--search")
     assert code == 0
     flags = re.search(r"^  (--config\.train\.micro_batch=.* --config\.mesh\.data=.*)$", out, re.M)
     assert flags
-    again, told, _ = plan("--config", PAPER, "--topology", "v5e:4x4", "--stage", "train", *flags[1].split())
+    again, told, _ = plan("--config", PAPER, "--topology", "v5p:2x2x2", "--stage", "train", *flags[1].split())
     assert again == 0 and "train fits" in told
     listed = re.findall(r"data (\d+), fsdp (\d+), tensor (\d+), micro_batch", out)
-    assert len(listed) > 5 and all(int(a) * int(b) * int(c) == 16 for a, b, c in listed)
+    assert len(listed) > 5 and all(int(a) * int(b) * int(c) == 8 for a, b, c in listed)
 
 
 @pytest.mark.parametrize(
