@@ -19,7 +19,7 @@ from ctpd_jax.text.tokens import (
     BORDER,
     TextTokenizer,
     load_tokenizer,
-    require_unicode,
+    require_readable,
     spelling_of,
     with_control,
     without_control,
@@ -163,7 +163,7 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
     tokens do not spell the prompt.
     """
     whole = "".join(piece.text for piece in pieces)
-    require_unicode(tok, whole)
+    require_readable(tok, whole)
     if _only_template_control(tok, whole, pieces):
         ids = tok.backend.encode(whole, add_special_tokens=False).ids
     else:

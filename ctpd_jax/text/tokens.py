@@ -260,7 +260,7 @@ def encode(tok: TextTokenizer, text: str) -> np.ndarray:
 def encode_batch(tok: TextTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """`encode` of several texts at once, on all cores: int32 [T] each."""
     for text in texts:
-        require_unicode(tok, text)
+        require_readable(tok, text)
     encodings = tok.ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
     return [spelling_of(tok, without_control(tok, encoding.ids), text) for text, encoding in zip(texts, encodings)]
 
@@ -311,7 +311,7 @@ def _spelled(tok: TextTokenizer, name: str) -> list[int]:
     return [i for c in characters for i in whole.get(c) or ids(f"<0x{byte:02X}>" for byte in c.encode("utf-8"))]
 
 
-def require_unicode(tok: TextTokenizer, text: str) -> None:
+def require_readable(tok: TextTokenizer, text: str) -> None:
     """Raises UserError for text that no tokenizer can read, and for text that poses as a control token's stand-in."""
     if posing := STAND_INS.search(text):
         raise UserError(
