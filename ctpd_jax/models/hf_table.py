@@ -43,7 +43,7 @@ def tensor_table(config: DecoderConfig) -> dict[Path, str]:
     """Path in the parameter tree -> name in the checkpoint.
 
     A first "{}" in the name is the number of the layer, a second one that of the expert: such a parameter is the stack
-    of all those tensors, [layers, ...] or [layers, experts, ...]. Adapters stand in no checkpoint and not in this table.
+    of all those tensors, [layers, ...] or [layers, experts, ...]. Adapters stand in neither.
     """
     return {path: checkpoint_name(config, path) for path in checkpoint_shapes(config)}
 
