@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from ctpd_jax.cli import load_config, main
@@ -245,3 +246,15 @@ def test_a_hub_that_cannot_be_reached(tmp_path, capsys, monkeypatch):
     arguments = ["--config.teacher.path=nobody/nothing", "--config.student.path=nobody/nothing"]
     assert run(tmp_path, "--config.data.train=pairs.jsonl", *arguments) == 2
     assert "could not be fetched from the Hugging Face hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", ["", "shared"])
+def test_programs_are_kept_in_the_workdir_unless_jax_is_told_where(tmp_path, monkeypatch, told):
+    folder, before = told and str(tmp_path / told), jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+    jax.config.update("jax_compilation_cache_dir", folder)  # JAX has read the variable when it was imported
+    try:
+        assert run(tmp_path, "--config.data.train=nowhere.jsonl", command="inspect") == 2
+        assert jax.config.jax_compilation_cache_dir == (folder or str(tmp_path / "run" / "compile_cache"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
