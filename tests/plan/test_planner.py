@@ -51,9 +51,8 @@ NO_COMPILER = (
 def plan(*arguments: object) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `ctpd plan` where there is no compiler."""
     command = [sys.executable, "-c", NO_COMPILER, "plan", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}  # no waiting for it
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
