@@ -26,7 +26,7 @@ from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.generate import cut_at_stop, generate
 from ctpd_jax.models.hf import load_hf, model_directory, save_hf
 from ctpd_jax.models.hf_config import read_config
-from ctpd_jax.models.lora import save_peft
+from ctpd_jax.models.lora import join, save_peft
 from ctpd_jax.report import show
 from ctpd_jax.report.card import model_card
 from ctpd_jax.report.html import write_report
@@ -186,16 +186,23 @@ def samples(run: Run, row: str) -> list[dict[str, str]]:
             prompts.setdefault(raw[pair.id].prompt, pair.id)
     asked = list(islice(cycle(prompts), settings.samples))
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=run.config.seed)
-    params, dtype = reading_params(run, stage, model), dtype_of(run.config, run.mesh)
-    answers = sample(run.text(model), run.decoder(model), params, asked, sampling, dtype)
+    decoder, params = reading_model(run, stage, model)
+    answers = sample(run.text(model), decoder, params, asked, sampling, dtype_of(run.config, run.mesh))
     drawn = [{"prompt": prompt[-1].content, "answer": answer} for prompt, answer in zip(asked, answers)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"inputs": inputs, "samples": drawn})
     return drawn
 
 
-def reading_params(run: Run, stage: str, model: Model) -> Params:
-    return run.params_of(stage, model, run.reading_dtype(model))
+def reading_model(run: Run, stage: str, model: Model) -> tuple[DecoderConfig, Params]:
+    """The model that a stage left as `score_column` reads it: adapters stay beside a bfloat16 base."""
+    dtype = run.reading_dtype(model)
+    if dtype == "bfloat16" and (run.left_out(stage) or stage == f"{model}_sft"):
+        return run.start(model, dtype)
+    if dtype == "bfloat16" and run.trained_decoder(stage, model).lora is not None:
+        params = join(run.base(stage, model, dtype), run.adapters(stage, model))
+        return run.running_decoder(stage, model, dtype), params
+    return run.decoder(model), run.params_of(stage, model, dtype)
 
 
 def sample(
@@ -283,8 +290,8 @@ def answer(run: Run, row: str, prompts: Sequence[str], sampling: Sampling) -> No
     if row not in table:
         raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
     stage, model = table[row]
-    params, dtype = reading_params(run, stage, model), dtype_of(run.config, run.mesh)
-    _print_answers(run.text(model), run.decoder(model), params, prompts, sampling, dtype)
+    decoder, params = reading_model(run, stage, model)
+    _print_answers(run.text(model), decoder, params, prompts, sampling, dtype_of(run.config, run.mesh))
 
 
 def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling) -> None:
@@ -326,8 +333,7 @@ def write_export(run: Run) -> None:
     row = "ctpd" if "ctpd" in rows(run) else "student_start"
     stage, model = rows(run)[row]
     directory, adapters = run.workdir / "export", run.workdir / "adapters"
-    text, settings = run.text(model), run.config[model]
-    own = settings.template not in ("auto", "chat", "plain") or bool(settings.template_variables)
+    text = run.text(model)
     card = card_of(run, row)
     inputs = {
         "params": run.identity(stage, model),
@@ -336,7 +342,8 @@ def write_export(run: Run) -> None:
         **run.config.export.to_dict(),
     }
     marker = run.workdir / "export.json"  # beside the folder, which holds a model and nothing else
-    if read_json(marker) != inputs or not directory.is_dir():
+    gone = run.config.export.adapters and not adapters.is_dir()
+    if read_json(marker) != inputs or not directory.is_dir() or gone:
         decoder = run.decoder(model)
         # Who serves the model must stop where it was trained to stop, and ask as it was asked.
         decoder = dataclasses.replace(decoder, eos_ids=tuple(dict.fromkeys((*decoder.eos_ids, text.end_of_turn))))
@@ -346,7 +353,7 @@ def write_export(run: Run) -> None:
             run.params_of(stage, model),
             run.folder(model),
             dtype=run.config.export.dtype,
-            chat_template=told_source(text.template) if own else None,
+            chat_template=told_source(text.template) if text.template.kind == "chat" else None,
             card=card,
         )
         if not _opens_as_it_is(directory):

@@ -49,6 +49,8 @@ def replacing_folder(directory: Path, holds: str, what: str, ours: Callable[[str
     beside, old = (directory.with_name(f".{directory.name}{suffix}{PARTIAL}") for suffix in ("", ".old"))
 
     def clear() -> None:
+        if old.exists() and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()  # made anew by who started this process; what was there lies in `old`
         if old.exists() and not directory.exists():
             old.rename(directory)
         for left in (beside, old):

@@ -48,7 +48,7 @@ from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import MetricLog
 from ctpd_jax.train.step import Compute, Params
-from ctpd_jax.workdir import read_json
+from ctpd_jax.workdir import read_json, require_same
 
 Split = Literal["train", "test"]
 RULES = 2  # raise it when ctpd_jax/text/ makes other tokens or spans of the same pairs
@@ -186,6 +186,10 @@ class Run:
     def adapters(self, stage: str, model: Model) -> Params:
         """The adapters that a stage trained, relative to `base`."""
         self.require(stage)
+        path = self.workdir / stage / "inputs.json"
+        trained = (read_json(path) or {}).get("settings", {}).get("lora")
+        if trained is not None:  # another alpha would fit their shapes, and count them another number of times
+            require_same(self.fingerprint(stage)["lora"], trained, path, "Give the settings that it was trained with.")
         shapes = shard_shapes(self.mesh, adapter_shapes(self.trained_decoder(stage, model)))
         return load_params(self.workdir / stage / "params", shapes, alone=self.local)[0]
 

@@ -197,7 +197,7 @@ def barrier(name: str) -> None:
 def told_by_first(look: Callable[[], Any]) -> Any:
     """What `look` finds on the first process, as JSON holds it: the same for all, whatever a file system shows each.
 
-    A UserError of the first process is raised by all of them.
+    A UserError of the first process is raised by all of them, and an OSError as one.
     """
     if jax.process_count() == 1:
         return look()
@@ -207,6 +207,8 @@ def told_by_first(look: Callable[[], Any]) -> Any:
             found = "found", look()
         except UserError as error:
             found = "refused", str(error)
+        except OSError as error:  # a full disk, a share that has gone: the others must not wait for an answer
+            found = "refused", f"{error.filename or 'A file'}: {error.strerror or error}."
     text = np.frombuffer(json.dumps(found).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     told = multihost_utils.broadcast_one_to_all(np.resize(text, size))

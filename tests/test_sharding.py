@@ -119,7 +119,11 @@ def test_what_is_missing_is_what_the_first_process_says(monkeypatch):
     def refuse():
         raise UserError("inputs.json was made otherwise")
 
-    for look, found in ((lambda: [256, [0, 3]], [256, [0, 3]]), (lambda: None, None), (refuse, UserError)):
+    def fail():
+        raise OSError(28, "No space left on device: made otherwise", "inputs.json")
+
+    looks = ((lambda: [256, [0, 3]], [256, [0, 3]]), (lambda: None, None), (refuse, UserError), (fail, UserError))
+    for look, found in looks:
         for number in (0, 1):
             monkeypatch.setattr(jax, "process_index", lambda number=number: number)
             mine = look if number == 0 else lambda: "not what I see"

@@ -89,7 +89,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         )
     family = FAMILIES[name]
     fields = Fields(raw, where, family.defaults)
-    fields.ignore("model_type")
+    fields.ignore("model_type", "quantization_config")
     shape = Shape(
         hidden=fields.take("hidden_size"),
         heads=fields.take("num_attention_heads"),

@@ -225,7 +225,8 @@ def _suit_both_versions(directory: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(more := settings.get("extra_special_tokens"), list):
             del settings["extra_special_tokens"]
-            settings.setdefault("additional_special_tokens", more)
+            known = settings.get("additional_special_tokens") or []
+            settings["additional_special_tokens"] = [*known, *(token for token in more if token not in known)]
         # Version 4 writes this setting, or false, over what stands in tokenizer.json.
         prefix = (core.get("pre_tokenizer") or {}).get("add_prefix_space", settings.get("add_prefix_space", False))
         if prefix != settings.get("add_prefix_space", False):

@@ -6,6 +6,7 @@ of the row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -90,10 +91,15 @@ def _labelled(row: Row, reading: Reading, first: str, second: str) -> list[Answe
     return [Answer(answers[0], verdict), Answer(answers[1], -verdict)]
 
 
+_LIST = re.compile(r"""\s*\[\s*([\[{"'\]]|null|None)""")  # of texts, or of nothing
+
+
 def _only_turn(value: Any) -> Any:
-    turns = from_json(value, LISTS)
+    turns = from_json(value, _LIST)
     if not isinstance(turns, list):
         return value
+    if empty(turns):
+        raise LeftOut("empty answer")
     if len(turns) != 1 or not isinstance(turns[0], str):
         raise LeftOut("answers of several turns side by side")
     return turns[0]
@@ -119,7 +125,7 @@ def _verdict(row: Row, first: str, second: str) -> int:
     ends = [name.lower() for name in (first, second)]
     for name in ("winner", "label", "preference", "preferred", "choice"):
         word = row.get(name)
-        if isinstance(word, str) and not empty(word):
+        if isinstance(word, str) and not empty(word) and number(word) is None:  # a .csv writes numbers as text
             word = word.strip().lower()
             named = [word in (end, end.rpartition("_")[2], f"model_{end[-1]}") for end in ends]
             if any(named) or word.startswith("tie"):

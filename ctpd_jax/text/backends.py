@@ -36,6 +36,10 @@ def open_tokenizer(source: str) -> tuple[Any, str]:
     file = folder / "tokenizer.json"
     content = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
     settings = read_json(folder / "tokenizer_config.json", "mend it, or fetch the model again") or {}
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'} must hold a JSON object; mend it, or fetch the model again."
+        )
     code = settings.get("auto_map")
     if code:
         raise UserError(

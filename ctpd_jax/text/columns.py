@@ -96,9 +96,13 @@ def column_map(text: str) -> dict[str, str]:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under the names that are understood; what stood under such a name before is ignored."""
-    kept = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
-    return kept | {name: row[column] for name, column in columns.items() if column in row}
+    """The row under the names that are understood; what stood under such a name before is ignored.
+
+    A row without the named column keeps its own: it is judged as it stands, and nothing of it is lost.
+    """
+    there = {name: column for name, column in columns.items() if column in row}
+    kept = {name: value for name, value in row.items() if name not in there and name not in there.values()}
+    return kept | {name: row[column] for name, column in there.items()}
 
 
 def plain(value: Any) -> Any:
@@ -134,7 +138,7 @@ def number(value: Any) -> float | None:
     """A number, also as a .csv writes it; None for anything else."""
     try:
         found = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):  # a text, or a number of hundreds of digits
         return None
     return None if math.isnan(found) else found
 
@@ -190,7 +194,7 @@ def from_json(value: Any, form: re.Pattern[str] = MESSAGES) -> Any:
     for read in (json.loads, ast.literal_eval):  # pandas writes the latter into a .csv
         try:
             return plain(read(value))
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     raise LeftOut("messages stored as a text that cannot be read", value[:60])
 

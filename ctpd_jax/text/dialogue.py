@@ -142,8 +142,9 @@ _END = (
 )
 _HEADER = re.compile(
     r"<\|im_start\|>[ \t]*(\w+)[ \t]*\n?|<\|start_header_id\|>(\w+)<\|end_header_id\|>\n*|<start_of_turn>(\w+)\n?"
-    r"|<\|(system|user|assistant)\|>\n?|<｜(User|Assistant)｜>|[ \t]*(\[/?INST\])[ \t]*"
+    r"|<\|(system|user|assistant)\|>\n?|<｜(User|Assistant)｜>|(\[/?INST\])[ \t]*"
 )
+_BOS_AMID = "<s>"  # Llama 2 begins every question with one
 _SYSTEM = re.compile(r"<<SYS>>\n?(.*?)\n?<</SYS>>\s*", re.DOTALL)
 
 
@@ -194,11 +195,14 @@ def _rendered_turns(text: str) -> Any:
     for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(text)]):
         role = next(group for group in mark.groups() if group).lower()
         role = {"[inst]": "user", "[/inst]": "assistant"}.get(role, role)
-        said = _stripped(text[mark.end() : end])
+        said = text[mark.end() : end].removesuffix(_BOS_AMID) if role != "user" else text[mark.end() : end]
+        said = _stripped(said)
+        said = said.rstrip(" \t") if "INST" in mark.group() else said  # Llama 2 writes a space before its marks
         if role == "user" and (system := _SYSTEM.match(said)):
             found.append({"role": "system", "content": system[1]})
             said = said[system.end() :]
-        found.append({"role": role, "content": said})
+        if role != "system" or not empty(said):
+            found.append({"role": role, "content": said})
     if len(found) > 1 and found[-1]["role"] in ("assistant", "model") and empty(found[-1]["content"]):
         found.pop()  # what asks for an answer
     return found

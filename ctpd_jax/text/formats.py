@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -128,13 +129,35 @@ def _records(path: Path, file: BinaryIO) -> Iterator[Numbered]:
     columns = next(csv.reader([head], delimiter=delimiter), [])
     if len(set(columns)) < len(columns):
         raise UserError(f"{path}: two columns of the header have the same name ({', '.join(columns)}).")
-    rows = csv.DictReader(text, columns, restkey="(beyond the header)", delimiter=delimiter)
-    number = 0
+    rows = csv.DictReader(text, columns, restkey="(beyond the header)", delimiter=delimiter, strict=True)
+    for number in itertools.count(1):
+        try:
+            yield number, next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise UserError(
+                    f"{path}:{number}: a quotation mark is never closed, or the file was cut off."
+                ) from None
+            yield number, LeftOut("the row is no valid CSV", str(error))
+
+
+def _values(column: Any) -> list[Any]:
+    """A column in Python's types; what they cannot hold (a nanosecond, the year 10,000) as the number that it is."""
+
+    def value(cell: Any) -> Any:
+        try:
+            return cell.as_py()
+        except UnicodeDecodeError as error:
+            return error.object  # bytes that no prompt and no answer may hold
+        except (ValueError, OverflowError):
+            return getattr(cell, "value", None)
+
     try:
-        for number, row in enumerate(rows, start=1):
-            yield number, row
-    except csv.Error as error:
-        raise UserError(f"{path}:{number + 1}: the row cannot be read ({error}).") from None
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [value(cell) for cell in column]
 
 
 def _parquet(path: Path, file: BinaryIO) -> Iterator[Numbered]:
@@ -143,9 +166,13 @@ def _parquet(path: Path, file: BinaryIO) -> Iterator[Numbered]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
+        source = pyarrow.parquet.ParquetFile(file)
+        names = source.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: two columns have the same name ({', '.join(names)}).")
+        for batch in source.iter_batches(batch_size=256):
+            for row in zip(*map(_values, batch.columns)):
                 number += 1
-                yield number, row
+                yield number, dict(zip(names, row))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}:{number + 1}: the file cannot be read as Parquet ({str(error).strip()}).") from None

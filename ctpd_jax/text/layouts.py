@@ -21,6 +21,7 @@ from ctpd_jax.text import dialogue
 from ctpd_jax.text.answers import EXPECTED, Answer, Row, chosen_pairs, read_answers, refuse_token_ids
 from ctpd_jax.text.columns import (
     AS_IT_STANDS,
+    LISTS,
     LeftOut,
     Reading,
     empty,
@@ -105,7 +106,9 @@ def _prompt(row: Row, answers: list[Answer], reading: Reading) -> Prompt | None:
     for name in PROMPT_COLUMNS:
         if any(_is_end(row.get(name), answer.value) for answer in answers):
             del row[name]  # UltraFeedback's "messages" are "chosen" once more
-    given = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
+    if "history" in row:
+        row["history"] = None if empty(row["history"]) else from_json(row["history"], LISTS)
+    given = [name for name in PROMPT_COLUMNS if isinstance(row.get(name), str) or not empty(row.get(name))]
     if not given:
         return None
     name = next((name for name in given if not empty(row[name])), given[0])

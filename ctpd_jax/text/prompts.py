@@ -62,7 +62,9 @@ def load_text_model(path: str, template: str = "auto", template_variables: str =
     tokenizer = load_tokenizer(path)
     chosen = load_template(tokenizer, template, template_variables=template_variables)
     end = end_of_turn_id(tokenizer, chosen)
-    used = {*frame_tokens(tokenizer, chosen), str(tokenizer.backend.id_to_token(end))}
+    used = frame_tokens(tokenizer, chosen)
+    if end in tokenizer.added:
+        used.add(tokenizer.added[end].content)
     model = TextModel(with_control(tokenizer, used), chosen, end)
     _try_prompts(model)
     return model
@@ -88,17 +90,27 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
 
 
 def _after_answer(tokenizer: TextTokenizer, template: PromptTemplate) -> str:
-    """What a template writes after an answer, in the first conversation that it takes."""
+    """What a template writes after an answer, in the first conversation where it writes something."""
     mark, question = "\ue0f1", Message("user", "\ue0f2")
     talk = [question, Message("assistant", mark)]
-    refused = None
+    taken, refused = False, None
     for turns in (talk, [Message("system", "\ue0f2"), *talk], [*talk, question]):
         try:
             text = render_chat(template, turns, ask=False)
         except UserError as error:
             refused = refused or error
-        else:
-            return (text.rpartition(mark)[2] if mark in text else "").lstrip()
+            continue
+        taken = True
+        after = (text.rpartition(mark)[2] if mark in text else "").lstrip()
+        if turns[-1] is not question and after:
+            return after
+        # Some close an answer only where something follows, and some write nothing but what opens the next question.
+        opening = tokenizer.added_pattern.findall(text.partition("\ue0f2")[0])[-1:]
+        closing = tokenizer.added_pattern.match(after)
+        if closing and closing.group() not in opening:
+            return after
+    if taken:
+        return ""
     raise UserError(f"The tokenizer {tokenizer.name!r}: {refused}")
 
 

@@ -100,4 +100,6 @@ def _white(data: bytes, place: int) -> list[int]:
         run = rest[: len(rest) - len(rest.lstrip())]
         if place + size >= len(data):
             break
-    return [place + len(run[:count].encode("utf-8")) for count in range(len(run), -1, -1)]
+    # All of a long run or none of it: two tokens that share one would try every pair of lengths.
+    lengths = range(len(run), -1, -1) if len(run) <= 32 else (len(run), 0)
+    return [place + len(run[:count].encode("utf-8")) for count in lengths]

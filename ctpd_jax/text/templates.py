@@ -99,7 +99,10 @@ def load_template(
             raise UserError(
                 f'The template "{choice}" is none of "auto", "chat", "chat:NAME", "plain", nor an existing .jinja file.'
             )
-        source = path.read_text(encoding="utf-8-sig")
+        try:
+            source = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f'The template "{choice}" is not UTF-8: {error.reason} at byte {error.start}.') from None
     special = tuple(
         sorted((key, str(value)) for key, value in tokenizer.hf.special_tokens_map.items() if isinstance(value, str))
     )
@@ -111,8 +114,8 @@ def load_template(
         raise UserError(
             f'The chat template of "{name}" is not valid Jinja, line {error.lineno}: {error.message}'
         ) from None
-    except SyntaxError as error:  # of the Python that Jinja writes, whose lines say nothing
-        raise UserError(f'The chat template of "{name}" is not valid Jinja: {error.msg}') from None
+    except (SyntaxError, RecursionError) as error:  # of the Python that Jinja writes, whose lines say nothing
+        raise UserError(f'The chat template of "{name}" is not valid Jinja: {error}') from None
     return PromptTemplate("chat", source, special, _settings(source, template_variables, name))
 
 
@@ -135,8 +138,8 @@ def _own_template(named: dict[str, str], wanted: str, name: str) -> str:
 def _settings(source: str, template_variables: str, name: str) -> str:
     """The user's variables as canonical JSON. One that the template does not know would change nothing in silence."""
     try:
-        chosen = json.loads(template_variables or "{}")
-    except ValueError as error:
+        chosen = json.loads(template_variables or "{}", parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"template_variables = {template_variables!r} is not valid JSON: {error}.") from None
     if not isinstance(chosen, dict):
         raise UserError(f"template_variables = {template_variables!r} is not a JSON object of variables.")
@@ -335,6 +338,10 @@ def _tojson(
 ) -> str:
     # Jinja's own would escape "<" as HTML does.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _raise_exception(message: str) -> None:

@@ -121,7 +121,8 @@ def normalize(tok: TextTokenizer, text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ loading
 
-_PROBED: OrderedDict[int, tuple[Any, int, TextTokenizer]] = OrderedDict()  # id(hf) -> hf, len(hf), result
+# id(hf) -> hf, what tells whether it has changed, result
+_PROBED: OrderedDict[int, tuple[Any, tuple[int, str], TextTokenizer]] = OrderedDict()
 _KEEP = 16
 
 
@@ -135,7 +136,8 @@ def load_tokenizer(source: Any) -> TextTokenizer:
         return source
     if hasattr(source, "backend_tokenizer") or hasattr(source, "convert_tokens_to_ids"):
         known = _PROBED.get(id(source))
-        if known is not None and known[0] is source and known[1] == len(source):
+        told = (len(source), str(getattr(source, "special_tokens_map", None)))
+        if known is not None and known[0] is source and known[1] == told:
             return known[2]
         name = getattr(source, "name_or_path", "") or type(source).__name__
         if not getattr(source, "is_fast", False) or not hasattr(source, "backend_tokenizer"):
@@ -144,7 +146,7 @@ def load_tokenizer(source: Any) -> TextTokenizer:
                 "vocabulary's bytes; convert it with transformers' convert_slow_tokenizer and save it."
             )
         tok = _probed(source, source.backend_tokenizer.to_str(), name)
-        _PROBED[id(source)] = (source, len(source), tok)
+        _PROBED[id(source)] = (source, told, tok)
         while len(_PROBED) > _KEEP:
             _PROBED.popitem(last=False)
         return tok
@@ -163,12 +165,15 @@ def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
                 f"The tokenizer {name!r} gives the added token {token['content']!r} the id {token['id']}, but reads it "
                 f"as {backend.token_to_id(token['content'])}; repair its tokenizer.json or take the original one."
             )
+    there = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+    never_read = {hf.pad_token, hf.unk_token} - {hf.eos_token, hf.bos_token}
     for token, token_id in hf.get_added_vocab().items():
-        # A padding token is never read; any other one would be text here and a token to transformers.
-        if backend.token_to_id(token) != token_id and token != hf.pad_token:
+        # Any other one would be text here, and a token to transformers.
+        if there.get(token) != token_id and token not in never_read:
             raise UserError(
-                f"The tokenizer {name!r} names the token {token!r} (id {token_id}) in tokenizer_config.json, but its "
-                "tokenizer.json does not have it; load it with transformers, save it again, and take that folder."
+                f"The tokenizer {name!r} names the token {token!r} (id {token_id}) in tokenizer_config.json, but the "
+                "added tokens of its tokenizer.json do not have it; load it with transformers, save it again, and take "
+                "that folder."
             )
     named = {str(token) for token in hf.all_special_tokens}
     control = {t["content"] for t in state["added_tokens"] if t["special"] or t["content"] in named}

@@ -274,6 +274,17 @@ def test_a_save_that_is_killed_loses_no_strangers(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_folder_that_is_made_anew_after_a_kill_gets_its_strangers_back(tmp_path):
+    """As a launcher does that makes the folder before it starts the process again."""
+    config, params = random_model("llama")
+    save_hf(tmp_path / "m", config, params)
+    (tmp_path / "m" / "notes.txt").write_text("keep")
+    (tmp_path / "m").rename(tmp_path / ".m.old.partial")  # killed between the two renames
+    (tmp_path / "m").mkdir()
+    save_hf(tmp_path / "m", config, params)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "keep"
+
+
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     config, params = random_model("llama")
     save_hf(tmp_path / "real" / "m", config, params)

@@ -147,9 +147,36 @@ def test_ids_that_the_library_would_number_otherwise_are_refused_by_the_tokens_n
 
 def test_a_token_that_only_the_settings_name_is_refused_by_its_name(tmp_path):
     folder = folder_of(core("byte"), tmp_path / "a", extra_special_tokens=["<|late|>"])
-    with pytest.raises(UserError, match=r"'<\|late\|>'.*tokenizer\.json does not have it"):
+    with pytest.raises(UserError, match=r"'<\|late\|>'.*added tokens of its tokenizer\.json do not have it"):
         load_tokenizer(str(folder))
     load_tokenizer(str(folder_of(core("byte"), tmp_path / "b", pad_token="[PAD]")))  # never read
+
+
+def test_a_token_of_the_vocabulary_that_ends_turns_must_be_an_added_one(tmp_path):
+    """transformers looks it up in every text, and tokenizer.json does not."""
+    state = json.loads(core("bpe-no-dummy").to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != "</s>"]
+    folder = folder_of(Tokenizer.from_str(json.dumps(state)), tmp_path, eos_token="</s>")
+    with pytest.raises(UserError, match=r"'</s>'.*added tokens"):
+        load_tokenizer(str(folder))
+
+
+def test_an_end_of_turn_that_is_a_word_is_text_where_it_is_typed(tmp_path):
+    """Its name, not what the normaliser makes of it, is what is typed."""
+    backend = Tokenizer.from_str(core("bpe-prepend").to_str())
+    backend.add_tokens(["ENDTURN"])
+    folder = folder_of(backend, tmp_path)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\nENDTURN{% endfor %}")
+    model = load_text_model(str(folder))
+    assert model.end_of_turn == backend.token_to_id("ENDTURN") and "ENDTURN" in model.tokenizer.control
+    assert model.end_of_turn not in encode(model.tokenizer, "ENDTURN")
+
+
+def test_a_tokenizer_whose_end_was_named_anew_is_probed_again():
+    hf = fast(core("byte"))
+    assert load_tokenizer(hf).eos_id is None
+    hf.eos_token = "<|im_end|>"
+    assert load_tokenizer(hf).eos_id == core("byte").token_to_id("<|im_end|>")
 
 
 @pytest.mark.parametrize(

@@ -416,3 +416,41 @@ def test_answers_that_repeat_the_prompt_are_counted(tmp_path):
     asked = "Tell me about tea, and do it well."
     path.write_text(json.dumps({"prompt": asked, "chosen": f"{asked} Green.", "rejected": "Tell me"}) + "\n")
     assert load_preferences(str(path))[1]["answers that repeat the prompt"] == 1
+
+
+PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+SIDES = {"prompt": '["Q"]', "response_b": '["b"]', "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (PAIR | {"weight": 10**400}, "weight"),
+        ({"prompt": "Q", "response1": "a", "response2": "b", "overall_preference": 10**400}, "no verdict"),
+        (PAIR | {"prompt": "[{'role': {[]: 1}}]"}, "stored as a text that cannot be read"),
+        (SIDES | {"response_a": "[null]"}, "empty answer"),
+        (SIDES | {"response_a": "[]"}, "empty answer"),
+        ({"prompt": "Q", "response_1": "a", "response_2": "b", "label": "1"}, "no verdict"),
+        (PAIR | {"prompt": float("nan"), "history": {}}, "prompt"),
+    ],
+)
+def test_one_strange_value_costs_one_row(row, why):
+    assert why in reason(row)
+
+
+def test_history_may_be_stored_as_a_text():
+    pair = read(PAIR | {"history": '[["a", "b"]]'})[0][0]
+    assert pair.prompt == (Message("user", "a"), Message("assistant", "b"), Message("user", "Q"))
+
+
+def test_a_column_that_no_row_has_takes_nothing_away():
+    found = read(PAIR | {"system": "S"}, Reading({"system": "sistem"}))[0][0]
+    assert found.prompt[0] == Message("system", "S")
+
+
+def test_markers_amid_a_rendered_conversation_are_stripped():
+    stripped = Reading({}, strip_template=True)
+    turns = read(PAIR | {"prompt": "<s>[INST] Q [/INST] A0 </s><s>[INST] Q2 [/INST]"}, stripped)[0][0].prompt
+    assert [turn.content for turn in turns] == ["Q", "A0", "Q2"]
+    zephyr = "<|system|>\n</s>\n<|user|>\nQ</s>\n<|assistant|>\n"
+    assert read(PAIR | {"prompt": zephyr}, stripped)[0][0].prompt == QUESTION

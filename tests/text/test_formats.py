@@ -142,3 +142,24 @@ def test_a_broken_line_is_a_row_that_is_left_out(tmp_path):
         found = list(formats.rows_of(tmp_path / "a.jsonl", file))
     assert [number for number, _ in found] == [1, 2, 3]
     assert [isinstance(row, LeftOut) for _, row in found] == [False, True, True]
+
+
+def test_a_csv_is_read_to_the_letter(tmp_path):
+    (tmp_path / "cut.csv").write_text('prompt,chosen,rejected\nq,a,b\nq2,"long answer one","long answ')
+    with pytest.raises(UserError, match="never closed"):
+        load_preferences(str(tmp_path / "cut.csv"))
+    (tmp_path / "loose.csv").write_text('prompt,chosen,rejected\n"Hello" he said,a,b\nq,a,b\n')
+    pairs, report = load_preferences(str(tmp_path / "loose.csv"))
+    assert len(pairs) == 1 and report["left out: the row is no valid CSV"] == 1
+
+
+def test_what_python_cannot_hold_of_a_parquet_file_is_a_number(tmp_path):
+    texts = {"prompt": ["q", "q2"], "chosen": ["a", "a"], "rejected": ["b", "b"]}
+    times = pyarrow.array([1, 10**18 + 7], pyarrow.timestamp("ns"))
+    late = pyarrow.array([10**15, 1], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table(texts | {"made": times, "due": late}), tmp_path / "t.parquet")
+    assert len(load_preferences(str(tmp_path / "t.parquet"))[0]) == 2
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["q"])] * 2, names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="same name"):
+        load_preferences(str(tmp_path / "twice.parquet"))

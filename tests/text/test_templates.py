@@ -216,6 +216,28 @@ def test_what_a_template_is_told_is_checked_and_can_be_written_into_it(student):
         load_template(tokenizer, "plain", template_variables='{"thinks": false}')
 
 
+@pytest.mark.parametrize("ending", ["", "(loop.last and add_generation_prompt) or "])
+def test_an_answer_that_is_closed_only_before_another_turn_is_closed_all_the_same(student, ending):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% if " + ending + "not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    tokenizer = with_template(student, source)
+    assert end_of_turn_id(tokenizer, load_template(tokenizer)) == student.hf.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_files_and_variables_that_cannot_be_read_are_named(student, tmp_path):
+    (tmp_path / "latin.jinja").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_template(student, str(tmp_path / "latin.jinja"))
+    (tmp_path / "deep.jinja").write_text("{{ " + "(" * 3000 + ")" * 3000 + " }}")
+    with pytest.raises(UserError, match="not valid Jinja"):
+        load_template(student, str(tmp_path / "deep.jinja"))
+    for wrong in ('{"a": NaN}', "[" * 100_000):
+        with pytest.raises(UserError, match="not valid JSON"):
+            load_template(student, template_variables=wrong)
+
+
 def test_the_fingerprint_knows_every_part():
     templates = [
         PromptTemplate("plain", "\n"),
