@@ -84,6 +84,13 @@ def test_adapters_are_exported_for_peft(run):
     jax.tree.map(np.testing.assert_array_equal, adapters, run.adapters("train", "student"))
 
 
+def test_other_settings_than_the_adapters_were_trained_with_are_refused(run, capsys):
+    """Another alpha would fit their shapes, and count them another number of times."""
+    overrides = [*ADAPTED, *SMALL, "--config.train.lora.alpha=64"]
+    assert main(["export", "--config", CONFIG, "--workdir", str(run.workdir), *overrides]) == 2
+    assert "alpha is 16.0 there and 64.0 here" in capsys.readouterr().err
+
+
 def test_adapters_need_the_users_own_checkpoint_as_base(run, capsys):
     overrides = [*ADAPTED, "--config.export.adapters=True", "--config.student_dpo.steps=-1"]
     assert main(["export", "--config", CONFIG, "--workdir", str(run.workdir), *overrides]) == 2

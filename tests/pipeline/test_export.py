@@ -1,15 +1,19 @@
 """What `ctpd export` leaves: a model with the template and the ends that it was trained with, and a true card."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.run import Run
+from ctpd_jax.schema import Message
+from ctpd_jax.text.prompts import load_text_model
 from ctpd_jax.toy.models import STUDENT_TEMPLATE
 from ctpd_jax.train.metrics import MetricLog
 
@@ -80,3 +84,25 @@ def test_an_evaluation_of_other_parameters_is_not_told(trained):
     assert "was not evaluated" in _export(workdir, overrides)
     samples.write_text(json.dumps(content))
     assert "was not evaluated" not in _export(workdir, overrides)
+
+
+def test_the_export_asks_as_training_asked_whatever_the_source_holds(trained, tmp_path):
+    """A byte order mark in the source's template, or a template that has a name and is no default."""
+    workdir, _ = trained
+    source = workdir / "toy" / "models" / "student"
+    turns = [{"role": "user", "content": "tea"}]
+    for case in ("mark", "named"):
+        folder = tmp_path / case
+        shutil.copytree(source, folder)
+        template = (folder / "chat_template.jinja").read_bytes()
+        if case == "mark":
+            (folder / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf" + template)
+        else:
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "chat_template.jinja").rename(folder / "additional_chat_templates" / "mine.jinja")
+        run = ["export", "--config", CONFIG, "--workdir", str(tmp_path / f"run {case}")]
+        overrides = [*SHORT, "--config.train.steps=-1", f"--config.student.path={folder}"]
+        assert main([*run, *overrides]) == 0
+        exported = tmp_path / f"run {case}" / "export"
+        asked = AutoTokenizer.from_pretrained(exported).apply_chat_template(turns, add_generation_prompt=True)
+        assert asked["input_ids"] == load_text_model(str(folder)).prompt([Message("user", "tea")]).tolist()
