@@ -27,7 +27,7 @@ from typing import Any
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, Message, PreferencePair
 from ctpd_jax.text.answers import UNKNOWN_LAYOUT
-from ctpd_jax.text.columns import AS_IT_STANDS, LeftOut, Reading, empty, harmless, quoted
+from ctpd_jax.text.columns import AS_IT_STANDS, LeftOut, Reading, empty, harmless, plain, quoted
 from ctpd_jax.text.dialogue import HH_SEPARATOR, carries_template
 from ctpd_jax.text.formats import ENDINGS, rows_of, unpacked
 from ctpd_jax.text.layouts import RawPair, read_row
@@ -117,6 +117,8 @@ def _understood(
     if isinstance(row, LeftOut):
         return [row]
     try:
+        # A text of TFDS comes as bytes.
+        row = {name: plain(value) for name, value in row.items() if name not in reading.ignore}
         _note_columns(row, reading, report)
         return read_row(row, separator, report, reading)
     except RecursionError:

@@ -418,3 +418,11 @@ def test_the_hub_is_asked_for_name_config_and_split(monkeypatch):
     pairs, _ = load_preferences("hf:owner/name:part", split="train[:5]")
     assert asked == [("owner/name", "part", "train[:5]")]
     assert pairs[0].source == "hf:owner/name:part[train[:5]]:0"
+
+
+def test_columns_of_bytes_are_judged_by_their_text(monkeypatch):
+    """As TFDS hands them out."""
+    row = {"prompt": b"Q", "chosen": b"<|im_start|>A", "rejected": b"B", "topic": 3}
+    monkeypatch.setattr(preferences, "_rows", lambda *arguments: iter([("tfds:x:0", row), ("tfds:x:1", row)]))
+    with pytest.raises(UserError, match="strip_template"):
+        load_preferences("tfds:x")
