@@ -100,6 +100,7 @@ def _white(data: bytes, place: int) -> list[int]:
         run = rest[: len(rest) - len(rest.lstrip())]
         if place + size >= len(data):
             break
-    # All of a long run or none of it: two tokens that share one would try every pair of lengths.
-    lengths = range(len(run), -1, -1) if len(run) <= 32 else (len(run), 0)
+    # A part of it, where the rest is an added token of its own. Of a very long run all or none: two tokens that share
+    # one would try every pair of lengths.
+    lengths = range(len(run), -1, -1) if len(run) <= 1000 else (len(run), 0)
     return [place + len(run[:count].encode("utf-8")) for count in lengths]

@@ -130,6 +130,16 @@ def test_white_space_and_thoughts_frame_no_turn():
     assert frame_tokens(tok, template) == {"<turn>", "<|im_end|>"}
 
 
+def test_white_space_taken_along_stops_where_an_added_token_begins():
+    """Gemma's runs of tabs are added tokens, and a token with rstrip leaves them alone."""
+    backend = Tokenizer.from_str(core("byte").to_str())
+    backend.add_tokens([AddedToken("\t" * n, normalized=False) for n in range(2, 32)])
+    backend.add_tokens([AddedToken("[word]", rstrip=True, normalized=False)])
+    tok = load_tokenizer(fast(backend))
+    for text in ("[word]  " + "\t" * n + "x" for n in (0, 1, 5, 31, 33, 40, 70)):
+        assert encode(tok, text).tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
 def test_a_text_cannot_pose_as_a_control_token():
     tok = small("byte")
     with pytest.raises(UserError, match="reserved"):
