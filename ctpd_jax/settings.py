@@ -10,7 +10,6 @@ import math
 from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import Model
 
 
 def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 16, **changes) -> ConfigDict:
@@ -212,42 +211,6 @@ CHOICES = {
     "annotate.teacher_weights": ("float32", "bfloat16"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
-TRAINED = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train")
-
-
-def trained_model(config: ConfigDict, stage: str) -> Model:
-    """Whose parameters a stage trains."""
-    if stage in ("positive", "negative"):
-        return config.weights[f"{stage}_scorer"]
-    return "teacher" if stage == "teacher_sft" else "student"
-
-
-def left_out(config: ConfigDict, stage: str) -> bool:
-    """Whether the config leaves a stage out; only those that train can be."""
-    if stage not in TRAINED:
-        return False
-    if stage in ("positive", "negative") and config.weights.source not in ("dpo", "sft"):
-        return True
-    return config[stage].steps == -1
-
-
-def base_dtype(config: ConfigDict, stage: str) -> str:
-    """In which dtype a stage holds what it starts from."""
-    return config[stage].lora.base if config[stage].lora.rank else "float32"
-
-
-def sft_stays_apart(config: ConfigDict, model: Model, dtype: str) -> bool:
-    """Whether the adapters of a model's SFT stay beside its matrices of that dtype, rather than being merged.
-
-    A bfloat16 matrix could not hold them: most of what they add to an entry is less than its rounding.
-    """
-    sft = f"{model}_sft"
-    return dtype == "bfloat16" and not left_out(config, sft) and config[sft].lora.rank > 0
-
-
-def learns_responses(config: ConfigDict, stage: str) -> bool:
-    """Whether a stage is SFT, on single responses, rather than on pairs."""
-    return stage.endswith("_sft") or (stage in ("positive", "negative") and config.weights.source == "sft")
 
 
 def check_config(config: ConfigDict) -> None:
@@ -282,7 +245,7 @@ def check_config(config: ConfigDict) -> None:
         )
     for name, choices in CHOICES.items():
         require(value(name) in choices, name, f"choose one of {', '.join(choices)}")
-    for stage in TRAINED:
+    for stage in (name for name, part in expected.items() if isinstance(part, ConfigDict) and "steps" in part):
         settings = config[stage]
         for name in ("lr", "epochs", "batch_size", "micro_batch", "clip", "save_every"):
             require(0 < settings[name] < math.inf, f"{stage}.{name}", "it has to be positive and finite")

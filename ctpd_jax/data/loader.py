@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -86,14 +87,28 @@ def micro_batches(
         yield build_batch([items[i] for i in group], rows.layout, shapes[number], micro_batch, own), group.tolist()
 
 
-def update_batches(
-    items: Sequence[PairItem], seed: int, batch_size: int, micro_batch: int, rows: Rows, shapes: Sequence[BatchShape]
-) -> Callable[[int], list[Batch]]:
-    """Returns step -> the micro-batches of that update."""
+@dataclass(frozen=True)
+class Updates:
+    """The micro-batches of every update of a stage."""
+
+    batches: Callable[[int], list[Batch]]  # of an update, counted from 0
+    shapes: tuple[BatchShape, ...]  # no batch has another one: a program is compiled for each
+    padding: float  # share of the tokens laid out, over the first updates
+
+
+def plan_updates(
+    items: Sequence[PairItem], seed: int, steps: int, batch_size: int, micro_batch: int, rows: Rows
+) -> Updates:
+    """Decides which items each update sees and in which shapes, before the first of them."""
     micro_batch = min(micro_batch, batch_size)
+
+    def parts(steps: int) -> Iterator[np.ndarray]:
+        return (batch_indices(seed, step, len(items), batch_size) for step in range(steps))
+
+    shapes = plan_shapes(items, parts(steps), micro_batch, rows)
 
     def batches(step: int) -> list[Batch]:
         own = [items[int(i)] for i in batch_indices(seed, step, len(items), batch_size)]
         return [batch for batch, _ in micro_batches(own, micro_batch, rows, shapes)]
 
-    return batches
+    return Updates(batches, shapes, padding(items, parts(min(steps, 64)), micro_batch, rows, shapes))

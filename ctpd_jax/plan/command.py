@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.table import is_sft, left_out, trained_model
 from ctpd_jax.plan.chips import GIB, Topology, devices_of, has_compiler, parse_topology
 from ctpd_jax.plan.planner import (
     Candidate,
@@ -22,8 +23,7 @@ from ctpd_jax.plan.planner import (
     vocabulary_arrays,
     with_settings,
 )
-from ctpd_jax.plan.programs import STAGES, Bases, Program, Stage, decoders
-from ctpd_jax.settings import learns_responses, left_out, trained_model
+from ctpd_jax.plan.programs import STAGES, Bases, Program, Programs, decoders
 from ctpd_jax.sharding import AXES
 
 TRIED = 4  # candidates of a search that are compiled, at most
@@ -74,7 +74,7 @@ def programs_of(config: ConfigDict, stage: str) -> object:
         return stage
     settings = config[stage]
     return (
-        trained_model(config, stage), learns_responses(config, stage), settings.batch_size, settings.micro_batch,
+        trained_model(config, stage), is_sft(config, stage), settings.batch_size, settings.micro_batch,
         settings.lora.to_json(), settings.moments,
     )  # fmt: skip
 
@@ -171,7 +171,7 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
     yield ""
 
 
-def units(stage: Stage) -> str:
+def units(stage: Programs) -> str:
     """What an update is counted in."""
     return "responses" if stage.name.endswith("_sft") else "pairs"
 
@@ -207,7 +207,7 @@ def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
     yield f"  {best:.1f} {units(plan.stage)}/s at 100 %, {usual:.1f} at {share} of the peak arithmetic"
 
 
-def contents(text: str, program: Program, stage: Stage) -> str:
+def contents(text: str, program: Program, stage: Programs) -> str:
     """What a compiled program holds of attention kernels and of arrays with a vocabulary axis."""
     arrays = vocabulary_arrays(text, program.decoder, stage.mesh)
     largest = {kind: " x ".join(f"{size:,}" for size in shapes[-1]) for kind, shapes in arrays.items() if shapes}

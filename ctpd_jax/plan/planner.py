@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from ctpd_jax.core.logprobs import BLOCK_BYTES
 from ctpd_jax.data.rows import BatchShape
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.job import OWN_MESH
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.plan.chips import Topology, devices_of
 from ctpd_jax.plan.costs import Work, work
-from ctpd_jax.plan.programs import Bases, Program, Stage, plan_stage, share, usual_padding
+from ctpd_jax.plan.programs import Bases, Program, Programs, plan_stage, share, usual_padding
 from ctpd_jax.sharding import AXES, make_mesh, row_devices
 
 # Of the chip's main memory; kernels can run out of others.
@@ -43,7 +44,7 @@ class Memory:
 class Plan:
     """A stage on a topology."""
 
-    stage: Stage
+    stage: Programs
     topology: Topology
     memory: Mapping[str, Memory]  # by program
     work: Mapping[str, Work]  # of one call of each program, on one device
@@ -94,9 +95,9 @@ def make_plan(
 
 
 def mesh_of(config: ConfigDict, name: str, topology: Topology, devices: list[Any]) -> Mesh:
-    """The mesh that a stage has on a topology. Annotation is divided among hosts: see `run.Run.here`."""
+    """The mesh that a stage has on a topology. Annotation is divided among hosts: see `job.Job.own`."""
     if name == "annotate" and topology.hosts > 1:  # libtpu does not compile for a part of a topology
-        return make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, devices_of(topology.host))
+        return make_mesh(OWN_MESH, devices_of(topology.host))
     return make_mesh(config.mesh, devices)
 
 
@@ -132,13 +133,13 @@ def compile_program(program: Program) -> tuple[Memory, str]:
     return Memory(parts, total, "compiled"), compiled.as_text()
 
 
-def estimate(stage: Stage, program: Program) -> Memory:
+def estimate(stage: Programs, program: Program) -> Memory:
     """The same from arithmetic: see `activations`."""
     parts = dict(program.memory) | {"activations": activations(stage, program), "output": 0.0}
     return Memory(parts, sum(parts.values()), "estimated")
 
 
-def activations(stage: Stage, program: Program) -> float:
+def activations(stage: Programs, program: Program) -> float:
     """Bytes of what lives within a program only, about: totals came out within a tenth of the compiler's.
 
     What each layer keeps for the backward pass; the work on one layer, whose widest arrays live about four at a time;
@@ -171,7 +172,7 @@ def activations(stage: Stage, program: Program) -> float:
 # ------------------------------------------------------------------------------------------------ time
 
 
-def work_of(config: ConfigDict, name: str, bases: Bases, stage: Stage) -> dict[str, Work]:
+def work_of(config: ConfigDict, name: str, bases: Bases, stage: Programs) -> dict[str, Work]:
     """Arithmetic and bytes of each program on one device, counted on that device's share of it."""
     tensor, rows = stage.mesh.shape["tensor"], row_devices(stage.mesh)
     alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [stage.mesh.devices.flat[0]])
@@ -188,7 +189,7 @@ def work_of(config: ConfigDict, name: str, bases: Bases, stage: Stage) -> dict[s
     return found
 
 
-def over_links(stage: Stage, program: Program) -> float:
+def over_links(stage: Programs, program: Program) -> float:
     """Bytes that a device receives in one call, by the rules of `sharding.py`; in the compute dtype.
 
     `fsdp`: the layers' matrices and the unembedding are gathered in every pass, and all gradients, where there are any,

@@ -6,10 +6,8 @@ Letters: R rows, L row length, K scored tokens of a row, P pairs.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +18,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ctpd_jax.annotate.teacher import make_scorer
 from ctpd_jax.data.loader import padding, plan_shapes
-from ctpd_jax.data.packing import Rows, round_up
+from ctpd_jax.data.packing import round_up
 from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.recipe import packing, passes, reading, recipe
+from ctpd_jax.job.table import TRAINED, columns, is_sft, trained_model
+from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
-from ctpd_jax.models.families import FAMILIES
 from ctpd_jax.models.hf_config import from_hf, read_config
-from ctpd_jax.models.lora import adapter_shapes, beside, join, with_lora
-from ctpd_jax.run import compute_on
 from ctpd_jax.schema import Batch, Model, RowLayout
-from ctpd_jax.settings import TRAINED, base_dtype, learns_responses, left_out, sft_stays_apart, trained_model
-from ctpd_jax.sharding import ROWS, replicated, row_devices, shard_shapes
-from ctpd_jax.toy.models import make_toy_models
-from ctpd_jax.train.optimizer import make_optimizer
-from ctpd_jax.train.step import Compute, Objective, make_steps, preference_sums, sft_sums, state_shapes
+from ctpd_jax.sharding import ROWS, replicated, row_devices
 
 STAGES = (*TRAINED, "annotate")
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 
-
-Bases = Mapping[Model, DecoderConfig]
+Bases = Mapping[Model, DecoderConfig]  # the models as the user brings them
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Programs:
     """What one stage runs, and on what."""
 
     name: str
@@ -82,7 +74,8 @@ class Stage:
 
 def decoders(config: ConfigDict, stage: str) -> dict[Model, DecoderConfig]:
     """The configs of the models that a stage runs."""
-    models = {model for _, model, _ in passes(config)} if stage == "annotate" else {trained_model(config, stage)}
+    reading = {column.model for column in columns(config).values()}
+    models = reading if stage == "annotate" else {trained_model(config, stage)}
     return {model: decoder_of(config, model) for model in models}
 
 
@@ -93,9 +86,6 @@ def decoder_of(config: ConfigDict, model: Model) -> DecoderConfig:
         UserError: the path is none of them.
     """
     path = config[model].path
-    if config.data.train == "toy" and not path:
-        with tempfile.TemporaryDirectory() as made:
-            return read_config(make_toy_models(made, config.seed)[("teacher", "student").index(model)])
     if not path:
         raise UserError(f"config.{model}.path is empty; give a folder with a config.json, or a hub id.")
     folder = Path(path).expanduser()
@@ -160,7 +150,7 @@ def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
 
     About what UltraFeedback has; a plan sees no data.
     """
-    settings, sft = config[name], name != "annotate" and learns_responses(config, name)
+    settings, sft = config[name], name != "annotate" and is_sft(config, name)
     part = settings.pairs_per_shard if name == "annotate" else settings.batch_size
     lengths = np.random.default_rng(0).uniform(0.2, 1.0, (max(256, part) // part * part, 3))
     limits = np.array([config.data.max_prompt_tokens, *[config.data.max_response_tokens] * 2])
@@ -170,7 +160,7 @@ def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
         return PairItem(np.zeros(prompt, np.int32), chosen, None if sft else rejected)
 
     items = [item(*row) for row in np.ceil(lengths * limits).astype(int).tolist()]
-    rows = Rows(**config.rows.to_dict() | {"packed": config.rows.packed != "no"}, row_multiple=row_devices(mesh))
+    rows = packing(config, mesh, "tpu")
     parts = np.arange(len(items)).reshape(-1, part)
     micro_batch = min(settings.micro_batch, part)
     return padding(items, parts, micro_batch, rows, plan_shapes(items, parts, micro_batch, rows))
@@ -206,7 +196,7 @@ def count(tree: Any) -> int:
 
 def plan_stage(
     config: ConfigDict, name: str, bases: Bases, mesh: Mesh, shape: BatchShape | None = None, platform: str = "tpu"
-) -> Stage:
+) -> Programs:
     """Traces the programs of a stage, for micro-batches of `shape` or of the largest that can come.
 
     Raises:
@@ -217,111 +207,51 @@ def plan_stage(
     return training(config, name, bases, mesh, platform, shape)
 
 
-def training(config: ConfigDict, name: str, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None) -> Stage:
-    """The two programs of an update: see `train.step.make_steps`."""
-    model = trained_model(config, name)
-    base = bases[model]
-    compute = compute_on(mesh, config, model, base, platform)
-    settings, sft = config[name], learns_responses(config, name)
-    if not FAMILIES[base.family].trainable:
-        raise UserError(f"{name}: the {model} is a mixture of experts; those can score, but are not trained.")
-    lora = settings.lora
-    decoder = with_lora(base, lora.rank, lora.alpha, lora.targets) if lora.rank else base
-    params, frozen = shard_shapes(mesh, param_shapes(base)), {}
-    if lora.rank:
-        params = shard_shapes(mesh, adapter_shapes(decoder))
-        frozen = shard_shapes(mesh, param_shapes(base, jnp.dtype(lora.base)))
-        if not name.endswith("_sft"):
-            decoder, frozen = after_sft(config, model, lora.base, decoder, frozen, mesh)
-    if sft:
-        sums_of: Any = partial(sft_sums, decoder, compute)
-    else:
-        objective = Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight)
-        sums_of = partial(preference_sums, decoder, objective, compute)
-    optimizer = make_optimizer(settings, 100)
-    state = state_shapes(mesh, optimizer, params)
-    accumulate, update = make_steps(sums_of, optimizer, state)
+def training(
+    config: ConfigDict, name: str, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None
+) -> Programs:
+    """The two programs of an update, as the stage's recipe gives them to a run."""
+    settings, base = config[name], bases[trained_model(config, name)]
+    what = recipe(config, name, base, mesh, platform=platform)
+    accumulate, update = what.programs()
+    state = what.state
 
+    # A micro-batch and its memory, what lies beside it included.
     micro_batch = min(settings.micro_batch, settings.batch_size)
-    shape = shape or largest_shape(config, micro_batch, 1 if sft else 2, row_devices(mesh))
+    shape = shape or largest_shape(config, micro_batch, 1 if is_sft(config, name) else 2, row_devices(mesh))
     batch = abstract_batch(mesh, shape, micro_batch)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     memory = {
-        "parameters": device_bytes(params) + device_bytes(frozen),
+        "parameters": device_bytes(what.trainable) + device_bytes(what.frozen),
         "optimizer": device_bytes(state.opt_state),
-        "gradient": device_bytes(params),
+        "gradient": device_bytes(what.trainable),
         "batch": device_bytes(batch),
     }
-    of_model = (decoder, compute, count(param_shapes(base)), count(params))
+
+    # Traced with shapes where the run has arrays.
+    of_model = (what.decoder, what.compute, count(param_shapes(base)), count(what.trainable))
     micro_batches = -(-settings.batch_size // micro_batch)
-    traced = accumulate.trace(params, frozen, params, batch), update.trace(state, params, scalar)
+    adding = accumulate.trace(what.trainable, what.frozen, what.trainable, batch)
+    spending = update.trace(state, what.trainable, scalar)
     programs = (
-        Program("accumulate", traced[0], micro_batches, memory, memory["optimizer"], *of_model),
-        Program("update", traced[1], 1, memory | {"batch": 0.0}, device_bytes(frozen), *of_model),
+        Program("accumulate", adding, micro_batches, memory, memory["optimizer"], *of_model),
+        Program("update", spending, 1, memory | {"batch": 0.0}, device_bytes(what.frozen), *of_model),
     )
-    return Stage(name, model, mesh, settings.batch_size, micro_batch, shape, programs)
+    return Programs(name, what.model, mesh, settings.batch_size, micro_batch, shape, programs)
 
 
-def after_sft(
-    config: ConfigDict, model: Model, dtype: str, decoder: DecoderConfig, base: Any, mesh: Mesh
-) -> tuple[DecoderConfig, Any]:
-    """What is read or trained, with the adapters of the model's SFT where they stay beside it: see `Run.start`."""
-    if not sft_stays_apart(config, model, dtype):
-        return decoder, base
-    lora = config[f"{model}_sft"].lora
-    sft = with_lora(decoder, lora.rank, lora.alpha, lora.targets)
-    assert sft.lora is not None
-    joined = join(base, shard_shapes(mesh, adapter_shapes(sft)))
-    return sft if decoder.lora is None else beside(decoder, sft.lora), joined
-
-
-def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None) -> Stage:
+def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None) -> Programs:
     """A program for everything that is read in one pass."""
-    settings = config.annotate
+    settings, asked = config.annotate, columns(config)
     shape = shape or largest_shape(config, settings.micro_batch, 2, row_devices(mesh))
     batch = abstract_batch(mesh, shape, settings.micro_batch)
     programs = []
-    for columns, model, lora in passes(config):
-        base = bases[model]
-        compute = compute_on(mesh, config, model, base, platform)
-        dtype = settings.teacher_weights if model == "teacher" else "float32"
-        if columns == ["start"]:
-            dtype = base_dtype(config, "train")
-        params = shard_shapes(mesh, param_shapes(base, jnp.dtype(dtype)))
-        decoder, adapters = base, {}
-        if lora is not None:
-            decoder = with_lora(base, lora.rank, lora.alpha, lora.targets)
-            own = shard_shapes(mesh, adapter_shapes(decoder))
-            adapters = jax.tree.map(partial(_stacked, mesh, len(columns)), own)
-        decoder, params = after_sft(config, model, dtype, decoder, params, mesh)
-        memory = {"parameters": device_bytes(params) + device_bytes(adapters), "batch": device_bytes(batch)}
-        traced = make_scorer(decoder, compute).trace(adapters, params, batch, batch.pair)
-        programs.append(
-            Program("+".join(columns), traced, 1, memory, 0.0, decoder, compute, count(param_shapes(base)), 0)
-        )
-    return Stage("annotate", "teacher", mesh, settings.micro_batch, settings.micro_batch, shape, tuple(programs))
-
-
-def passes(config: ConfigDict) -> list[tuple[list[str], Model, ConfigDict | None]]:
-    """What annotation reads in one pass: columns, whose tokens, and the adapters; see `stages.read_together`."""
-    columns: dict[str, tuple[str, Model]] = {
-        "reference": ("teacher_sft", "teacher"),
-        "start": ("student_sft", "student"),
-    }
-    for name in ("positive", "negative"):
-        if config.weights.source in ("dpo", "sft"):
-            columns[name] = (name, config.weights[f"{name}_scorer"])
-        elif config.weights.source == "prompts":
-            columns[name] = (f"{config.weights[f'{name}_scorer']}_sft", config.weights[f"{name}_scorer"])
-    found: dict[object, tuple[list[str], Model, ConfigDict | None]] = {}
-    for name, (stage, model) in columns.items():
-        trained = not stage.endswith("_sft") and not left_out(config, stage)
-        lora = config[stage].lora if trained and config[stage].lora.rank else None
-        key = (model, lora.to_json()) if lora is not None else name
-        found.setdefault(key, ([], model, lora))[0].append(name)
-    return list(found.values())
-
-
-def _stacked(mesh: Mesh, models: int, leaf: Any) -> Any:
-    where = NamedSharding(mesh, P(None, *leaf.sharding.spec))
-    return jax.ShapeDtypeStruct((models, *leaf.shape), leaf.dtype, sharding=where)
+    for names in passes(config, bases):
+        column, stages = asked[names[0]], tuple(asked[name].stage for name in names)
+        base = bases[column.model]
+        what = reading(config, stages, column.model, column.dtype, base, mesh, platform)
+        memory = {"parameters": device_bytes(what.base) + device_bytes(what.adapters), "batch": device_bytes(batch)}
+        traced = what.program().trace(what.adapters, what.base, batch, batch.pair)
+        of_model = (what.decoder, what.compute, count(param_shapes(base)), 0)
+        programs.append(Program("+".join(names), traced, 1, memory, 0.0, *of_model))
+    return Programs("annotate", "teacher", mesh, settings.micro_batch, settings.micro_batch, shape, tuple(programs))

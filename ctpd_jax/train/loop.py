@@ -8,25 +8,31 @@ Where the parameters of a stage come from, first match wins:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ctpd_jax import preempt
+from ctpd_jax.data.loader import Updates
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import Batch
-from ctpd_jax.sharding import make_mesh, place_batch, shard_shapes
+from ctpd_jax.models.compute import Compute
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import Params
+from ctpd_jax.schema import Batch, Model
+from ctpd_jax.sharding import place_batch
 from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.metrics import MetricLog, Progress
 from ctpd_jax.train.optimizer import learning_rate, make_optimizer
 from ctpd_jax.train.step import (
-    Params,
     Sums,
     TrainState,
     add_sums,
@@ -38,45 +44,75 @@ from ctpd_jax.train.step import (
 )
 
 
-def train(
-    name: str,
-    directory: Path,
-    settings: ConfigDict,
-    steps: int,
-    initial: Callable[[], Params],
-    abstract: Params,
-    sums_of: Callable[[Params, Batch], tuple[jax.Array, Sums]],
-    batches: Callable[[int], list[Batch]],
-    shapes: int,
-    log: MetricLog,
-    extra_metrics: dict[str, float] | None = None,
-    log_every: int = 1,
-    frozen: Params | None = None,
-    mesh: Mesh | None = None,
-) -> Params:
-    """Runs updates 0..steps-1 of a stage and returns the final parameters, float32.
+@dataclass(frozen=True)
+class Recipe:
+    """What a training stage executes. A run jits this and `ctpd plan` traces it: there is no second account of it."""
 
-    `frozen` are parameters that belong to the model and are not trained: then `initial` and `abstract` are adapters.
-    `sums_of` gives the summed loss and the sums that are logged; its "loss" entry's count is what the gradient is
-    divided by. `batches(step)` are the micro-batches of an update, in `shapes` different shapes at most.
-    `extra_metrics` stand in every line that is logged.
-    Raises UserError where the loss or the gradient stops being finite, Preempted once the run was asked to stop and
-    the update before is saved.
+    stage: str
+    model: Model
+    settings: ConfigDict  # the stage's section of the config
+    steps: int  # updates, from which the learning rate follows
+    decoder: DecoderConfig  # with all adapters that run
+    compute: Compute
+    loss: Callable[[Params, Batch], tuple[jax.Array, Sums]]  # summed over the batch, and the sums that are logged
+    trainable: Params  # jax.ShapeDtypeStruct with shardings; float32
+    frozen: Params  # likewise: what lies under the adapters that are trained, else {}
+    mesh: Mesh
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.settings, self.steps)
+
+    @property
+    def state(self) -> TrainState:
+        """The training state as shapes, placed."""
+        return state_shapes(self.mesh, self.optimizer, self.trainable)
+
+    def programs(self) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+        """The two jitted programs of an update; see `make_steps`."""
+        return make_steps(self.loss, self.optimizer, self.state)
+
+
+def train(
+    recipe: Recipe,
+    directory: Path,
+    initial: Callable[[], Params],
+    frozen: Params,
+    updates: Updates,
+    log: MetricLog,
+    figures: Mapping[str, float] | None = None,
+    log_every: int = 1,
+) -> Params:
+    """Runs all updates of a stage and returns the final trainable parameters, float32.
+
+    Args:
+        recipe: what is executed; `initial()` and `frozen` are the arrays of its `trainable` and `frozen`.
+        directory: of the checkpoints.
+        updates: the micro-batches of every update.
+        figures: they stand in every line that is logged.
+
+    Raises:
+        UserError: the loss or the gradient stops being finite.
+        Preempted: the run was asked to stop, and the update before is saved.
     """
-    optimizer = make_optimizer(settings, steps)
-    schedule = learning_rate(settings, steps)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]) if mesh is None else mesh
-    placed = state_shapes(mesh, optimizer, shard_shapes(mesh, abstract))
+    name, settings, steps, mesh = recipe.stage, recipe.settings, recipe.steps, recipe.mesh
+    require_shapes(name, recipe.frozen, frozen)
+
+    # The programs: one adds a micro-batch to the gradient, one spends it; two small ones make the state and zeros.
+    placed = recipe.state
     where = jax.tree.map(lambda leaf: leaf.sharding, placed)
-    accumulate, update = make_steps(sums_of, optimizer, placed)
-    begin = jax.jit(lambda params: init_state(params, optimizer), out_shardings=where)
+    accumulate, update = recipe.programs()
+    begin = jax.jit(lambda params: init_state(params, recipe.optimizer), out_shardings=where)
     zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=where.params)
+    schedule = learning_rate(settings, steps)
+
     with Checkpoints(directory, keep=2) as checkpoints:
+        # The newest checkpoint, or the beginning; lines of updates that a killed run had not saved are taken back.
         restored = checkpoints.restore_latest(placed)
-        state: TrainState = restored[1] if restored else begin(initial())
+        state: TrainState = restored[1] if restored else begin(require_shapes(name, recipe.trainable, initial()))
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
-        prepared = ahead(batches, first, steps)
+        prepared = ahead(updates.batches, first, steps)
         with Progress(steps, name, first, unit="update") as progress:
             if first < steps:
                 progress.write(f"{name}: compiling, which can take minutes for a large model ...")
@@ -86,13 +122,17 @@ def train(
                         checkpoints.save(step, state, {"stage": name})
                     checkpoints.wait()
                     raise preempt.Preempted(f"saved after update {step} of {steps}" if step else "nothing to save yet")
+
+                # One update: sums over micro-batches, divided once, so that their number changes nothing.
                 began = time.perf_counter()
                 gradient = zeros(state.params)
                 sums: dict = {}
                 for batch in next(prepared):
-                    gradient, new = accumulate(state.params, frozen or {}, gradient, place_batch(mesh, batch))
+                    gradient, new = accumulate(state.params, frozen, gradient, place_batch(mesh, batch))
                     sums = add_sums(sums, new)
                 state, norm = update(state, gradient, sums["loss"][1])
+
+                # What it did. Fetching the sums waits for the devices, so the seconds are those of the whole update.
                 metrics = mean_of(jax.device_get(sums))
                 seconds = time.perf_counter() - began
                 metrics |= {
@@ -100,7 +140,7 @@ def train(
                     "lr": float(schedule(step)),
                     "seconds": seconds,
                     "tokens_per_second": metrics["num_tokens"] / seconds,
-                    "compiled_programs": compiled_programs(name, accumulate, shapes),
+                    "compiled_programs": compiled_programs(name, accumulate, len(updates.shapes)),
                 }
                 if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
                     raise UserError(
@@ -108,12 +148,28 @@ def train(
                         f"Lower {name}.lr or look at the pairs of that update; its checkpoints are whole."
                     )
                 if step % log_every == 0 or step == steps - 1:
-                    log.log(name, step, metrics | (extra_metrics or {}))
+                    log.log(name, step, metrics | dict(figures or {}))
                 progress.update(1, loss=metrics["loss"])
                 if (step + 1) % settings.save_every == 0 and step + 1 < steps:
                     checkpoints.save(step + 1, state, {"stage": name})
         checkpoints.wait()
     return state.params
+
+
+def require_shapes(name: str, expected: Params, found: Params) -> Params:
+    """Returns `found`.
+
+    Raises:
+        RuntimeError: parameters are not what the recipe says, so that another program would run than was planned.
+    """
+
+    def described(leaf: Any) -> tuple:
+        return leaf.shape, leaf.dtype
+
+    told, there = jax.tree.map(described, expected), jax.tree.map(described, found)
+    if told != there:
+        raise RuntimeError(f"{name}: the parameters are not those of its recipe; please report this.")
+    return found
 
 
 def ahead(batches: Callable[[int], list[Batch]], first: int, steps: int) -> Iterator[list[Batch]]:

@@ -18,16 +18,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ctpd_jax.core.logprobs import BLOCK_BYTES, token_logprobs
 from ctpd_jax.core.losses import Link, lambda_diagnostics, preference_loss, sft_loss
-from ctpd_jax.models.attention import Backend
+from ctpd_jax.models.compute import Compute, scored_logprobs
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.decoder import Remat, hidden_states, unembedding
+from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import join
 from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch
-from ctpd_jax.sharding import ROWS, constrain, replicated
+from ctpd_jax.sharding import replicated
 
-Params = Any
 Sums = dict[str, jax.Array]  # name -> float32 [2]: sum and count
 
 
@@ -39,16 +37,6 @@ class Objective:
     label_smoothing: float = 0.0
     loss: Link = "sigmoid"
     sft_weight: float = 0.0
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How a model is run: the dtype of its products, what is kept for the backward pass, how it attends, and where."""
-
-    dtype: str = "float32"
-    remat: Remat = "dots"
-    attention: Backend = "plain"
-    mesh: Mesh | None = None
 
 
 class TrainState(NamedTuple):
@@ -78,18 +66,6 @@ def state_shapes(mesh: Mesh, optimizer: optax.GradientTransformation, params: Pa
         transform_non_params=lambda leaf: placed(leaf, replicated(mesh)),
     )
     return TrainState(placed(shapes.step, replicated(mesh)), params, opt_state)
-
-
-def scored_logprobs(config: DecoderConfig, params: Params, batch: Batch, compute: Compute) -> Array:
-    """Returns log pi(target | everything before) of each scored slot: float32 [R, K], 0 in padding."""
-    mesh, dtype = compute.mesh, jnp.dtype(compute.dtype)
-    hidden = hidden_states(config, params, batch.tokens, batch.layout, compute.remat, dtype, compute.attention, mesh)
-    scored = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)  # [R, K, D]
-    head = unembedding(config, params).astype(scored.dtype)
-    # The block of logits is spread over the devices, so that each may have one of the usual size.
-    chunk = max(1, BLOCK_BYTES // (4 * config.vocab_size)) * (1 if mesh is None else mesh.devices.size)
-    logps = token_logprobs(constrain(mesh, scored, ROWS, None, None), head, batch.target, chunk, config.final_softcap)
-    return jnp.where(batch.pair >= 0, logps, 0.0)
 
 
 def per_response(values: Array, batch: Batch) -> Array:

@@ -14,10 +14,11 @@ from ctpd_jax.core.projection import span_sums
 from ctpd_jax.data.loader import micro_batches
 from ctpd_jax.data.packing import Rows
 from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
+from ctpd_jax.models.compute import Compute, scored_logprobs
 from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import join
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
-from ctpd_jax.train.step import Compute, Params, scored_logprobs
 
 
 def plain_item(pair: AlignedPair, model: Model, prompt: np.ndarray | None = None) -> PairItem:

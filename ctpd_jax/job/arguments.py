@@ -1,0 +1,169 @@
+"""The arguments of every command, and what `--help` says of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ctpd_jax.job.table import TRAINED
+
+COMMANDS = {
+    "run": "every stage in order; picks up where it stopped",
+    "sft": "supervised fine-tuning of teacher and student",
+    "dpo": "the contrastive pair: DPO, and with --reverse the pair swapped; --student: the plain DPO student",
+    "annotate": "span log-probabilities of reference, contrastive pair and start -> DIR/annotations",
+    "train": "CTPD of the student on the annotated data",
+    "evaluate": "preference accuracies, lambda, sampled answers -> DIR/evaluation.json, DIR/report.html",
+    "export": "the trained student in Hugging Face format -> DIR/export",
+    "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
+    "inspect": "one aligned pair as text, with weights where they are known; --data: what becomes of a data set's rows",
+    "generate": "answer prompts with the trained student, another model of the run, or any model folder",
+}
+
+EPILOG = """\
+Settings are keys of the config: --config.train.beta=0.2 --config.data.train=pairs.jsonl
+All of them, with their meaning: ctpd_jax/settings.py.
+
+  ctpd run --config configs/demo.py --workdir runs/demo
+
+Give the same command again and it goes on where it stopped. SIGTERM saves first and ends with exit code 75.
+"""
+
+PLAN_EPILOG = """\
+Compiles the programs of each stage for the topology, or estimates them where the compiler is not installed. All prompts
+and responses are taken to be as long as config.data allows. Exit code 3 where something does not fit.
+
+  ctpd plan --config configs/qwen2.5_14b_to_llama3.1_8b.py --topology v5e:4x4 --stage train
+  ctpd plan --config configs/colab_v5e.py --topology v5e:1x1
+  ctpd plan --config configs/pair.py --config.student.path=DIR --topology v5p:2x2x1 --stage train --search
+"""
+
+GENERATE_EPILOG = """\
+The answer goes to stdout, and nothing else does. Several prompts are answered together, each under its prompt.
+
+  ctpd generate --config configs/demo.py --workdir runs/demo --prompt "Tell me about tea."
+  ctpd generate --folder runs/demo/export --prompt "Tell me about tea." --prompt "And coffee?"
+  ctpd generate --folder HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Hi!" --temperature 0.8 --top-k 50 --top-p 0.95
+"""
+
+
+INSPECT_EPILOG = """\
+With --data, what becomes of the rows of a data set: how many are used, why others are not, which columns are read, and,
+with two tokenizers, what the limits cut. No model is loaded, and no --config is needed.
+
+  ctpd inspect --config configs/demo.py --workdir runs/demo --pair 3
+  ctpd inspect --data pairs.jsonl
+  ctpd inspect --data pairs.jsonl --teacher DIR --student DIR --config.data.max_response_tokens=256
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="ctpd",
+        description="Cross-tokenizer preference distillation: a small model learns a big one's preferences.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog={"generate": GENERATE_EPILOG, "plan": PLAN_EPILOG, "inspect": INSPECT_EPILOG}.get(name, EPILOG),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        needed = name not in ("generate", "inspect")
+        command.add_argument("--config", required=needed, metavar="FILE.py", help="a file with get_config()")
+        if name == "plan":
+            add_plan_arguments(command)
+            continue
+        command.add_argument("--workdir", required=needed, metavar="DIR", type=Path, help="where the run lives")
+        if name == "sft":
+            command.add_argument("--model", choices=["teacher", "student"], help="only this one")
+        if name == "dpo":
+            which = command.add_mutually_exclusive_group()
+            which.add_argument("--reverse", action="store_true", help="train the negative model, sides swapped")
+            which.add_argument("--student", action="store_true", help="train the plain DPO student, for comparison")
+        if name == "inspect":
+            command.add_argument("--pair", type=int, default=0, metavar="N", help="the N-th pair of the training data")
+            command.add_argument("--data", metavar="FILE", help="a data set, as config.data.train takes it")
+            command.add_argument("--split", default="train", help="of the data set (default: train)")
+            for model in ("teacher", "student"):
+                command.add_argument(f"--{model}", metavar="DIR", help=f"folder or hub id with the {model}'s tokenizer")
+        if name == "generate":
+            add_generate_arguments(command)
+    return top
+
+
+def add_plan_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--topology", required=True, metavar="KIND:GRID", help="v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1 ..."
+    )
+    command.add_argument(
+        "--stage",
+        action="append",
+        choices=(*TRAINED, "annotate"),
+        metavar="STAGE",
+        help=f"only this one; may be repeated: {', '.join((*TRAINED, 'annotate'))}",
+    )
+    command.add_argument(
+        "--search", action="store_true", help="of each stage by itself, look for a mesh and a micro-batch that fit"
+    )
+    command.add_argument("--estimate", action="store_true", help="by arithmetic alone, without compiling")
+    command.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="of the peak arithmetic, for the second figure of pairs per second (default: 0.4)",
+    )
+
+
+def add_generate_arguments(command: argparse.ArgumentParser) -> None:
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model",
+        default="ctpd",
+        metavar="ROW",
+        help="which model of the run, by its name in the evaluation's table: student_start, student_dpo, ctpd, "
+        "teacher, teacher_dpo (default: ctpd)",
+    )
+    which.add_argument(
+        "--folder",
+        metavar="DIR_OR_HUB_ID",
+        help="a model in Hugging Face format instead of a run's; takes no --config and no --workdir",
+    )
+    command.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="what the user says; may be repeated"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="the longest answer, in tokens (default: 128)"
+    )
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token (the default), 1 draws by the model's probabilities, less is safer",
+    )
+    command.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, from all)"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that together have probability P, of what --top-k leaves (default: 1)",
+    )
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="of the draws (default: the config's seed, 0 with --folder)"
+    )
+    command.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the answer ends before this text, such as $'\\n' in bash; may be repeated",
+    )

@@ -1,0 +1,130 @@
+"""One command at work: its config, its folder, its devices, and what finished stages say of themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ctpd_jax import distributed, preempt
+from ctpd_jax.errors import UserError
+from ctpd_jax.job.table import STAGES
+from ctpd_jax.sharding import first_process, make_mesh, patiently
+from ctpd_jax.train.metrics import MetricLog
+from ctpd_jax.workdir import read_json
+
+# Of the devices of one process: a model that only reads is divided among them.
+OWN_MESH = {"data": 1, "fsdp": -1, "tensor": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Where a command works. It knows no model and no data: job/models.py and job/pairs.py are asked for those."""
+
+    config: ConfigDict
+    workdir: Path
+    log: MetricLog
+    say: Callable[[str], None]
+    mesh: Mesh  # all devices
+    own: Mesh  # the devices of this process, for work that is divided among processes or done by one of them
+
+
+@contextmanager
+def open_job(config: ConfigDict, workdir: Path, say: Callable[[str], None] = print) -> Iterator[Job]:
+    """Makes the folder, the mesh and the log of a command.
+
+    Raises:
+        UserError: the platform is not the one that was asked for, or the folder or the mesh cannot be made.
+    """
+    check_platform(config)
+    distributed.check_joined()
+    workdir = Path(workdir).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
+    if config.compile_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own setting goes first
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    with MetricLog(workdir, active=first_process()) as log:
+        job = Job(config, workdir, log, say if first_process() else lambda text: None, *meshes(config))
+        job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
+        if job.mesh.devices.size > 1:
+            job.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items()))
+        yield job
+
+
+def meshes(config: ConfigDict) -> tuple[Mesh, Mesh]:
+    """The mesh of all devices, and that of this process's own, which share every parameter among them."""
+    mesh = make_mesh(config.mesh)
+    if jax.process_count() == 1:
+        return mesh, mesh
+    return mesh, make_mesh(OWN_MESH, jax.local_devices())
+
+
+def check_platform(config: ConfigDict) -> None:
+    """Refuses to fall back to the CPU silently, as JAX does where an accelerator is there but busy."""
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:
+        raise UserError(
+            f"JAX cannot start: {str(error).splitlines()[0]} (config.platform = {config.platform!r})"
+        ) from error
+    if config.platform not in ("auto", backend):
+        raise UserError(f"config.platform asks for {config.platform}, JAX found {backend}.")
+    seen = importlib.util.find_spec("libtpu") is not None and any(
+        os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0")
+    )
+    seen = seen or os.path.exists("/dev/nvidia0")
+    if backend == "cpu" and seen and config.platform == "auto" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
+        raise UserError(
+            "This machine has an accelerator, but JAX found only the CPU: it is busy, or jax was installed without it. "
+            "Set --config.platform=cpu to go on without."
+        )
+
+
+def in_turn(prepare: Callable[[], object], name: str) -> None:
+    """The first process prepares what all of them need; then the others do, and find on disk what it has made."""
+    with preempt.apart(f"{name}: prepared once"):
+        if first_process():
+            prepare()
+    with preempt.apart(f"{name}: prepared"):
+        if not first_process():
+            prepare()
+
+
+# ------------------------------------------------------------------------------------------------ finished stages
+
+
+def result(job: Job, stage: str) -> dict[str, Any] | None:
+    """What a finished stage says of itself; None before it is finished."""
+    return read_json(job.workdir / stage / "done.json")
+
+
+def require(job: Job, stage: str) -> dict[str, Any]:
+    """The stage's result.
+
+    Raises:
+        UserError: it is not finished; names the command that does it.
+    """
+    found = patiently(lambda: result(job, stage))
+    if found is None:
+        command = STAGES[stage].command
+        raise UserError(f"{job.workdir / stage} is not finished; run `{command}` or `ctpd run` first.")
+    return found
+
+
+def fingerprint(config: ConfigDict, stage: str) -> dict[str, Any]:
+    """The settings of a stage that decide its numbers beyond rounding; its updates are counted in `steps`."""
+    settings = config[stage].to_dict()
+    if not settings["lora"]["rank"]:
+        settings["lora"] = {"rank": 0}
+    return {name: value for name, value in settings.items() if name not in ("save_every", "micro_batch", "epochs")}

@@ -1,0 +1,231 @@
+"""Where a stage's model comes from: the user's checkpoint, what SFT made of it, and the adapters on top.
+
+The same walk is taken twice: by a run, which reads parameters (`Files`), and before it by its recipe and by
+`ctpd plan`, which need their shapes alone (`Shapes`). So what is planned is what is read.
+
+    checkpoint --teacher_sft--> start --positive--> trained whole, or adapters beside the start
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ctpd_jax.job.job import Job, fingerprint, require
+from ctpd_jax.job.models import decoder_of, folder, weights_digest
+from ctpd_jax.job.table import left_out, starts_from, trained_model
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import Params, param_shapes
+from ctpd_jax.models.hf import load_hf
+from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, split, with_lora
+from ctpd_jax.schema import Model
+from ctpd_jax.sharding import param_sharding, pieces_on_host, shard_shapes
+from ctpd_jax.train.checkpoint import load_params
+from ctpd_jax.workdir import read_json, require_same
+
+
+class Source(Protocol):
+    """Gives parameters, or what stands for them."""
+
+    def decoder(self, model: Model) -> DecoderConfig:
+        """The config of the model that the user brought."""
+
+    def checkpoint(self, model: Model, dtype: str) -> Params:
+        """The parameters that the user brought."""
+
+    def trained(self, stage: str, dtype: str) -> Params:
+        """What a stage left that trained all parameters."""
+
+    def adapters(self, stage: str) -> Params:
+        """The adapters that a stage left, float32."""
+
+    def apply(self, function: Callable[..., Params], *trees: Params) -> Params:
+        """`function` of such trees."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a stage's model consists of: `params` belong to `decoder`, whose adapters they hold where it has some."""
+
+    decoder: DecoderConfig
+    params: Params
+
+
+def start(source: Source, config: ConfigDict, model: Model, dtype: str) -> Origin:
+    """The model after its SFT: the very numbers that every other stage with a base of that dtype starts from."""
+    sft, decoder = f"{model}_sft", source.decoder(model)
+    if left_out(config, sft):
+        return Origin(decoder, source.checkpoint(model, dtype))
+    if not config[sft].lora.rank:
+        return Origin(decoder, source.trained(sft, dtype))
+    adapted, adapters = with_adapters(config, sft, decoder), source.adapters(sft)
+    whole = source.checkpoint(model, dtype)
+    if dtype == "bfloat16":
+        # A bfloat16 matrix could not hold them: most of what they add to an entry is less than its rounding.
+        return Origin(adapted, source.apply(join, whole, adapters))
+    return Origin(decoder, source.apply(lambda base, own: merge(adapted, base, own), whole, adapters))
+
+
+def base(source: Source, config: ConfigDict, stage: str, dtype: str) -> Origin:
+    """What a training stage begins with, with the config of all adapters that run; its own are still to be joined."""
+    model = trained_model(config, stage)
+    own = with_adapters(config, stage, source.decoder(model))
+    if not starts_from(config, stage):
+        return Origin(own, source.checkpoint(model, dtype))
+    before = start(source, config, model, dtype)
+    if before.decoder.lora is None:
+        return Origin(own, before.params)
+    # SFT's adapters stay beside the base, with the stage's own: what they count is set by the stage's alpha / rank.
+    assert own.lora is not None  # without adapters a stage starts from float32
+    factor = before.decoder.lora.scale / own.lora.scale
+
+    def rescaled(params: Params) -> Params:
+        sft, rest = split(params)
+        return join(rest, scaled(sft, factor))
+
+    return Origin(beside(own, before.decoder.lora), source.apply(rescaled, before.params))
+
+
+def finished(
+    source: Source, config: ConfigDict, stages: tuple[str, ...], model: Model, dtype: str
+) -> tuple[Origin, Params]:
+    """The models that stages left, ready to be read in one pass: what they share, and their adapters, stacked [C, ...].
+
+    Several stages are adapters of one shape over one base; a stage that is left out is its start. Without adapters the
+    second is {}.
+    """
+    stage, decoder = stages[0], source.decoder(model)
+    if left_out(config, stage) or stage == f"{model}_sft":
+        return start(source, config, model, dtype), {}
+    if not config[stage].lora.rank:
+        return Origin(decoder, source.trained(stage, dtype)), {}
+    trees = [source.adapters(name) for name in stages]
+    stacked = source.apply(lambda *own: jax.tree.map(lambda *leaves: jnp.stack(leaves), *own), *trees)
+    return base(source, config, stage, dtype), stacked
+
+
+def merged(source: Source, config: ConfigDict, stage: str, model: Model) -> Params:
+    """The parameters that a stage left, float32, in one tree without adapters: what is exported."""
+    if left_out(config, stage) or stage == f"{model}_sft":
+        return start(source, config, model, "float32").params
+    if not config[stage].lora.rank:
+        return source.trained(stage, "float32")
+    before, adapters = base(source, config, stage, "float32"), source.adapters(stage)
+    return source.apply(lambda whole, own: merge(before.decoder, whole, own), before.params, adapters)
+
+
+def with_adapters(config: ConfigDict, stage: str, decoder: DecoderConfig) -> DecoderConfig:
+    """The model's config, with adapters where the stage trains adapters."""
+    lora = config[stage].lora
+    return with_lora(decoder, lora.rank, lora.alpha, lora.targets) if lora.rank else decoder
+
+
+# ------------------------------------------------------------------------------------------------ the two sources
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Parameters as jax.ShapeDtypeStruct, placed nowhere."""
+
+    config: ConfigDict
+    decoders: Mapping[Model, DecoderConfig]
+
+    def decoder(self, model: Model) -> DecoderConfig:
+        return self.decoders[model]
+
+    def checkpoint(self, model: Model, dtype: str) -> Params:
+        return param_shapes(self.decoders[model], jnp.dtype(dtype))
+
+    def trained(self, stage: str, dtype: str) -> Params:
+        """All but the norms in `dtype`.
+
+        Norms are computed in float32, everything else in the compute dtype: where that is bfloat16 too, such
+        parameters give the very numbers of float32 ones.
+        """
+
+        def kept(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            norm = any("norm" in entry.key for entry in path[-2:])
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if norm else jnp.dtype(dtype))
+
+        return jax.tree.map_with_path(kept, param_shapes(self.decoders[trained_model(self.config, stage)]))
+
+    def adapters(self, stage: str) -> Params:
+        return adapter_shapes(with_adapters(self.config, stage, self.decoders[trained_model(self.config, stage)]))
+
+    def apply(self, function: Callable[..., Params], *trees: Params) -> Params:
+        return jax.eval_shape(function, *trees)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Parameters as the stages of a job left them, read onto a mesh without a wider copy on its devices."""
+
+    job: Job
+    mesh: Mesh
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process reads for itself: Orbax waits for the others where it does not."""
+        return self.mesh is self.job.own and jax.process_count() > 1
+
+    def decoder(self, model: Model) -> DecoderConfig:
+        return decoder_of(self.job, model)
+
+    def checkpoint(self, model: Model, dtype: str) -> Params:
+        return load_hf(folder(self.job, model), dtype=dtype, sharding=param_sharding(self.mesh))[1]
+
+    def trained(self, stage: str, dtype: str) -> Params:
+        require(self.job, stage)
+        return self._load(stage, self._shapes(stage).trained(stage, dtype))
+
+    def adapters(self, stage: str) -> Params:
+        require(self.job, stage)
+        path = self.job.workdir / stage / "inputs.json"
+        trained = (read_json(path) or {}).get("settings", {}).get("lora")
+        if trained is not None:  # another alpha would fit their shapes, and count them another number of times
+            expected = fingerprint(self.job.config, stage)["lora"]
+            require_same(expected, trained, path, "Give the settings that it was trained with.")
+        return self._load(stage, self._shapes(stage).adapters(stage))
+
+    def apply(self, function: Callable[..., Params], *trees: Params) -> Params:
+        return function(*trees)
+
+    def _shapes(self, stage: str) -> Shapes:
+        model = trained_model(self.job.config, stage)
+        return Shapes(self.job.config, {model: self.decoder(model)})
+
+    def _load(self, stage: str, shapes: Params) -> Params:
+        target = shard_shapes(self.mesh, shapes)
+        return load_params(self.job.workdir / stage / "params", target, alone=self.alone, cast=True)[0]
+
+
+# ------------------------------------------------------------------------------------------------ identities
+
+
+def identity(job: Job, stage: str, model: Model) -> str:
+    """What identifies the parameters of a stage: their SHA-256, or that of what they would start from."""
+    return base_identity(job, stage, model) if left_out(job.config, stage) else require(job, stage)["params"]
+
+
+def base_identity(job: Job, stage: str, model: Model) -> str:
+    """What identifies the parameters that a stage starts from."""
+    before = starts_from(job.config, stage)
+    return identity(job, before, model) if before else weights_digest(job, model)
+
+
+def params_digest(params: Params) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters: equal exactly where they are bit-identical."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        for piece in pieces_on_host(leaf):
+            digest.update(np.ascontiguousarray(piece).view(np.uint8).data)
+    return digest.hexdigest()

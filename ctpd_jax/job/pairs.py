@@ -1,0 +1,112 @@
+"""The preference pairs of a job, ready for both models."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from ctpd_jax.errors import UserError
+from ctpd_jax.files import write_json
+from ctpd_jax.job.job import Job
+from ctpd_jax.job.models import MODELS, decoder_of, folder, text_digest, text_of
+from ctpd_jax.report import show
+from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Model, PreferencePair
+from ctpd_jax.sharding import first_process
+from ctpd_jax.text.columns import Reading
+from ctpd_jax.text.preferences import load_preferences, overlap, require_kept
+from ctpd_jax.text.prepare import RULES, Limits, prepare_pairs
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One split of the data."""
+
+    split: Split
+    raw: dict[str, PreferencePair]  # as they came, by id
+    aligned: list[AlignedPair]  # tokenized for both models and cut into spans, in the order of the source
+    identity: dict[str, Any]  # the examples in their order, and how they were cut
+
+
+@lru_cache(maxsize=4)  # a run asks for the same two splits in every stage
+def load_pairs(job: Job, split: Split) -> Pairs:
+    """Reads, tokenizes, aligns and checks a split, and tells what was left out.
+
+    Raises:
+        UserError: no source, too few usable rows, or pairs that a model cannot take.
+    """
+    # 1. Rows as they lie in the source.
+    data = job.config.data
+    spec, name = (data.train, data.train_split) if split == "train" else (data.test, data.test_split)
+    limit = data.limit if split == "train" else data.test_limit
+    if not spec:
+        raise UserError(f"config.data.{split} is empty; give FILE.jsonl, tfds:NAME or hf:NAME.")
+    data_dir = None
+    if spec == "toy":
+        from ctpd_jax.toy.builder import prepare_toy
+
+        data_dir = job.workdir / "toy" / "data"
+        spec = prepare_toy(data_dir, seed=job.config.seed, **job.config.toy)
+    raw, report = load_preferences(spec, name, limit or None, data_dir=data_dir, reading=Reading.of(data))
+
+    # 2. Both tokenizations, cut where they agree.
+    limits = Limits.of(data)
+    aligned, counters = prepare_pairs(raw, text_of(job, "teacher"), text_of(job, "student"), limits)
+    report.merge(counters)
+
+    # 3. What became of the rows, in a file and on the screen, before anything refuses them.
+    if first_process():
+        first = {"first": report.notes} if report.notes else {}
+        write_json(job.workdir / f"data_{split}.json", {"source": spec, **report.counts, **first})
+    job.say(f"{split}: {spec}\n  {show.counts(report)}")
+    require_kept(report, len(aligned), f"{split}: {spec}", data.min_kept)
+    for model in MODELS:
+        _check_ids(job, split, model, aligned)
+    return Pairs(split, {pair.id: pair for pair in raw}, aligned, _identity(job, aligned, limits))
+
+
+def _check_ids(job: Job, split: str, model: Model, pairs: list[AlignedPair]) -> None:
+    """Holds the token ids against the model: JAX would read past the end of a table without a word."""
+    decoder = decoder_of(job, model)
+    for pair in pairs:
+        prompt, sides = pair.prompt(model), [pair.tokens(model, side).ids for side in (CHOSEN, REJECTED)]
+        largest = max(int(ids.max()) for ids in (prompt, *sides))
+        length = len(prompt) + max(map(len, sides))
+        if largest >= decoder.vocab_size:
+            raise UserError(
+                f"The {model}'s tokenizer gives id {largest}, its model in {folder(job, model)} has "
+                f"{decoder.vocab_size} embeddings: tokenizer and weights do not belong together."
+            )
+        if length > decoder.longest:
+            raise UserError(
+                f"{split} pair {pair.id} has {length} {model} tokens, the model takes {decoder.longest}: "
+                "lower config.data.max_prompt_tokens or config.data.max_response_tokens."
+            )
+
+
+def _identity(job: Job, aligned: list[AlignedPair], limits: Limits) -> dict[str, Any]:
+    """What identifies the prepared pairs."""
+    ids = hashlib.sha256("\n".join(pair.id for pair in aligned).encode()).hexdigest()
+    return {
+        "examples": ids,
+        "count": len(aligned),
+        "max_prompt_tokens": limits.prompt,
+        "max_response_tokens": limits.response,
+        "unit": limits.unit,
+        "end_of_turn": limits.end_of_turn,
+        "end_of_turn_both": limits.end_of_turn_both,
+        "rules": RULES,
+        "teacher": text_digest(job, "teacher"),
+        "student": text_digest(job, "student"),
+    }
+
+
+@lru_cache(maxsize=2)
+def overlap_of(job: Job) -> dict[str, float]:
+    """Which shares of the test pairs and of their prompts are in the training data too; told once."""
+    found = overlap(list(load_pairs(job, "train").raw.values()), list(load_pairs(job, "test").raw.values()))
+    job.say(show.overlap_line(found))
+    return found

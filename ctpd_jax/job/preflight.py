@@ -1,0 +1,47 @@
+"""What is looked at before the first stage: a fault of a late stage is met now, and not after hours."""
+
+from __future__ import annotations
+
+import jax
+
+from ctpd_jax import preempt
+from ctpd_jax.data.loader import steps_per_epoch
+from ctpd_jax.job.job import Job, in_turn
+from ctpd_jax.job.models import MODELS, check_sizes, compute_on, decoder_of, folder, weights_digest
+from ctpd_jax.job.pairs import load_pairs, overlap_of
+from ctpd_jax.job.recipe import recipe
+from ctpd_jax.job.table import TRAINED, left_out, trained_model
+from ctpd_jax.models.hf import check_weights
+
+
+def preflight(job: Job, command: str) -> None:
+    """Checks what a command will need, and prepares once what all processes share.
+
+    Raises:
+        UserError: what the user can mend.
+    """
+    # 1. The models: not swapped, and such that the mesh and the attention back end take them.
+    if command in ("run", "sft", "dpo", "annotate"):
+        in_turn(lambda: check_sizes(job), "models")
+        for model in MODELS:
+            compute_on(job.mesh, job.config, model, decoder_of(job, model))
+
+    # 2. The data. `train` reads the store alone.
+    if command == "run":
+        in_turn(lambda: check_everything(job), "data")
+    elif jax.process_count() > 1 and command != "train":
+        in_turn(lambda: load_pairs(job, "train"), "data")
+
+
+def check_everything(job: Job) -> None:
+    """Meets what a late stage would meet: broken weights, a missing test set, too few pairs, a model not to train."""
+    for model in MODELS:
+        preempt.check("the models are checked anew")
+        weights_digest(job, model)
+        check_weights(folder(job, model), decoder_of(job, model))
+    pairs = load_pairs(job, "train")
+    overlap_of(job)  # reads the test pairs too
+    for stage in TRAINED:
+        if not left_out(job.config, stage):
+            steps_per_epoch(len(pairs.aligned), job.config[stage].batch_size)
+            recipe(job.config, stage, decoder_of(job, trained_model(job.config, stage)), job.mesh)

@@ -1,0 +1,136 @@
+"""What a stage executes: its recipe. Runs jit it, `ctpd plan` traces it, and the preflight meets its refusals early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ctpd_jax.annotate.scorer import make_scorer
+from ctpd_jax.data.packing import Rows
+from ctpd_jax.errors import UserError
+from ctpd_jax.job import lineage
+from ctpd_jax.job.lineage import Shapes
+from ctpd_jax.job.models import compute_on
+from ctpd_jax.job.table import base_dtype, columns, is_sft, left_out, trained_model
+from ctpd_jax.models.compute import Compute
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import Params
+from ctpd_jax.models.families import FAMILIES
+from ctpd_jax.models.lora import adapter_shapes
+from ctpd_jax.schema import Model
+from ctpd_jax.sharding import row_devices, shard_shapes
+from ctpd_jax.train.loop import Recipe
+from ctpd_jax.train.step import Objective, preference_sums, sft_sums
+
+UNKNOWN_STEPS = 100  # where no data says how many updates there are; no shape depends on it
+
+
+def recipe(
+    config: ConfigDict, stage: str, decoder: DecoderConfig, mesh: Mesh, steps: int = 0, platform: str | None = None
+) -> Recipe:
+    """What a training stage executes on a mesh.
+
+    Args:
+        decoder: of the model that it trains, as the user brought it.
+        steps: updates; 0 where they are not known.
+        platform: "tpu" where the mesh's devices only stand for some.
+
+    Raises:
+        UserError: such a model cannot be trained, or not so: adapters on matrices that it does not have, an attention
+            back end that cannot do what is asked, a mesh that does not divide it.
+    """
+    settings, model = config[stage], trained_model(config, stage)
+    if not FAMILIES[decoder.family].trainable:
+        raise UserError(
+            f"{stage}: the {model} {config[model].path} is a mixture of experts; those can score, but are not trained. "
+            f"Set config.{stage}.steps=-1, or for the contrastive pair config.weights.source=prompts."
+        )
+    compute = compute_on(mesh, config, model, decoder, platform)
+
+    # What the stage begins with; under adapters that lies still, and only they are trained.
+    origin = lineage.base(Shapes(config, {model: decoder}), config, stage, base_dtype(config, stage))
+    trainable, frozen = origin.params, {}
+    if settings.lora.rank:
+        trainable, frozen = adapter_shapes(lineage.with_adapters(config, stage, decoder)), origin.params
+
+    loss: Callable = partial(sft_sums, origin.decoder, compute)
+    if not is_sft(config, stage):
+        objective = Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight)
+        loss = partial(preference_sums, origin.decoder, objective, compute)
+    return Recipe(
+        stage,
+        model,
+        settings,
+        steps or max(settings.steps, 0) or UNKNOWN_STEPS,
+        origin.decoder,
+        compute,
+        loss,
+        shard_shapes(mesh, trainable),
+        shard_shapes(mesh, frozen),
+        mesh,
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is executed where models only read: one, or adapters of one shape over one base in one pass."""
+
+    decoder: DecoderConfig  # with all adapters that run
+    compute: Compute
+    base: Params  # jax.ShapeDtypeStruct with shardings
+    adapters: Params  # likewise, stacked [C, ...]; {} for a single model
+    mesh: Mesh
+
+    def program(self) -> jax.stages.Wrapped:
+        """The jitted program; see `make_scorer`."""
+        return make_scorer(self.decoder, self.compute)
+
+
+def reading(
+    config: ConfigDict,
+    stages: tuple[str, ...],
+    model: Model,
+    dtype: str,
+    decoder: DecoderConfig,
+    mesh: Mesh,
+    platform: str | None = None,
+) -> Reading:
+    """What is executed to read with the models that stages left, their parameters as `dtype`."""
+    compute = compute_on(mesh, config, model, decoder, platform)
+    origin, adapters = lineage.finished(Shapes(config, {model: decoder}), config, stages, model, dtype)
+    stacked = placed_stack(mesh, adapters) if adapters else {}
+    return Reading(origin.decoder, compute, shard_shapes(mesh, origin.params), stacked, mesh)
+
+
+def placed_stack(mesh: Mesh, adapters: Params) -> Params:
+    """Stacked adapters [C, ...] on a mesh, as shapes: each model's lie as they would alone."""
+    alone = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), adapters)
+
+    def stacked(leaf: Any, own: Any) -> Any:
+        where = jax.NamedSharding(mesh, jax.P(None, *own.sharding.spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(stacked, adapters, shard_shapes(mesh, alone))
+
+
+def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[tuple[str, ...]]:
+    """The columns of the annotations, those together that are read in one pass: adapters of one shape over one base."""
+    groups: dict[object, list[str]] = {}
+    for name, column in columns(config).items():
+        adapted = not column.stage.endswith("_sft") and not left_out(config, column.stage)
+        lora = lineage.with_adapters(config, column.stage, decoders[column.model]).lora if adapted else None
+        groups.setdefault((column.model, lora) if lora else name, []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def packing(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Rows:
+    """How responses are laid out in rows. Not packed on a CPU: its attention costs the square of a row's length."""
+    rows = config.rows
+    packed = rows.packed == "yes" or (rows.packed == "auto" and (platform or jax.default_backend()) != "cpu")
+    return Rows(rows.layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh))

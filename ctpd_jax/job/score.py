@@ -1,0 +1,214 @@
+"""Models of a job read its pairs: span log-probabilities, shard by shard; what is there already is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from ctpd_jax import preempt
+from ctpd_jax.annotate.scorer import Scorer, plain_item, score_pairs
+from ctpd_jax.annotate.store import Column, shard_ranges
+from ctpd_jax.data.loader import padding, plan_shapes
+from ctpd_jax.data.packing import Rows, in_words
+from ctpd_jax.data.rows import BatchShape, PairItem
+from ctpd_jax.errors import UserError
+from ctpd_jax.files import write_json
+from ctpd_jax.job import lineage
+from ctpd_jax.job.job import Job
+from ctpd_jax.job.models import decoder_of, dtype_of, text_of
+from ctpd_jax.job.pairs import Pairs, Split
+from ctpd_jax.job.recipe import packing, reading
+from ctpd_jax.job.table import base_dtype, columns
+from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
+from ctpd_jax.sharding import first_process, place_batch, place_rows, told_by_first
+from ctpd_jax.text.prepare import steered_prompt
+from ctpd_jax.train.loop import require_shapes
+from ctpd_jax.train.metrics import Progress
+from ctpd_jax.train.step import compiled_programs
+from ctpd_jax.workdir import read_json
+
+Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabilities of chosen and rejected, float32 [S]
+
+
+def score(
+    job: Job, pairs: Pairs, stages: Mapping[str, str], model: Model, dtype: str, instruction: str | None = None
+) -> dict[str, Measured]:
+    """Has the models that stages left read a split, in one pass.
+
+    Args:
+        stages: column -> stage; several only as adapters of one shape over one base.
+        model: whose tokens they read.
+        dtype: of their parameters.
+        instruction: put before every prompt.
+
+    Returns:
+        What each column holds. Shards that are on disk already, measured by the same models, are not read again.
+    """
+    home = _home(pairs.split)
+    name = f"{home}/{'+'.join(stages)}"
+
+    # 1. What is missing. One process says so: each from its own view of a shared folder could leave a shard to nobody.
+    def columns_of() -> dict[str, Column]:
+        return {one: _column(job, pairs, one, stage, model, dtype, instruction) for one, stage in stages.items()}
+
+    def look() -> tuple[int, list[int]]:
+        size = shard_size(job, pairs.split)
+        shards = len(shard_ranges(len(pairs.aligned), size))
+        missing: set[int] = set()
+        for column in columns_of().values():
+            missing.update(column.missing_shards(shards))
+        return size, sorted(missing)
+
+    size, missing = told_by_first(look)
+    ranges, found = shard_ranges(len(pairs.aligned), size), columns_of()
+
+    # 2. Each process reads its share; what one that died has left undone is missing again for those that come after.
+    missing = missing[jax.process_index() :: jax.process_count()]
+    with preempt.apart(f"{pairs.split}/{'+'.join(stages)} is measured"):
+        if missing:
+            _measure(job, pairs, stages, model, dtype, instruction, found, ranges, missing, name)
+
+    # 3. Everything that was measured, from disk.
+    measured = {}
+    for one, column in found.items():
+        values = [array for shard in range(len(ranges)) for array in column.read(shard)]
+        measured[one] = list(zip(values[::2], values[1::2], strict=True))
+    return measured
+
+
+def reference_of(job: Job, pairs: Pairs, stage: str, model: Model) -> Measured:
+    """What a stage's own start makes of the pairs: the same numbers that its policy begins with."""
+    name, dtype, sft = "reference" if model == "teacher" else "start", base_dtype(job.config, stage), f"{model}_sft"
+    if dtype != columns(job.config)[name].dtype:  # the annotations' column of that name is of another start
+        name = f"{name}_{dtype}"
+    return score(job, pairs, {name: sft}, model, dtype)[name]
+
+
+def shard_size(job: Job, split: Split) -> int:
+    """Pairs of a shard, as they were when the first one was begun: another setting would move every boundary."""
+    path, wanted = job.workdir / _home(split) / "shards.json", job.config.annotate.pairs_per_shard
+    if (known := read_json(path)) is None:
+        known = {"pairs_per_shard": wanted}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    if known["pairs_per_shard"] != wanted:
+        size = known["pairs_per_shard"]
+        job.say(f"{path.parent} keeps its shards of {size} pairs; annotate.pairs_per_shard is {wanted} now.")
+    return known["pairs_per_shard"]
+
+
+def _home(split: Split) -> str:
+    return "annotations" if split == "train" else "evaluation"
+
+
+def _column(job: Job, pairs: Pairs, name: str, stage: str, model: Model, dtype: str, instruction: str | None) -> Column:
+    identity = {
+        "params": lineage.identity(job, stage, model),
+        "model": model,
+        "weights": dtype,
+        "instruction": instruction,
+        "data": pairs.identity,
+        "compute": dtype_of(job.config, job.mesh),
+    }
+    # Held-out scores are cheap and follow whatever was trained last; annotations are not thrown away unasked.
+    return Column(job.workdir / _home(pairs.split), name, identity, pairs.split == "test", first_process())
+
+
+def _measure(
+    job: Job,
+    pairs: Pairs,
+    stages: Mapping[str, str],
+    model: Model,
+    dtype: str,
+    instruction: str | None,
+    found: Mapping[str, Column],
+    ranges: Sequence[range],
+    missing: Sequence[int],
+    name: str,
+) -> None:
+    """Reads the missing shards into their columns, on the devices of this process."""
+    # 1. The model's view of the pairs, in rows of a few shapes.
+    items, spans = items_of(job, pairs, model, instruction), spans_of(pairs.aligned, model)
+    rows, micro_batch = packing(job.config, job.own), job.config.annotate.micro_batch
+    shapes = plan_shapes(items, ranges, micro_batch, rows)
+    job.say(f"{name}: {in_words(padding(items, ranges[:16], micro_batch, rows, shapes))}")
+
+    # 2. The models.
+    scorer, program = reader(job, tuple(stages.values()), model, dtype)
+
+    # 3. Shard by shard: read, checked, written.
+    done = len(pairs.aligned) - sum(len(ranges[shard]) for shard in missing)
+    job.log.rewind(name, missing[0] - 1)
+    with Progress(len(pairs.aligned), f"{pairs.split}/{'+'.join(stages)}", done, unit="pair") as progress:
+        for shard in missing:
+            places = ranges[shard]
+            scores = read(scorer, items, places, spans, micro_batch, rows, shapes, progress.update)
+            for (one, column), own in zip(found.items(), scores, strict=True):
+                _check_finite(job, one, stages[one], pairs.aligned, places, own)
+                column.write(shard, [values for both in own for values in both])
+            compiled = compiled_programs(name, program, len(shapes))
+            job.log.log(name, shard, {"pairs": len(places), "compiled_programs": compiled})
+
+
+def reader(job: Job, stages: tuple[str, ...], model: Model, dtype: str) -> tuple[Scorer, Any]:
+    """The models that stages left, on this process's devices and ready to read, and the jitted program in it."""
+    mesh = job.own
+    recipe = reading(job.config, stages, model, dtype, decoder_of(job, model), mesh)
+    origin, adapters = lineage.finished(lineage.Files(job, mesh), job.config, stages, model, dtype)
+    base = require_shapes("+".join(stages), recipe.base, origin.params)
+    program = recipe.program()
+
+    def scorer(batch: Batch, slot_spans: Array) -> Array:
+        return program(adapters, base, place_batch(mesh, batch), place_rows(mesh, slot_spans))
+
+    return scorer, program
+
+
+def items_of(job: Job, pairs: Pairs, model: Model, instruction: str | None = None) -> list[PairItem]:
+    """One model's view of every pair; with an instruction, behind it."""
+    if instruction is None:
+        return [plain_item(pair, model) for pair in pairs.aligned]
+    text = text_of(job, model)
+    steered = partial(steered_prompt, instruction=instruction)
+    return [plain_item(pair, model, text.prompt(steered(pairs.raw[pair.id], pair.dropped))) for pair in pairs.aligned]
+
+
+def spans_of(pairs: Sequence[AlignedPair], model: Model) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The span ids of every pair's chosen and rejected tokens, int32 [T] each."""
+    return [(pair.tokens(model, CHOSEN).span_ids, pair.tokens(model, REJECTED).span_ids) for pair in pairs]
+
+
+def read(
+    scorer: Scorer,
+    items: Sequence[PairItem],
+    places: Sequence[int],
+    spans: Sequence[tuple[np.ndarray, np.ndarray]],
+    micro_batch: int,
+    rows: Rows,
+    shapes: Sequence[BatchShape],
+    done: Callable[[int], object] = lambda pairs: None,
+) -> list[Measured]:
+    """Each column's span log-probabilities of the pairs at `places`, in batches of planned shapes."""
+    some, own = [items[i] for i in places], [spans[i] for i in places]
+
+    def score(batch: Batch, slot_spans: Array) -> Array:
+        # Not after the shard: one of a large teacher takes longer than the grace of a preemption.
+        preempt.check("the shards that are written are kept")
+        return scorer(batch, slot_spans)
+
+    return score_pairs(score, some, own, micro_batch, rows, shapes, done)
+
+
+def _check_finite(
+    job: Job, name: str, stage: str, pairs: Sequence[AlignedPair], places: Sequence[int], scores: Measured
+) -> None:
+    for place, both in zip(places, scores):
+        if not all(np.isfinite(values).all() for values in both):
+            raise UserError(
+                f"{name}: a log-probability of pair {pairs[place].id} is not finite. Look at the model in "
+                f"{job.workdir / stage}; a training that diverged wants a lower config.{stage}.lr."
+            )

@@ -1,0 +1,158 @@
+"""What the stages are. A new stage is one entry here and one file in stages/, with `run(job, stage)` in it.
+
+Nothing heavy is imported: the command line reads this table before JAX is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+
+from ctpd_jax.schema import Model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run."""
+
+    name: str  # also its folder in the workdir and, where it trains, its section of the config
+    kind: str  # the file of stages/ that carries it out
+    command: str  # what runs it alone
+    says: str  # what it does
+    model: Model | None = None  # whose parameters it trains; None: config.weights names it, or nothing is trained
+    starts_from: str = "{model}_sft"  # the stage whose model it begins with; "": the user's checkpoint
+    reference: str = ""  # what its loss is held against: its own "start", or what the "store" has
+    row: str = ""  # its model in the table of the evaluation
+
+    @property
+    def trains(self) -> bool:
+        return self.kind in ("sft", "dpo", "train")
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "teacher_sft", "sft", "ctpd sft --model teacher", "the teacher on the chosen responses",
+            model="teacher", starts_from="", row="teacher",
+        ),
+        Stage(
+            "student_sft", "sft", "ctpd sft --model student", "the student on the chosen responses",
+            model="student", starts_from="", row="student_start",
+        ),
+        Stage(
+            "positive", "dpo", "ctpd dpo", "the better half of the contrastive pair",
+            reference="start", row="teacher_dpo",
+        ),
+        Stage(
+            "negative", "dpo", "ctpd dpo --reverse", "the worse half, with chosen and rejected swapped",
+            reference="start",
+        ),
+        Stage("annotate", "annotate", "ctpd annotate", "span log-probabilities of every model -> annotations/"),
+        Stage(
+            "student_dpo", "dpo", "ctpd dpo --student", "plain DPO of the student, for comparison",
+            model="student", reference="start", row="student_dpo",
+        ),
+        Stage(
+            "train", "train", "ctpd train", "CTPD of the student on the annotated pairs",
+            model="student", reference="store", row="ctpd",
+        ),
+        Stage("evaluate", "evaluate", "ctpd evaluate", "every model on the held-out pairs -> evaluation.json"),
+        Stage("export", "export", "ctpd export", "the trained student in Hugging Face format -> export/"),
+    )
+}  # fmt: skip
+TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
+
+
+# ------------------------------------------------------------------------------------------------ asked of a config
+
+
+def trained_model(config: ConfigDict, stage: str) -> Model:
+    """Whose parameters a stage trains."""
+    return STAGES[stage].model or config.weights[f"{stage}_scorer"]
+
+
+def starts_from(config: ConfigDict, stage: str) -> str:
+    """The stage whose model a training stage begins with; "" for the checkpoint that the user brought."""
+    return STAGES[stage].starts_from.format(model=trained_model(config, stage))
+
+
+def left_out(config: ConfigDict, stage: str) -> bool:
+    """Whether the config leaves a stage out; only those that train can be."""
+    if not STAGES[stage].trains:
+        return False
+    if stage in ("positive", "negative") and config.weights.source not in ("dpo", "sft"):
+        return True
+    return config[stage].steps == -1
+
+
+def is_sft(config: ConfigDict, stage: str) -> bool:
+    """Whether a stage learns single responses rather than pairs."""
+    return STAGES[stage].kind == "sft" or (stage in ("positive", "negative") and config.weights.source == "sft")
+
+
+def base_dtype(config: ConfigDict, stage: str) -> str:
+    """In which dtype a stage holds what it starts from: what is trained whole is float32."""
+    return config[stage].lora.base if config[stage].lora.rank else "float32"
+
+
+def reading_dtype(config: ConfigDict, model: Model) -> str:
+    """In which dtype a model's parameters are held where it only reads or answers."""
+    half = model == "teacher" and config.annotate.teacher_weights == "bfloat16"
+    return "bfloat16" if half else "float32"
+
+
+@dataclass(frozen=True)
+class Column:
+    """What annotation measures under one name."""
+
+    stage: str  # whose model reads
+    model: Model  # on whose tokens
+    dtype: str  # of its parameters
+    instruction: str | None = None  # put before the prompt
+
+
+def columns(config: ConfigDict) -> dict[str, Column]:
+    """The columns of the annotations: the reference, the student's start, and the contrastive pair."""
+    weights = config.weights
+    found = {
+        "reference": Column("teacher_sft", "teacher", reading_dtype(config, "teacher")),
+        # The start is what training begins with: its adapters' base has the dtype that it has there.
+        "start": Column("student_sft", "student", base_dtype(config, "train")),
+    }
+    for name, instruction in (("positive", weights.good_prompt), ("negative", weights.bad_prompt)):
+        model = weights[f"{name}_scorer"]
+        if weights.source in ("dpo", "sft"):
+            found[name] = Column(name, model, reading_dtype(config, model))
+        elif weights.source == "prompts":
+            stage = f"{model}_sft"
+            start = found["start"].dtype if model == "student" else reading_dtype(config, model)
+            found[name] = Column(stage, model, start, instruction)
+    return found
+
+
+def rows(config: ConfigDict) -> dict[str, tuple[str, Model]]:
+    """The models of the evaluation's table, the student's first: row -> the stage that left it, whose tokens it reads.
+
+    Starts are there also where their stage is left out. Of the contrastive pair only a teacher's DPO is a model that
+    somebody would use.
+    """
+    table: dict[str, tuple[str, Model]] = {}
+    for stage in STAGES.values():
+        if not stage.row:
+            continue
+        model = trained_model(config, stage.name)
+        start = stage.starts_from == ""
+        dpo_teacher = config.weights.source == "dpo" and model == "teacher"
+        if start or (not left_out(config, stage.name) and (stage.name != "positive" or dpo_teacher)):
+            table[stage.row] = (stage.name, model)
+    return dict(sorted(table.items(), key=lambda entry: entry[1][1] != "student"))
+
+
+def row_starts(config: ConfigDict) -> dict[str, str]:
+    """The rows that were trained from another one: row -> the row of its start."""
+    table = rows(config)
+    own = {stage: row for row, (stage, _) in table.items()}
+    starts = {row: starts_from(config, stage) for row, (stage, _) in table.items()}
+    return {row: own[start] for row, start in starts.items() if start}

@@ -1,0 +1,93 @@
+"""What every stage that trains does around its loop: is it finished, what does it begin with, what does it leave."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ctpd_jax.data.loader import steps_per_epoch
+from ctpd_jax.job import lineage
+from ctpd_jax.job.job import Job, fingerprint
+from ctpd_jax.job.models import decoder_of
+from ctpd_jax.job.table import base_dtype, left_out
+from ctpd_jax.models.decoder import Params
+from ctpd_jax.models.lora import init_adapters
+from ctpd_jax.sharding import barrier, first_process, told_by_first
+from ctpd_jax.train.checkpoint import save_params
+from ctpd_jax.train.loop import Recipe
+from ctpd_jax.workdir import begin, finish
+
+
+def steps_of(config: ConfigDict, stage: str, items: int) -> int:
+    """The updates of a stage: as many as the config says, or as its epochs give."""
+    settings = config[stage]
+    epoch = steps_per_epoch(items, settings.batch_size)
+    return settings.steps or max(1, round(settings.epochs * epoch))
+
+
+def finished_before(job: Job, recipe: Recipe, inputs: Mapping[str, Any]) -> bool:
+    """Whether the stage is done already; else its folder is open and says what it is made from.
+
+    Raises:
+        UserError: its folder was made from other things; names the first.
+    """
+    stage, config, directory = recipe.stage, job.config, job.workdir / recipe.stage
+    made_from = {
+        "settings": fingerprint(config, stage) | {"steps": recipe.steps},
+        "seed": config.seed,
+        "compute": recipe.compute.dtype,
+        "from": lineage.base_identity(job, stage, recipe.model),
+        **inputs,
+    }
+    # These change numbers by rounding alone: noted, and told where they differ.
+    noted = {"micro_batch": recipe.settings.micro_batch, "rows": config.rows.to_dict()}
+    if told_by_first(lambda: begin(directory, made_from, noted, job.say)) is None:
+        _say_rounded(job, recipe)
+        return False
+    if first_process():
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    job.say(f"{stage}: finished before.")
+    return True
+
+
+def _say_rounded(job: Job, recipe: Recipe) -> None:
+    sft = f"{recipe.model}_sft"
+    whole = recipe.stage != sft and not left_out(job.config, sft) and not job.config[sft].lora.rank
+    if whole and base_dtype(job.config, recipe.stage) == "bfloat16":
+        job.say(
+            f"{recipe.stage}: its base is {sft}'s result rounded to bfloat16, which drops what moved an entry by less "
+            f"than 0.2 %; adapters ({sft}.lora.rank) would be kept beside it."
+        )
+
+
+def parameters(job: Job, recipe: Recipe) -> tuple[Callable[[], Params], Params]:
+    """What a stage begins with, and what lies still under it: (initial parameters when they are asked for, frozen)."""
+    stage, config = recipe.stage, job.config
+    files = lineage.Files(job, job.mesh)
+    dtype = base_dtype(config, stage)
+    if not recipe.settings.lora.rank:  # asked for only where no checkpoint is there
+        return lambda: lineage.base(files, config, stage, dtype).params, {}
+    adapted = lineage.with_adapters(config, stage, decoder_of(job, recipe.model))
+    return partial(init_adapters, adapted, jax.random.key(config.seed)), lineage.base(
+        files, config, stage, dtype
+    ).params
+
+
+def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) -> None:
+    """Saves what was trained, then says that the stage is finished; its checkpoints are not needed any more."""
+    stage, directory = recipe.stage, job.workdir / recipe.stage
+    save_params(directory / "params", params, {"stage": stage, "steps": recipe.steps})
+    digest = lineage.params_digest(params)
+    if recipe.settings.lora.rank:  # adapters alone do not say which model this is
+        before = lineage.base_identity(job, stage, recipe.model)
+        digest = hashlib.sha256(f"{before} {digest}".encode()).hexdigest()
+    if first_process():
+        finish(directory, {"params": digest, "steps": recipe.steps, **figures})
+        shutil.rmtree(directory / "checkpoints")
+    barrier(f"{stage} is finished")

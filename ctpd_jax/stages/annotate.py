@@ -1,0 +1,214 @@
+"""Annotation: reference, contrastive pair and the student's start read the training pairs once, and the store keeps it.
+
+The store's manifest says what it was made from. Training compares it with what it can know without the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ctpd_jax import preempt
+from ctpd_jax.annotate.store import shard_ranges, to_record, write_store
+from ctpd_jax.data.loader import plan_shapes
+from ctpd_jax.files import sha256_file, write_json
+from ctpd_jax.job.job import Job, result
+from ctpd_jax.job.lineage import identity
+from ctpd_jax.job.models import decoder_of, dtype_of, text_digest, weights_digest
+from ctpd_jax.job.pairs import Pairs, load_pairs
+from ctpd_jax.job.recipe import packing, passes
+from ctpd_jax.job.score import Measured, items_of, read, reader, score, shard_size, spans_of
+from ctpd_jax.job.table import Column, columns, left_out
+from ctpd_jax.schema import SIDES
+from ctpd_jax.sharding import first_process
+from ctpd_jax.workdir import read_json
+
+
+def run(job: Job, stage: str) -> None:
+    config = job.config
+    pairs, asked = load_pairs(job, "train"), columns(config)
+
+    # 1. Does rounding leave anything of the weights? Before hours of reading, on a few pairs.
+    with preempt.apart("the first pairs are compared"):
+        if first_process():
+            compare_rounded(job, pairs)
+
+    # 2. Every column; adapters over one base in one pass.
+    decoders = {column.model: decoder_of(job, column.model) for column in asked.values()}
+    measured: dict[str, Measured] = {}
+    for together in passes(config, decoders):
+        first = asked[together[0]]
+        stages = {name: asked[name].stage for name in together}
+        measured |= score(job, pairs, stages, first.model, first.dtype, first.instruction)
+
+    # 3. The store: pairs and columns in one place, in the order of the pairs.
+    with preempt.apart("the store is written"):
+        if first_process():
+            write(job, pairs, {name: measured[name] for name in asked})
+
+
+def write(job: Job, pairs: Pairs, measured: Mapping[str, Measured]) -> None:
+    """What every model made of the training pairs -> the store."""
+
+    def record(i: int) -> dict:
+        scores = {SIDES[side]: {name: column[i][side] for name, column in measured.items()} for side in range(2)}
+        return to_record(pairs.aligned[i], scores)
+
+    def records(shard: int, part: range) -> Iterator[dict]:
+        preempt.check(f"everything is measured, {shard} shards of the store are written")
+        return map(record, part)
+
+    folder = job.workdir / "annotations"
+    ranges = shard_ranges(len(pairs.aligned), shard_size(job, "train"))
+    write_store(folder, ranges, records, list(measured), manifest(job, pairs))
+    job.say(f"annotate: {len(pairs.aligned)} pairs in {folder}, measured by {', '.join(measured)}.")
+
+
+# ------------------------------------------------------------------------------------------------ what it is made from
+
+
+def manifest(job: Job, pairs: Pairs) -> dict[str, Any]:
+    """What the annotations were made from: what was measured, by digest, and what asked for it."""
+    config = job.config
+    asked = columns(config)
+    data = ("limit", "columns", "ignore", "ranked", "strip_template", *pairs.identity)
+    return {
+        "settings": {
+            "data": _data_settings(config, data),
+            "scorers": _scorers(asked),
+            "weights_source": config.weights.source,
+        },
+        "source": source_of(config),
+        "compute": dtype_of(config, job.mesh),
+        "student": _student(job),
+        "data": pairs.identity,
+        "measured_by": {name: identity(job, column.stage, column.model) for name, column in asked.items()},
+    } | teacher_identity(job)
+
+
+def known_without_teacher(job: Job, stored: Mapping) -> dict[str, Any]:
+    """The part of the manifest that training can check with the student and the config alone, given the stored one.
+
+    Settings are compared where nothing measured is at hand; of a model that is, its digest. What needs no contrastive
+    pair takes a store that has one.
+    """
+    config, asked = job.config, columns(job.config)
+    settings: dict[str, Any] = {
+        "data": _data_settings(config, stored.get("settings", {}).get("data", ())),
+        "scorers": _scorers(asked),
+    }
+    if config.weights.source not in ("uniform", "random"):
+        settings["weights_source"] = config.weights.source
+    at_hand = {}
+    for name, column in asked.items():
+        student = column.model == "student"
+        if student if left_out(config, column.stage) else result(job, column.stage) is not None:
+            at_hand[name] = identity(job, column.stage, column.model)
+    return {
+        "settings": settings,
+        "source": same_source(config, stored.get("source", {})),
+        "compute": dtype_of(config, job.mesh),
+        "student": _student(job),
+        "measured_by": at_hand,
+    }
+
+
+def teacher_identity(job: Job) -> dict[str, Any]:
+    """The teacher's part of the manifest: checked wherever the teacher's folder can be read."""
+    return {"teacher": text_digest(job, "teacher") | {"weights": weights_digest(job, "teacher")}}
+
+
+def teacher_is_here(config: ConfigDict) -> bool:
+    path = config.teacher.path
+    return Path(path).expanduser().is_dir() if path else config.data.train == "toy"
+
+
+def compared(manifest: Mapping) -> dict[str, Any]:
+    """What of a store's manifest decides its numbers beyond rounding: the versions and the shards do not."""
+    told = ("written_with", "shards", "shard_pairs", "metadata")
+    return {name: value for name, value in manifest.items() if name not in told}
+
+
+def source_of(config: ConfigDict) -> dict[str, Any]:
+    """Where the training pairs come from; of a file that is there, also its SHA-256."""
+    if config.data.train == "toy":
+        return {"train": "toy", "seed": config.seed, **config.toy.to_dict()}
+    found, path = {"train": config.data.train, "split": config.data.train_split}, Path(config.data.train).expanduser()
+    return found | {"sha256": sha256_file(path)} if path.is_file() else found
+
+
+def same_source(config: ConfigDict, stored: Mapping) -> dict[str, Any]:
+    """What the manifest has to say of the data: of a file its bytes, wherever it lies, else its name."""
+    found = source_of(config)
+    if "sha256" in found and "sha256" in stored:
+        return {"sha256": found["sha256"]} if found["sha256"] == stored["sha256"] else found
+    return {name: value for name, value in found.items() if name != "sha256"}
+
+
+def _student(job: Job) -> dict[str, Any]:
+    return text_digest(job, "student") | {"start": identity(job, "student_sft", "student")}
+
+
+def _data_settings(config: ConfigDict, names: Iterable[str]) -> dict[str, Any]:
+    """The settings of the data that decide its pairs, among `names`."""
+    return {name: value for name, value in config.data.to_dict().items() if name in names}
+
+
+def _scorers(asked: Mapping[str, Column]) -> dict[str, Any]:
+    """Of every column, what was asked of the model that measured it."""
+    return {
+        name: {"tokens": column.model, "instruction": column.instruction, "weights": column.dtype}
+        for name, column in asked.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ rounding
+
+
+def compare_rounded(job: Job, pairs: Pairs) -> None:
+    """Reads the first pairs with the contrastive pair as it was trained and as it will be read, and tells what is left.
+
+    Adapters stay what they are over a rounded base. A pair that was trained whole is rounded itself: where training
+    moved it by less than that, log pi+ - log pi- is mostly the rounding.
+    """
+    # 1. Which of the two are rounded at all, and was that looked at before?
+    config, path = job.config, job.workdir / "annotations" / "rounded.json"
+    both = {name: column for name, column in columns(config).items() if name in ("positive", "negative")}
+    rounded = {
+        name: column
+        for name, column in both.items()
+        if not column.stage.endswith("_sft") and not config[column.stage].lora.rank and column.dtype != "float32"
+    }
+    count = config.annotate.compared_pairs
+    measured = {"pairs": count, **{name: identity(job, c.stage, c.model) for name, c in rounded.items()}}
+    if not rounded or not count or (read_json(path) or {}).get("measured") == measured:
+        return
+
+    # 2. The first pairs in float32 and as they will be read, one model after the other: two may not fit.
+    ratios, places = [], range(min(count, len(pairs.aligned)))
+    rows, micro_batch = packing(config, job.own), config.annotate.micro_batch
+    for wide in (True, False):
+        sums: list[np.ndarray] = []
+        for column in both.values():
+            items = items_of(job, pairs, column.model)
+            scorer, _ = reader(job, (column.stage,), column.model, "float32" if wide else column.dtype)
+            shapes = plan_shapes(items, [places], micro_batch, rows)
+            (found,) = read(scorer, items, places, spans_of(pairs.aligned, column.model), micro_batch, rows, shapes)
+            sums.append(np.concatenate([values for sides in found for values in sides]))
+            del scorer  # and its model
+        ratios.append(sums[0] - sums[1])
+
+    # 3. Where rounding leaves nothing the ratio is flat, and has no correlation with anything.
+    flat = any(np.ptp(ratio) == 0 for ratio in ratios)
+    correlation = 0.0 if flat else float(np.corrcoef(ratios)[0, 1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"measured": measured, "correlation": correlation})
+    job.say(
+        f"The contrastive pair in bfloat16: over {len(places)} pairs log pi+ - log pi- correlates "
+        f"{correlation:.3f} with that of float32."
+        + (" Most of it is rounding: set annotate.teacher_weights=float32." if not correlation > 0.9 else "")
+    )

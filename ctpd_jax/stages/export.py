@@ -1,0 +1,108 @@
+"""Export: the trained student as a Hugging Face model folder with a card, and its adapters where they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax
+
+import ctpd_jax
+from ctpd_jax import preempt
+from ctpd_jax.annotate.store import MANIFEST
+from ctpd_jax.files import write_json
+from ctpd_jax.job import lineage
+from ctpd_jax.job.job import Job, result
+from ctpd_jax.job.models import decoder_of, folder, text_of
+from ctpd_jax.job.table import TRAINED, left_out, rows
+from ctpd_jax.models.hf import save_hf
+from ctpd_jax.models.lora import save_peft
+from ctpd_jax.report.card import model_card
+from ctpd_jax.sharding import first_process
+from ctpd_jax.text.templates import told_source
+from ctpd_jax.workdir import read_json
+
+
+def run(job: Job, stage: str) -> None:
+    with preempt.apart("the export is written"):
+        if first_process():
+            write(job)
+
+
+def write(job: Job) -> None:
+    """Writes the folders, unless they are there and made from the same model, template, card and settings."""
+    config, table = job.config, rows(job.config)
+    row = "ctpd" if "ctpd" in table else "student_start"
+    stage, model = table[row]
+    directory, adapters = job.workdir / "export", job.workdir / "adapters"
+
+    # 1. What it is made from. The marker lies beside the folder, which holds a model and nothing else.
+    text, card, marker = text_of(job, model), card_of(job, row), job.workdir / "export.json"
+    inputs = {
+        "params": lineage.identity(job, stage, model),
+        "template": text.template.fingerprint,
+        "card": hashlib.sha256(card.encode("utf-8", errors="replace")).hexdigest(),
+        **config.export.to_dict(),
+    }
+    gone = config.export.adapters and not adapters.is_dir()
+    if read_json(marker) != inputs or not directory.is_dir() or gone:
+        files, decoder = lineage.Files(job, job.own), decoder_of(job, model)
+
+        # 2. The model. Who serves it must stop where it was trained to stop, and ask as it was asked.
+        stops = tuple(dict.fromkeys((*decoder.eos_ids, text.end_of_turn)))
+        save_hf(
+            directory,
+            dataclasses.replace(decoder, eos_ids=stops),
+            lineage.merged(files, config, stage, model),
+            folder(job, model),
+            dtype=config.export.dtype,
+            chat_template=told_source(text.template) if text.template.kind == "chat" else None,
+            card=card,
+        )
+        if not opens_as_it_is(directory):
+            job.say(
+                "AutoTokenizer of transformers 5 builds the tokenizer of this kind of model anew and splits text "
+                f"otherwise than {directory / 'tokenizer.json'}: open it with PreTrainedTokenizerFast.from_pretrained."
+            )
+
+        # 3. The adapters, for the checkpoint that the user brought.
+        if config.export.adapters:
+            base = config[model].path or str(folder(job, model))
+            save_peft(adapters, lineage.with_adapters(config, stage, decoder), files.adapters(stage), base)
+        write_json(marker, inputs)
+    job.say(f"The student in Hugging Face format: {directory}")
+    if config.export.adapters:
+        job.say(f"Its adapters, for PEFT: {adapters}")
+
+
+def opens_as_it_is(directory: Path) -> bool:
+    """Whether AutoTokenizer of an exported folder gives the ids of its tokenizer.json, where splits tell."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    if not (directory / "tokenizer.json").exists():
+        return True
+    opened = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    core = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    texts = ["It's 1234567 x.cat(a_b)\n\n\n  DON'T\t\tnaïve 你好 12.5%", " two  spaces\r\n", "Ünïcödé e\u0301 \u00a0x"]
+    bare = {"add_special_tokens": False}
+    return all(opened.encode(text, **bare) == core.encode(text, **bare).ids for text in texts)
+
+
+def card_of(job: Job, row: str) -> str:
+    """The model card of a row of the table. An evaluation is told only if it was of these very parameters."""
+    config, (stage, model) = job.config, rows(job.config)[row]
+    measured = read_json(job.workdir / "evaluation" / "samples" / f"{row}.json")
+    fresh = measured is not None and measured["inputs"]["params"] == lineage.identity(job, stage, model)
+    annotated = read_json(job.workdir / "annotations" / MANIFEST)
+    results = {name: result(job, name) for name in TRAINED if not left_out(config, name)}
+    return model_card(
+        config.to_dict(),
+        row,
+        updates={name: found["steps"] for name, found in results.items() if found is not None},
+        pairs=annotated["data"]["count"] if annotated else None,
+        template=text_of(job, model).template.kind,
+        evaluation=read_json(job.workdir / "evaluation.json") if fresh else None,
+        versions={"ctpd-jax": ctpd_jax.__version__, "jax": jax.__version__},
+    )

@@ -1,0 +1,127 @@
+"""`ctpd generate`, and the answers in an evaluation: a model of the run, or any model folder, is asked."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from ctpd_jax import preempt
+from ctpd_jax.errors import UserError
+from ctpd_jax.job import lineage
+from ctpd_jax.job.job import Job
+from ctpd_jax.job.models import dtype_of, text_of
+from ctpd_jax.job.table import reading_dtype, rows
+from ctpd_jax.models.config import DecoderConfig
+from ctpd_jax.models.decoder import Params
+from ctpd_jax.models.generate import cut_at_stop, generate
+from ctpd_jax.models.hf import load_hf, model_directory
+from ctpd_jax.models.hf_config import read_config
+from ctpd_jax.models.lora import join
+from ctpd_jax.schema import Message, Model
+from ctpd_jax.text.prompts import TextModel, load_text_model
+
+SAMPLED_TOGETHER = 64  # prompts in one batch: what the cache of keys and values has room for
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; see `generate`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()  # an answer is cut before the first of these texts
+    seed: int = 0
+
+
+def sampling_of(arguments: argparse.Namespace, seed: int) -> Sampling:
+    """What the command line asks for; `seed` where it names none."""
+    seed = seed if arguments.seed is None else arguments.seed
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must lie between 0 and 2^32 - 1, but is {seed}.")
+    return Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.top_k, tuple(arguments.stop), seed
+    )
+
+
+def answer(job: Job, row: str, prompts: Sequence[str], sampling: Sampling) -> None:
+    """Prints the answers of one of the run's models."""
+    table = rows(job.config)
+    if row not in table:
+        raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
+    stage, model = table[row]
+    decoder, params = reading_model(job, stage, model)
+    _print_answers(text_of(job, model), decoder, params, prompts, sampling, dtype_of(job.config, job.mesh))
+
+
+def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling) -> None:
+    """Prints the answers of a model in Hugging Face format, a folder or a hub id."""
+    folder = model_directory(path_or_repo)
+    read_config(folder)  # says what the folder is, before anything of it is opened
+    text = load_text_model(str(folder))
+    _print_answers(text, *load_hf(folder), prompts, sampling)
+
+
+def reading_model(job: Job, stage: str, model: Model) -> tuple[DecoderConfig, Params]:
+    """The model that a stage left, on this process's devices, its adapters beside what they were trained on."""
+    files = lineage.Files(job, job.own)
+    origin, stacked = lineage.finished(files, job.config, (stage,), model, reading_dtype(job.config, model))
+    own = jax.tree.map(lambda leaf: leaf[0], stacked)
+    return origin.decoder, join(origin.params, own)
+
+
+def sample(
+    text: TextModel,
+    decoder: DecoderConfig,
+    params: Params,
+    prompts: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    dtype: str | None = None,
+) -> list[str]:
+    """Draws one answer to each prompt, as text; `dtype` is that of the products, by default the parameters' own."""
+    key = jax.random.key(sampling.seed)
+
+    def spell(ids: list[int]) -> str:
+        return text.tokenizer.hf.decode(ids, skip_special_tokens=True)
+
+    answers: list[str] = []
+    for first in range(0, len(prompts), SAMPLED_TOGETHER):
+        preempt.check("the answers of the models before are kept")
+        found = generate(
+            decoder,
+            params,
+            [text.prompt(prompt).tolist() for prompt in prompts[first : first + SAMPLED_TOGETHER]],
+            sampling.max_new_tokens,
+            sampling.temperature,
+            sampling.top_p,
+            key=jax.random.fold_in(key, first),
+            stop_ids=(text.end_of_turn, *decoder.eos_ids),
+            top_k=sampling.top_k,
+            stop_strings=sampling.stop,
+            decode=spell if sampling.stop else None,
+            compute_dtype=dtype,
+        )
+        answers += [cut_at_stop(spell(ids), sampling.stop) for ids in found]
+    return answers
+
+
+def _print_answers(
+    text: TextModel,
+    decoder: DecoderConfig,
+    params: Params,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    dtype: str | None = None,
+) -> None:
+    """The answer alone, or each of several under its prompt."""
+    answers = sample(text, decoder, params, [[Message("user", prompt)] for prompt in prompts], sampling, dtype)
+    if len(prompts) == 1:
+        print(answers[0])
+        return
+    asked = [textwrap.indent(prompt, "> ", lambda line: True) for prompt in prompts]
+    print("\n\n".join(f"{prompt}\n{answer}" for prompt, answer in zip(asked, answers)))

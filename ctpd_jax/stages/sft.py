@@ -1,0 +1,61 @@
+"""Supervised fine-tuning: the teacher, or the student, learns the chosen responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ctpd_jax.data.loader import plan_updates
+from ctpd_jax.data.packing import in_words
+from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.job.job import Job
+from ctpd_jax.job.models import decoder_of
+from ctpd_jax.job.pairs import load_pairs
+from ctpd_jax.job.recipe import packing, recipe
+from ctpd_jax.job.table import left_out, trained_model
+from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
+from ctpd_jax.schema import CHOSEN, AlignedPair, Model
+from ctpd_jax.train.loop import train
+
+
+def run(job: Job, stage: str) -> None:
+    config, settings = job.config, job.config[stage]
+    if left_out(config, stage):  # what comes after it starts from the user's checkpoint
+        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
+        return
+
+    # 1. What is learnt: the chosen responses.
+    model = trained_model(config, stage)
+    pairs = load_pairs(job, "train")
+    items = response_items(pairs.aligned, model, CHOSEN)
+
+    # 2. What is executed. Refuses here, before anything is loaded, what cannot be trained.
+    steps = steps_of(config, stage, len(items))
+    what = recipe(config, stage, decoder_of(job, model), job.mesh, steps)
+
+    # 3. Is it finished, or begun from the same things?
+    if finished_before(job, what, {"data": pairs.identity}):
+        return
+
+    # 4. Which items every update sees, in rows of a few shapes.
+    rows = packing(config, job.mesh)
+    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
+    job.say(f"{stage}: {in_words(updates.padding)}")
+
+    # 5. The loop, from the newest checkpoint if there is one.
+    initial, frozen = parameters(job, what)
+    checkpoints = job.workdir / stage / "checkpoints"
+    params = train(what, checkpoints, initial, frozen, updates, job.log, log_every=config.log_every)
+
+    # 6. What later stages need.
+    leave(job, what, params, {})
+
+
+def response_items(pairs: Sequence[AlignedPair], model: Model, side: int) -> list[PairItem]:
+    """The responses of one side, every token counting once."""
+    items = []
+    for pair in pairs:
+        ids = pair.tokens(model, side).ids
+        items.append(PairItem(pair.prompt(model), ScoredResponse(ids, np.ones(len(ids), np.float32)), None))
+    return items

@@ -1,0 +1,66 @@
+"""CTPD of the student (arXiv 2601.11865), on what annotation has written.
+
+The return of a response is r = sum_t a_span(t) log pi_theta(y_t) - c: the weights a come from the contrastive pair, the
+constant c from the reference, and both are in the store. So no teacher is loaded here, and its folder need not be on
+this machine. The loss is `train.loop.preference_sums`, its formulas are in `core.losses`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from ctpd_jax.annotate.coefficients import training_items
+from ctpd_jax.annotate.store import MANIFEST, open_store
+from ctpd_jax.data.loader import plan_updates
+from ctpd_jax.data.packing import in_words
+from ctpd_jax.files import canonical_json
+from ctpd_jax.job.job import Job
+from ctpd_jax.job.models import decoder_of
+from ctpd_jax.job.recipe import packing, recipe
+from ctpd_jax.job.table import left_out
+from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
+from ctpd_jax.sharding import patiently
+from ctpd_jax.stages.annotate import compared, known_without_teacher, teacher_identity, teacher_is_here
+from ctpd_jax.train.loop import train
+from ctpd_jax.workdir import read_json
+
+
+def run(job: Job, stage: str) -> None:
+    config, settings, folder = job.config, job.config[stage], job.workdir / "annotations"
+    if left_out(config, stage):
+        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
+        return
+
+    # 1. The store, held against everything that this machine knows of what it should have been made from.
+    stored = patiently(lambda: read_json(folder / MANIFEST)) or {}
+    expected = known_without_teacher(job, stored)
+    if teacher_is_here(config):
+        expected |= teacher_identity(job)
+    store = open_store(folder, expected)
+
+    # 2. What is learnt: the student's tokens with their weights, and one constant a response.
+    examples = [store[i] for i in range(len(store))]
+    items, figures = training_items(examples, config.weights, settings, config.seed)
+
+    # 3. What is executed.
+    steps = steps_of(config, stage, len(items))
+    what = recipe(config, stage, decoder_of(job, "student"), job.mesh, steps)
+
+    # 4. Is it finished, or begun from the same things?
+    weights = {name: value for name, value in config.weights.to_dict().items() if not name.endswith("_prompt")}
+    annotations = hashlib.sha256(canonical_json(compared(store.manifest))).hexdigest()
+    if finished_before(job, what, {"weights": weights, "annotations": annotations}):
+        return
+
+    # 5. Which items every update sees, in rows of a few shapes.
+    rows = packing(config, job.mesh)
+    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
+    job.say(f"{stage}: {in_words(updates.padding)}")
+
+    # 6. The loop, from the newest checkpoint if there is one.
+    initial, frozen = parameters(job, what)
+    checkpoints = job.workdir / stage / "checkpoints"
+    params = train(what, checkpoints, initial, frozen, updates, job.log, figures, config.log_every)
+
+    # 7. What evaluation and export need.
+    leave(job, what, params, figures)
