@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
+from ctpd_jax.data.loader import batch_indices, plan_shapes, plan_updates
 from ctpd_jax.data.packing import (
     SAMPLE,
     Rows,
@@ -97,8 +97,9 @@ def test_the_planned_shapes_take_every_micro_batch(
     for shape in shapes:
         assert shape.rows % row_multiple == shape.length % 8 == shape.scored % 8 == 0
         assert shape.scored <= shape.length
-    batches = update_batches(items, seed, batch_size, micro_batch, rows, shapes)
-    assert plan_shapes(items, updates, micro_batch, rows) == shapes
+    planned = plan_updates(items, seed, 5, batch_size, micro_batch, rows)
+    batches = planned.batches
+    assert planned.shapes == shapes
     for step, expected in enumerate(updates):
         seen: list[int] = []
         for batch in batches(step):

@@ -13,19 +13,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from recipes import recipe_of
 from tiny import CONFIGS
 
-from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
+from ctpd_jax.data.loader import plan_updates
 from ctpd_jax.data.packing import Rows
 from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.job.lineage import params_digest
+from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import init_params, param_shapes
 from ctpd_jax.models.lora import adapter_shapes, init_adapters, with_lora
-from ctpd_jax.run import params_digest
 from ctpd_jax.settings import preference
 from ctpd_jax.sharding import make_mesh, row_devices, shard_shapes
 from ctpd_jax.train.loop import train
 from ctpd_jax.train.metrics import MetricLog, read_metrics
-from ctpd_jax.train.step import Compute, Objective, preference_sums
+from ctpd_jax.train.step import Objective, preference_sums
 
 MESHES = {
     "1": {"data": 1, "fsdp": 1, "tensor": 1},
@@ -62,28 +64,24 @@ def run(name, sizes, layout, workdir, lora=False):
     items = pairs(config)
     rows = Rows(layout, True, 1, 8, 0, row_devices(mesh))
     settings = preference(3e-3, 0.1, batch_size=8, micro_batch=8)
-    updates = [batch_indices(0, step, len(items), 8) for step in range(STEPS)]
-    shapes = plan_shapes(items, updates, 8, rows)
-    batches = update_batches(items, 0, 8, 8, rows, shapes)
+    updates = plan_updates(items, 0, STEPS, 8, 8, rows)
     base = jax.jit(partial(init_params, config), out_shardings=jax.tree.map(
         lambda leaf: leaf.sharding, shard_shapes(mesh, param_shapes(config))))(jax.random.key(1))  # fmt: skip
-    initial, abstract, frozen, trained = (lambda: base), param_shapes(config), None, config
+    initial, shapes, frozen, trained = (lambda: base), param_shapes(config), {}, config
     if lora:
         trained = with_lora(config, 4, 8.0)
-        initial, abstract, frozen = partial(init_adapters, trained, jax.random.key(2)), adapter_shapes(trained), base
+        initial, shapes, frozen = partial(init_adapters, trained, jax.random.key(2)), adapter_shapes(trained), base
     with MetricLog(workdir) as log:
-        params = train(
-            "train", workdir / "checkpoints", settings, STEPS, initial, abstract,
-            partial(preference_sums, trained, Objective(0.1), Compute(mesh=mesh)),
-            batches, len(shapes), log, frozen=frozen, mesh=mesh,
-        )  # fmt: skip
+        loss = partial(preference_sums, trained, Objective(0.1), Compute(mesh=mesh))
+        recipe = recipe_of(loss, shapes, settings, STEPS, param_shapes(config) if lora else {}, mesh, "train")
+        params = train(recipe, workdir / "checkpoints", initial, frozen, updates, log)
     lines = read_metrics(workdir, "train")
     leaf = params["model"]["layers"]["mlp"]["up_proj"]["lora_a" if lora else "weight"]
     return {
         "loss": [line["loss"] for line in lines],
         "margin": [line["rewards/margins"] for line in lines],
         "programs": lines[-1]["compiled_programs"],
-        "shapes": len(shapes),
+        "shapes": len(updates.shapes),
         "digest": params_digest(params),
         "share": leaf.addressable_shards[0].data.size / leaf.size,
     }

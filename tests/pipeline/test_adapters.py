@@ -5,14 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ctpd_jax.run import Run
 
+from ctpd_jax.annotate.scorer import make_scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import open_store
-from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.models.lora import load_peft
-from ctpd_jax.run import Run
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import MetricLog, read_metrics

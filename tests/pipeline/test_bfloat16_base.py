@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ctpd_jax.run import Run
 
 from ctpd_jax import stages as stages_module
+from ctpd_jax.annotate.scorer import make_scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import open_store
-from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.hf import load_hf
-from ctpd_jax.run import Run
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 from ctpd_jax.settings import check_config
 from ctpd_jax.stages import read_together

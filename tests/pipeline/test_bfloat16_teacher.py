@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ctpd_jax.assess import Sampling, reading_model, sample
+from ctpd_jax.run import Run
 
 from ctpd_jax import run as run_module
 from ctpd_jax.annotate.store import open_store
-from ctpd_jax.assess import Sampling, reading_model, sample
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.decoder import hidden_states, unembedding
 from ctpd_jax.models.lora import merge, split
-from ctpd_jax.run import Run
 from ctpd_jax.schema import SIDES
 from ctpd_jax.train.checkpoint import load_params, save_params
 from ctpd_jax.train.metrics import MetricLog

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recipes import recipe_of, updates_of
 
 from ctpd_jax import cli, preempt
 from ctpd_jax.schema import Batch, RowLayout
@@ -76,16 +77,16 @@ def test_the_second_signal_kills():
 
 
 def test_the_command_line_says_it_in_a_sentence(tmp_path, capsys, monkeypatch):
-    def stage(run):
+    def stage(job, name):
         signal.raise_signal(signal.SIGTERM)
         preempt.check("2 shards are kept")
 
-    monkeypatch.setattr("ctpd_jax.pipeline.STAGES", {"annotate": stage, "evaluate": stage})
+    monkeypatch.setattr("ctpd_jax.stages.evaluate.run", stage)
     arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run")]
     assert cli.main(["evaluate", *arguments]) == preempt.EXIT_CODE == 75
     error = capsys.readouterr().err
     assert "ctpd evaluate: stopped in evaluate: 2 shards are kept. The same command goes on from there.\n" in error
-    monkeypatch.setattr("ctpd_jax.pipeline.STAGES", {"evaluate": lambda run: signal.raise_signal(signal.SIGTERM)})
+    monkeypatch.setattr("ctpd_jax.stages.evaluate.run", lambda job, name: signal.raise_signal(signal.SIGTERM))
     assert cli.main(["evaluate", *arguments]) == 0  # it was finished before anybody looked
 
 
@@ -119,7 +120,8 @@ def quadratic(directory: Path, sigterm_at: int | None = None) -> np.ndarray:
     shapes = {"model": {"norm": {"weight": jax.ShapeDtypeStruct((4,), jnp.float32)}}}
     settings = training(lr=0.1, save_every=2)
     with preempt.listening(), Log(directory, tensorboard=False) as log:
-        params = train("stage", directory / "checkpoints", settings, STEPS, initial, shapes, sums_of, batches, 1, log)
+        recipe = recipe_of(sums_of, shapes, settings, STEPS)
+        params = train(recipe, directory / "checkpoints", initial, {}, updates_of(batches, 1), log)
     return np.asarray(params["model"]["norm"]["weight"])
 
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ctpd_jax.measure import reference_of, score_column
+from ctpd_jax.run import Run, params_digest
 
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.cli import load_config
 from ctpd_jax.data.rows import BatchShape, build_batch, unit_needs
-from ctpd_jax.measure import reference_of, score_column
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.lora import init_adapters, join
-from ctpd_jax.run import Run, params_digest
 from ctpd_jax.schema import SIDES
 from ctpd_jax.settings import base_dtype, check_config
 from ctpd_jax.stages import dpo_items

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recipes import recipe_of, updates_of
 
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import training
@@ -31,10 +32,9 @@ def test_a_shape_too_many_stops_the_training(tmp_path, planned):
     shapes = {"model": {"norm": {"weight": jax.ShapeDtypeStruct((4,), jnp.float32)}}}
 
     def run(log: MetricLog) -> None:
-        train(
-            "stage", tmp_path / "checkpoints", training(lr=0.1), len(LENGTHS),
-            lambda: {"model": {"norm": {"weight": jnp.arange(4.0)}}}, shapes, sums_of, batches, planned, log,
-        )  # fmt: skip
+        recipe = recipe_of(sums_of, shapes, training(lr=0.1), len(LENGTHS))
+        initial = {"model": {"norm": {"weight": jnp.arange(4.0)}}}
+        train(recipe, tmp_path / "checkpoints", lambda: initial, {}, updates_of(batches, planned), log)
 
     with MetricLog(tmp_path, tensorboard=False) as log:
         if planned == 3:
