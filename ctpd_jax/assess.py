@@ -15,18 +15,18 @@ import jax
 import numpy as np
 
 import ctpd_jax
-from ctpd_jax import preempt
 from ctpd_jax.annotate.coefficients import span_values
 from ctpd_jax.annotate.store import MANIFEST, open_store
+from ctpd_jax.artifacts import canonical_json, read_json, write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.evaluate.preferences import compare
-from ctpd_jax.files import canonical_json, write_json
 from ctpd_jax.measure import Measured, score_column
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.generate import cut_at_stop, generate
 from ctpd_jax.models.hf import load_hf, model_directory, save_hf
 from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.models.lora import join, save_peft
+from ctpd_jax.processes import preempt
 from ctpd_jax.report import show
 from ctpd_jax.report.card import model_card
 from ctpd_jax.report.html import write_report
@@ -41,7 +41,6 @@ from ctpd_jax.toy.recovery import recovery
 from ctpd_jax.toy.world import true_reward
 from ctpd_jax.train.metrics import read_metrics
 from ctpd_jax.train.step import Params
-from ctpd_jax.workdir import read_json
 
 STARTS = {"student_dpo": "student_start", "ctpd": "student_start", "teacher_dpo": "teacher"}
 SAMPLED_TOGETHER = 64  # prompts in one batch: what the cache of keys and values has room for

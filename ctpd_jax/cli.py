@@ -17,8 +17,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
+from ctpd_jax.processes import preempt
 from ctpd_jax.settings import TRAINED, check_config, default_config
 
 COMMANDS = {

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctpd_jax import preempt
 from ctpd_jax.annotate.store import Column, shard_ranges
 from ctpd_jax.annotate.teacher import Scorer, make_scorer, plain_item, score_pairs
+from ctpd_jax.artifacts import read_json, write_json
 from ctpd_jax.data.loader import padding, plan_shapes
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import BatchShape, PairItem
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import write_json
+from ctpd_jax.processes import preempt
 from ctpd_jax.run import Run, Split
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
 from ctpd_jax.settings import base_dtype
@@ -24,7 +24,6 @@ from ctpd_jax.sharding import first_process, place_batch, place_rows, told_by_fi
 from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.metrics import Progress
 from ctpd_jax.train.step import Params, compiled_programs
-from ctpd_jax.workdir import read_json
 
 Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabilities of chosen and rejected, float32 [S]
 

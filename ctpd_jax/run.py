@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ctpd_jax.artifacts import read_json, require_same, sha256_file, write_json
 from ctpd_jax.data.packing import Rows
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import sha256_file, write_json
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import load_hf, model_directory
@@ -48,7 +48,6 @@ from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import MetricLog
 from ctpd_jax.train.step import Compute, Params
-from ctpd_jax.workdir import read_json, require_same
 
 Split = Literal["train", "test"]
 RULES = 2  # raise it when ctpd_jax/text/ makes other tokens or spans of the same pairs

@@ -12,17 +12,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctpd_jax import preempt
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.annotate.store import MANIFEST, open_store, shard_ranges, to_record, write_store
+from ctpd_jax.artifacts import begin, canonical_json, finish, read_json, sha256_file
 from ctpd_jax.data.loader import batch_indices, padding, plan_shapes, steps_per_epoch, update_batches
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import canonical_json, sha256_file
 from ctpd_jax.measure import Measured, compare_rounded, reference_of, score_together, shard_size, weights_of
 from ctpd_jax.models.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes, init_adapters
+from ctpd_jax.processes import preempt
 from ctpd_jax.run import Run, dtype_of, params_digest
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, AlignedPair, Model
 from ctpd_jax.settings import base_dtype, learns_responses, trained_model
@@ -30,7 +30,6 @@ from ctpd_jax.sharding import barrier, first_process, patiently, told_by_first
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.loop import train
 from ctpd_jax.train.step import Objective, Params, preference_sums, sft_sums
-from ctpd_jax.workdir import begin, finish, read_json
 
 # ------------------------------------------------------------------------------------------------ training
 

@@ -25,11 +25,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ctpd_jax.artifacts import (
+    PARTIAL,
+    first_difference,
+    local_path,
+    read_json,
+    require_same,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import PARTIAL, local_path, sha256_file, write_bytes, write_json
 from ctpd_jax.schema import SIDES, Aligned, AlignedPair, TokenSide
 from ctpd_jax.sharding import patiently
-from ctpd_jax.workdir import first_difference, read_json, require_same
 
 NAME = "ctpd_annotations"  # of the TFDS data set
 SPLIT = "train"

@@ -31,8 +31,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ctpd_jax.artifacts import PARTIAL, canonical_json, local_path, sha256_file, write_bytes
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import PARTIAL, canonical_json, local_path, sha256_file, write_bytes
 from ctpd_jax.sharding import barrier, first_process, patiently
 
 CHECKSUMS = "checksums.json"

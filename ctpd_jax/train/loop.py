@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
+from ctpd_jax.processes import preempt
 from ctpd_jax.schema import Batch
 from ctpd_jax.sharding import make_mesh, place_batch, shard_shapes
 from ctpd_jax.train.checkpoint import Checkpoints
