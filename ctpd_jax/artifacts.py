@@ -26,6 +26,7 @@ from typing import Any
 
 from ctpd_jax.errors import UserError
 
+FORMAT = 1  # of seals that hold checksums
 PARTIAL = ".partial"  # what is written beside carries this suffix until it is whole
 
 
@@ -37,7 +38,7 @@ class Broken(UserError):
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as an absolute Path. Raises UserError for gs:// and the like: a rename there is not atomic."""
+    """Return `path` as an absolute Path. Raises UserError for gs:// and the like, where a rename is not atomic."""
     text = os.fspath(path)
     if "://" in text:
         raise UserError(f"{text} is not a folder of this machine; mount the bucket (gcsfuse, NFS) and give that path.")
@@ -210,14 +211,22 @@ def verify(folder: Path, files: Mapping[str, str], read: bool = True) -> None:
             raise Broken(f"{folder / name} is damaged (its SHA-256 is not the one that was written)")
 
 
-def seal(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a seal that proves itself: `content`, and the SHA-256 over it."""
+def seal(path: Path, made_from: Mapping[str, Any]) -> None:
+    """Write the seal `path` with size and SHA-256 of every file below its folder, and the SHA-256 of itself."""
+    folder = path.parent
+    found = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(path.name))
+    hashes = checksums(folder, sorted(p.relative_to(folder).as_posix() for p in found))
+    files = {name: [(folder / name).stat().st_size, sha256] for name, sha256 in hashes.items()}
+    content = {"format": FORMAT, **made_from, "files": files}
     digest = hashlib.sha256(canonical_json(content)).hexdigest()
     write_bytes(path, canonical_json({**content, "sha256": digest}))
 
 
-def unseal(path: Path) -> dict[str, Any]:
-    """Return the content that `seal` wrote. Raises Broken where it is missing or changed."""
+def unseal(path: Path, read: bool = True) -> dict[str, Any]:
+    """Return what `seal` wrote, once the seal and, if they are `read`, all files were found as they were written.
+
+    Raises Broken where one was not, and UserError where another version wrote the seal.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -227,6 +236,10 @@ def unseal(path: Path) -> dict[str, Any]:
     claimed = content.pop("sha256", None) if isinstance(content, dict) else None
     if claimed != hashlib.sha256(canonical_json(content)).hexdigest():
         raise Broken(f"{path} is damaged")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has format {content['format']}; this version reads format {FORMAT} only.")
+    if read:
+        verify(path.parent, {name: sha256 for name, (_, sha256) in content["files"].items()})
     return content
 
 
