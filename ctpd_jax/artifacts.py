@@ -4,7 +4,7 @@ Whole: everything is written beside its place and renamed; a folder counts once 
 last, lies in it. A kill at any moment leaves the old artifact, the new one, or none.
 Made from the same: the seal holds the fields that decide the artifact. `opened` refuses another one, naming the first
 field that differs and both values; `kept` takes it for absent, where making it anew is cheap.
-As it was written: the seal also holds the SHA-256 of the files, where a flipped bit would go unnoticed (`verify`).
+As it was written: the seal also holds the SHA-256 of the files, where a flipped bit would go unnoticed.
 
     workdir/STAGE/       inputs.json (what it is made from, written first), done.json (the seal)
     a checkpoint         checksums.json, with the SHA-256 of its files and of itself
@@ -170,11 +170,10 @@ def begin(
     a stage that is not finished goes on with another value. Raises UserError where the folder was made from other
     inputs.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     path, noted = directory / "inputs.json", dict(noted or {})
     stored, done = read_json(path), read_json(directory / "done.json")
-    if stored is None:
-        directory.mkdir(parents=True, exist_ok=True)
-    else:
+    if stored is not None:
         before = stored.pop("noted", {}) if isinstance(stored, dict) else {}
         if not done and (changed := first_difference(noted, before)):
             field, now, then = changed
@@ -201,7 +200,7 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names)))
 
 
-def verify(folder: Path, files: Mapping[str, str], read: bool = True) -> None:
+def check_files(folder: Path, files: Mapping[str, str], read: bool = True) -> None:
     """Raise Broken where one of `files`, {name: SHA-256}, is missing or, if they are `read`, is not as written."""
     for name in files:
         if not (folder / name).is_file():
@@ -239,7 +238,7 @@ def unseal(path: Path, read: bool = True) -> dict[str, Any]:
     if content["format"] != FORMAT:
         raise UserError(f"{path} has format {content['format']}; this version reads format {FORMAT} only.")
     if read:
-        verify(path.parent, {name: sha256 for name, (_, sha256) in content["files"].items()})
+        check_files(path.parent, {name: sha256 for name, (_, sha256) in content["files"].items()})
     return content
 
 
