@@ -51,7 +51,7 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def write_checkpoint(folder: Path, layers: int) -> int:
     """Writes the model folder and returns the bytes of its tensors."""
-    from ctpd_jax.files import write_json
+    from ctpd_jax.artifacts import write_json
     from ctpd_jax.models.hf_config import from_hf, to_hf
     from ctpd_jax.models.hf_export import write_weights
     from ctpd_jax.models.hf_table import checkpoint_shapes, tensor_names, tensor_table

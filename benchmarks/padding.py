@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from ctpd_jax.annotate.teacher import plain_item
+
 from ctpd_jax.data.loader import batch_indices, plan_shapes, steps_per_epoch, update_batches
 from ctpd_jax.data.packing import Rows
 from ctpd_jax.data.rows import PairItem

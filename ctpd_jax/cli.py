@@ -19,10 +19,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.arguments import parser
 from ctpd_jax.job.table import STAGES
+from ctpd_jax.processes import preempt
 from ctpd_jax.settings import check_config, default_config
 
 
@@ -61,10 +61,10 @@ def carry_out(known: argparse.Namespace, config: ConfigDict) -> None:
         Preempted: the run was asked to stop; says before or in which stage.
     """
     choose_platform(config)
-    from ctpd_jax import distributed
-    from ctpd_jax.files import write_json
+    from ctpd_jax.artifacts import write_json
     from ctpd_jax.job.job import open_job
     from ctpd_jax.job.preflight import preflight
+    from ctpd_jax.processes import distributed
     from ctpd_jax.sharding import first_process
 
     with distributed.joined(), open_job(config, known.workdir) as job:
@@ -112,8 +112,8 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         return plan_command(known, config)
     check_config(config)
     choose_platform(config)
-    from ctpd_jax import distributed
     from ctpd_jax.job.job import open_job
+    from ctpd_jax.processes import distributed
     from ctpd_jax.stages import generate, inspect
 
     # The answers of `generate` may go into a file, where nothing else belongs.

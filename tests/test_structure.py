@@ -8,7 +8,7 @@ import ctpd_jax
 ROOT = Path(ctpd_jax.__file__).parent
 # From the bottom up. A room may import those before it, and itself.
 ROOMS = (
-    "errors", "preempt", "distributed", "files", "schema", "settings", "workdir", "text", "core", "sharding", "models",
+    "errors", "processes", "artifacts", "schema", "settings", "text", "core", "sharding", "models",
     "toy", "data", "train", "annotate", "evaluate", "report", "run", "measure", "stages", "assess", "pipeline", "plan",
     "cli",
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """The annotated data on disk: what each scorer measured, and the store that training reads.
 
-1. `Column`: one scorer's float32 values per span, a file per shard of pairs. Scorers run one after another, each
-   resumes at the first shard that is missing.
+1. `Column`: one scorer's float32 values per span, a file per shard of pairs. Each scorer measures what is missing.
 2. `write_store`: pairs and columns merged into a TFDS data set of ArrayRecord shards with a manifest.
    `tfds.builder_from_directory(directory).as_data_source("train")` opens it, without TensorFlow.
 3. `open_store`: random access to the pairs, after manifest and checksums have been held against what is expected.
@@ -18,24 +17,25 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from ctpd_jax import artifacts
+from ctpd_jax.artifacts import local_path, opened, sha256_file
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import PARTIAL, local_path, sha256_file, write_bytes, write_json
 from ctpd_jax.schema import SIDES, Aligned, AlignedPair, TokenSide
 from ctpd_jax.sharding import patiently
-from ctpd_jax.workdir import first_difference, read_json, require_same
 
 NAME = "ctpd_annotations"  # of the TFDS data set
 SPLIT = "train"
 MANIFEST = "manifest.json"
+_PROGRESS = "manifest.json.progress"
 _FORMAT = 1
-_MODELS: tuple[Literal["teacher", "student"], ...] = ("teacher", "student")
+_OWN_FIELDS = ("format", "num_pairs", "shard_pairs", "scorers", "shards", "metadata", "written_with")
+_ALIGNED = ("bounds", "teacher_ids", "teacher_span_ids", "student_ids", "student_span_ids")  # of each side, int32
 
 Scores = dict[str, dict[str, np.ndarray]]  # side -> scorer -> float32 [S]: log-probability of each span
 Record = dict[str, Any]
@@ -56,49 +56,39 @@ class Column:
 
     A shard is a list of float32 arrays of any lengths (by convention chosen, rejected, chosen, ...: two per pair).
     The file: SHA-256 of the rest (32 bytes), n, n+1 offsets (int64), the values (float32); all little-endian.
-    `identity` says what was measured (model, tokenizers, lengths, ...): going on with another one is a UserError that
-    names the first field that differs, unless `replace` says that the old one is not worth keeping. Several processes
-    may write different shards; one of them is to `judge` that, as the others may still see what it replaced.
+    `identity` says what was measured. Going on with another one is a UserError that names the first field that differs,
+    unless `replace` allows to drop the old one. Several processes may write different shards; one of them is to `judge`
+    the identity, as the others may still see what it replaced.
     """
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        scorer: str,
-        identity: Mapping[str, Any],
-        replace: bool = False,
-        judge: bool = True,
+        self, directory: Path, scorer: str, identity: Mapping[str, Any], replace: bool = False, judge: bool = True
     ) -> None:
         self.directory = local_path(directory) / "columns" / scorer
-        if not judge:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            return
-        if replace and first_difference(identity, read_json(self.directory / "identity.json")):
+        path = self.directory / "identity.json"
+        if judge and replace and artifacts.kept(path, identity) is None:
             shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "identity.json"
         advice = f"Remove {self.directory} to measure it again, or annotate in another folder."
-        if path.exists():
-            require_same(identity, read_json(path), path, advice)
-        else:
-            write_json(path, dict(identity))
+        if judge and opened(path, identity, advice) is None:
+            artifacts.write_json(path, dict(identity))
 
     def missing_shards(self, num_shards: int) -> list[int]:
-        """The shards that are still to be measured: not there, or not as they were written."""
+        """Return the shards that are still to be measured: not there, or not as they were written."""
         return [shard for shard in range(num_shards) if self._load(shard) is None]
 
     def write(self, shard: int, arrays: Sequence[np.ndarray]) -> None:
-        """One shard: `arrays` are float32 [S], of any S (also 0)."""
+        """Write one shard: `arrays` are float32 [S], of any S (also 0)."""
         for array in arrays:
             if np.ndim(array) != 1 or array.dtype != np.float32:
                 raise ValueError(f"A column holds float32 [S] arrays, not {array.dtype}{list(np.shape(array))}.")
         offsets = np.cumsum([0, *map(len, arrays)], dtype="<i8")
         values = np.concatenate([np.zeros(0, "<f4"), *arrays])
         payload = np.array([len(arrays)], "<i8").tobytes() + offsets.tobytes() + values.tobytes()
-        write_bytes(self._path(shard), hashlib.sha256(payload).digest() + payload)
+        artifacts.write_bytes(self._path(shard), hashlib.sha256(payload).digest() + payload)
 
     def read(self, shard: int) -> list[np.ndarray]:
-        """The arrays of one shard, as they were written. Raises UserError if it is missing or damaged."""
+        """Return the arrays of one shard as they were written. Raises UserError if it is missing or damaged."""
         arrays = patiently(lambda: self._load(shard))
         if arrays is None:
             raise UserError(f"{self._path(shard)} is missing or damaged; annotate again, which measures only that.")
@@ -110,8 +100,8 @@ class Column:
     def _load(self, shard: int) -> list[np.ndarray] | None:
         path = self._path(shard)
         data = path.read_bytes() if path.exists() else b""
-        digest, payload = data[:32], data[32:]
-        if hashlib.sha256(payload).digest() != digest:
+        payload = data[32:]
+        if hashlib.sha256(payload).digest() != data[:32]:
             return None
         count = int(np.frombuffer(payload, "<i8", 1)[0])
         offsets = np.frombuffer(payload, "<i8", count + 1, offset=8)
@@ -122,20 +112,8 @@ class Column:
 # ---------------------------------------------------------------------------------------------- records
 
 
-def _pair_fields() -> dict[str, str]:
-    """{field: kind} of a record without its scores."""
-    fields = {"id": "text", "teacher_prompt": "int32", "student_prompt": "int32"}
-    for side in SIDES:
-        fields |= {f"{side}_bytes": "count", f"{side}_truncated": "flag", f"{side}_bounds": "int32"}
-        fields |= {f"{side}_{model}_{what}": "int32" for model in _MODELS for what in ("ids", "span_ids")}
-    return fields
-
-
-_PAIR_FIELDS = _pair_fields()
-
-
 def to_record(pair: AlignedPair, scores: Scores) -> Record:
-    """A pair and its measurements as one flat record of the store.
+    """Return a pair and its measurements as one flat record of the store.
 
     For each side: bounds int32 [S+1]; {teacher, student}_ids and _span_ids int32 [T]; one float32 [S] per scorer.
     Raises ValueError, naming the pair, where a score has another length than the spans.
@@ -146,28 +124,25 @@ def to_record(pair: AlignedPair, scores: Scores) -> Record:
         record[f"{side}_bytes"] = (pair.chosen_bytes, pair.rejected_bytes)[index]
         record[f"{side}_truncated"] = pair.truncated[index]
         record[f"{side}_bounds"] = aligned.bounds
-        for model in _MODELS:
-            tokens = pair.tokens(model, index)
+        for model, tokens in (("teacher", aligned.teacher), ("student", aligned.student)):
             record[f"{side}_{model}_ids"] = tokens.ids
             record[f"{side}_{model}_span_ids"] = tokens.span_ids
         for scorer, values in scores[side].items():
             if np.shape(values) != (aligned.num_spans,):
-                raise ValueError(
-                    f"Pair {pair.id}: {scorer} of {side} has shape {np.shape(values)}, but there are "
-                    f"{aligned.num_spans} spans."
-                )
+                shape, spans = np.shape(values), aligned.num_spans
+                raise ValueError(f"Pair {pair.id}: {scorer} of {side} has shape {shape}, but there are {spans} spans.")
             record[f"{side}_{scorer}"] = values
     return record
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[AlignedPair, Scores]:
-    """The inverse of `to_record`, also for what TFDS gives back (the id as bytes). Scorers: whatever the record has."""
-    text = record["id"]
+    """Invert `to_record`, also for what TFDS gives back (the id as bytes). Its float32 fields are scores."""
 
     def aligned(side: str) -> Aligned:
-        sides = [TokenSide(record[f"{side}_{m}_ids"], record[f"{side}_{m}_span_ids"]) for m in _MODELS]
-        return Aligned(record[f"{side}_bounds"], *sides)
+        bounds, *tokens = (record[f"{side}_{what}"] for what in _ALIGNED)
+        return Aligned(bounds, TokenSide(*tokens[:2]), TokenSide(*tokens[2:]))
 
+    text = record["id"]
     pair = AlignedPair(
         id=text.decode() if isinstance(text, bytes) else str(text),
         teacher_prompt=record["teacher_prompt"],
@@ -178,46 +153,42 @@ def from_record(record: Mapping[str, Any]) -> tuple[AlignedPair, Scores]:
         rejected_bytes=int(record["rejected_bytes"]),
         truncated=(bool(record["chosen_truncated"]), bool(record["rejected_truncated"])),
     )
-    scores: Scores = {
-        side: {
-            k.removeprefix(f"{side}_"): v
-            for k, v in record.items()
-            if k.startswith(f"{side}_") and k not in _PAIR_FIELDS
-        }
-        for side in SIDES
-    }
+    scores: Scores = {side: {} for side in SIDES}
+    for name, value in record.items():
+        if getattr(value, "dtype", None) == np.float32:
+            side, scorer = name.split("_", 1)
+            scores[side][scorer] = value
     return pair, scores
 
 
 def _features(scorers: Sequence[str]) -> Any:
+    """Return what TFDS has to know of a record's fields."""
     import tensorflow_datasets as tfds
 
-    kinds = {
-        "text": tfds.features.Text,
-        "int32": lambda: tfds.features.Tensor(shape=(None,), dtype=np.int32),
-        "float32": lambda: tfds.features.Tensor(shape=(None,), dtype=np.float32),
-        "count": lambda: tfds.features.Scalar(np.int64),
-        "flag": lambda: tfds.features.Scalar(np.bool_),
-    }
-    fields = dict(_PAIR_FIELDS)
+    ints = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+    fields = {"id": tfds.features.Text(), "teacher_prompt": ints, "student_prompt": ints}
+    for side in SIDES:
+        fields[f"{side}_bytes"] = tfds.features.Scalar(np.int64)
+        fields[f"{side}_truncated"] = tfds.features.Scalar(np.bool_)
+        fields |= dict.fromkeys((f"{side}_{what}" for what in _ALIGNED), ints)
     for name in (f"{side}_{scorer}" for side in SIDES for scorer in scorers):
         if name in fields:
             raise UserError(f"A scorer cannot be called {name.split('_', 1)[1]!r}: the store has a field {name!r}.")
-        fields[name] = "float32"
-    return tfds.features.FeaturesDict({name: kinds[kind]() for name, kind in fields.items()})
+        fields[name] = tfds.features.Tensor(shape=(None,), dtype=np.float32)
+    return tfds.features.FeaturesDict(fields)
 
 
 # ---------------------------------------------------------------------------------------------- writing the store
 
 
 def write_store(
-    directory: str | os.PathLike[str],
+    directory: Path,
     ranges: Sequence[range],
     records: Callable[[int, range], Iterable[Record]],
     scorers: Sequence[str],
     manifest: Mapping[str, Any],
 ) -> None:
-    """Merges everything into `directory`, shard by shard, in the order of the pairs.
+    """Merge everything into `directory`, shard by shard, in the order of the pairs.
 
     `ranges` is `shard_ranges(...)`; `records(shard, pairs)` yields the records of one shard and is called only for
     shards that are not whole yet, so a run that was killed goes on where it stopped, to the same bytes. `manifest` is
@@ -226,68 +197,63 @@ def write_store(
     folder = local_path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     features = _features(scorers)
-    own = ("format", "num_pairs", "shard_pairs", "scorers", "shards", "metadata", "written_with")
-    if taken := [key for key in own if key in manifest]:
+    if taken := [key for key in _OWN_FIELDS if key in manifest]:
         raise ValueError(f"A manifest cannot have a field {taken[0]!r}: the store writes one of that name itself.")
-    made_from = {
-        **manifest,
-        "format": _FORMAT,
-        "num_pairs": sum(map(len, ranges)),
-        "shard_pairs": [len(pairs) for pairs in ranges],
-        "scorers": list(scorers),
-    }
-    final, progress = folder / MANIFEST, folder / (MANIFEST + ".progress")
+    shard_pairs = [len(pairs) for pairs in ranges]
+    made_from = {**manifest, "format": _FORMAT, "num_pairs": sum(shard_pairs), "shard_pairs": shard_pairs}
+    made_from["scorers"] = list(scorers)
+
+    # 1. What is there already must have been made from the same.
+    final, progress = folder / MANIFEST, folder / _PROGRESS
     advice = "Remove that folder to make it again, or choose another."
-    if final.exists():
-        require_same(made_from, read_json(final), final, advice)
+    if opened(final, made_from, advice) is not None:
         return
-    done: list[dict[str, Any]] = []
-    if progress.exists():
-        found = read_json(progress)
-        require_same(made_from, found, progress, advice)
-        done = found["shards"]
+    begun = opened(progress, made_from, advice)
+    done: list[dict[str, Any]] = begun["shards"] if begun else []
+
+    # 2. The shards that are missing, or not as they were written; each is noted once it is whole.
     for shard, pairs in enumerate(ranges):
         path = folder / f"{NAME}-{SPLIT}.array_record-{shard:05d}-of-{len(ranges):05d}"
         if shard < len(done) and path.is_file() and sha256_file(path) == done[shard]["sha256"]:
             continue
-        beside = path.with_name(path.name + PARTIAL)
+        beside = path.with_name(path.name + artifacts.PARTIAL)
         num_bytes = _write_shard(beside, features, records(shard, pairs), len(pairs))
         entry = {"file": path.name, "bytes": num_bytes, "sha256": sha256_file(beside)}
         os.replace(beside, path)
         done[shard : shard + 1] = [entry]
-        write_json(progress, {**made_from, "shards": done})
-    metadata = _write_tfds_metadata(folder, features, made_from["shard_pairs"], sum(e["bytes"] for e in done))
+        artifacts.write_json(progress, {**made_from, "shards": done})
+
+    # 3. What makes the shards a data set, and the seal. A kill between them does no harm: without it nobody reads.
+    _write_tfds_metadata(folder, features, shard_pairs, sum(entry["bytes"] for entry in done))
+    metadata = artifacts.checksums(folder, ("dataset_info.json", "features.json"))
     written_with = {name: version(name) for name in ("ctpd-jax", "jax", "tensorflow-datasets")}  # told, not compared
-    write_json(final, {**made_from, "shards": done, "metadata": metadata, "written_with": written_with})
+    artifacts.write_json(final, {**made_from, "shards": done, "metadata": metadata, "written_with": written_with})
     progress.unlink(missing_ok=True)
 
 
 def _write_shard(path: Path, features: Any, records: Iterable[Record], expected: int) -> int:
-    """Returns the number of bytes of the serialized records. The file's bytes are a function of the records."""
+    """Write a file whose bytes are a function of the records; return how many bytes these have, serialized."""
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
 
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")  # 1: random access record by record
-    count = num_bytes = 0
+    sizes = []
     try:
         for record in records:
             example = serializer.get_tf_example(features.encode_example(record))
             data = example.SerializeToString(deterministic=True)  # else the order of a map changes with every process
             writer.write(data)
-            count, num_bytes = count + 1, num_bytes + len(data)
+            sizes.append(len(data))
     finally:
         writer.close()
-    if count != expected:
-        raise ValueError(f"{path.name} should hold {expected} records, but {count} came.")
-    return num_bytes
+    if len(sizes) != expected:
+        raise ValueError(f"{path.name} should hold {expected} records, but {len(sizes)} came.")
+    return sum(sizes)
 
 
-def _write_tfds_metadata(folder: Path, features: Any, shard_lengths: list[int], num_bytes: int) -> dict[str, str]:
-    """Writes what makes the shards a TFDS data set; returns {file: sha256}.
-
-    A kill in it does no harm: without a manifest nobody reads it.
-    """
+def _write_tfds_metadata(folder: Path, features: Any, shard_lengths: list[int], num_bytes: int) -> None:
+    """Write dataset_info.json and features.json, which make the shards a TFDS data set."""
     import tensorflow_datasets as tfds
 
     template = tfds.core.ShardedFileTemplate(
@@ -304,7 +270,6 @@ def _write_tfds_metadata(folder: Path, features: Any, shard_lengths: list[int], 
         description="Preference pairs with the span log-probabilities that each scorer measured, in their order.",
         disable_shuffling=True,
     )
-    return {name: sha256_file(folder / name) for name in ("dataset_info.json", "features.json")}
 
 
 # ---------------------------------------------------------------------------------------------- reading the store
@@ -314,7 +279,6 @@ def _write_tfds_metadata(folder: Path, features: Any, shard_lengths: list[int], 
 class Store:
     """The pairs of a store, in their order: a random access source (`len`, `[i]`) that can be pickled."""
 
-    directory: Path
     manifest: dict[str, Any]
     records: Any  # the TFDS data source: len, [i] -> Record
 
@@ -322,19 +286,11 @@ class Store:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[AlignedPair, Scores]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"Pair {index} of a store of {len(self)} pairs.")
-        return from_record(self.records[int(index) % len(self)])
+        return from_record(self.records[range(len(self))[index]])  # the range refuses an index outside
 
 
-def _there(path: Path) -> bool | None:
-    return path.is_file() or None
-
-
-def open_store(
-    directory: str | os.PathLike[str], expect: Mapping[str, Any] | None = None, verify: bool = True
-) -> Store:
-    """Opens what `write_store` finished.
+def open_store(directory: str | Path, expect: Mapping[str, Any] | None = None, verify: bool = True) -> Store:
+    """Open what `write_store` finished.
 
     `expect` are fields (nested dicts too) that the manifest must have with these values; others may be there as well.
     `verify` reads every shard once and holds it against its SHA-256. Raises UserError: no finished store there, the
@@ -343,18 +299,17 @@ def open_store(
     import tensorflow_datasets as tfds
 
     folder = local_path(directory)
-    path = folder / MANIFEST
-    if not patiently(partial(_there, path)):
-        started = (folder / (MANIFEST + ".progress")).exists()
-        state = "an unfinished annotated store" if started else "no annotated store"
-        raise UserError(f"There is {state} at {folder}; run `ctpd annotate` first.")
-    manifest = read_json(path)
-    require_same({"format": _FORMAT, **(expect or {})}, manifest, path, "Annotate again with these settings.")
+    path, expected = folder / MANIFEST, {"format": _FORMAT, **(expect or {})}
+    # 1. A finished store, made from what is expected.
+    manifest = patiently(lambda: opened(path, expected, "Annotate again with these settings."))
+    if manifest is None:
+        state = "an unfinished" if (folder / _PROGRESS).exists() else "no"
+        raise UserError(f"There is {state} annotated store at {folder}; run `ctpd annotate` first.")
+    # 2. Its files, as they were written.
     files = {entry["file"]: entry["sha256"] for entry in manifest["shards"]} | manifest["metadata"]
-    for name, sha256 in files.items():
-        file = folder / name
-        if not patiently(partial(_there, file)):
-            raise UserError(f"{file} is missing; remove {path} and annotate again to restore it.")
-        if verify and sha256_file(file) != sha256:
-            raise UserError(f"{file} is damaged (its SHA-256 is not the manifest's); remove {path} and annotate again.")
-    return Store(folder, manifest, tfds.builder_from_directory(folder).as_data_source(SPLIT))
+    patiently(lambda: all((folder / name).is_file() for name in files) or None)
+    try:
+        artifacts.check_files(folder, files, read=verify)
+    except artifacts.Broken as reason:
+        raise UserError(f"{reason}; remove {path} and annotate again to restore it.") from None
+    return Store(manifest, tfds.builder_from_directory(folder).as_data_source(SPLIT))

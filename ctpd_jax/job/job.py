@@ -14,12 +14,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax import distributed, preempt
+from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import STAGES
+from ctpd_jax.processes import distributed, preempt
 from ctpd_jax.sharding import first_process, make_mesh, patiently
 from ctpd_jax.train.metrics import MetricLog
-from ctpd_jax.workdir import read_json
 
 # Of the devices of one process: a model that only reads is divided among them.
 OWN_MESH = {"data": 1, "fsdp": -1, "tensor": 1}

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ctpd_jax.artifacts import read_json, require_same
 from ctpd_jax.job.job import Job, fingerprint, require
 from ctpd_jax.job.models import decoder_of, folder, weights_digest
 from ctpd_jax.job.table import left_out, starts_from, trained_model
@@ -29,7 +30,6 @@ from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, sp
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import param_sharding, pieces_on_host, shard_shapes
 from ctpd_jax.train.checkpoint import load_params
-from ctpd_jax.workdir import read_json, require_same
 
 
 class Source(Protocol):

@@ -11,8 +11,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ctpd_jax.artifacts import read_json, sha256_file, write_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import sha256_file, write_json
 from ctpd_jax.job.job import Job
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
@@ -23,7 +23,6 @@ from ctpd_jax.models.support import choose_backend, platform_of
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import check_heads, first_process
 from ctpd_jax.text.prompts import TextModel, load_text_model
-from ctpd_jax.workdir import read_json
 
 MODELS: tuple[Model, Model] = ("teacher", "student")
 

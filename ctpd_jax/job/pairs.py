@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import write_json
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import MODELS, decoder_of, folder, text_digest, text_of
 from ctpd_jax.report import show

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 
-from ctpd_jax import preempt
 from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.job.job import Job, in_turn
 from ctpd_jax.job.models import MODELS, check_sizes, compute_on, decoder_of, folder, weights_digest
@@ -12,6 +11,7 @@ from ctpd_jax.job.pairs import load_pairs, overlap_of
 from ctpd_jax.job.recipe import recipe
 from ctpd_jax.job.table import TRAINED, left_out, trained_model
 from ctpd_jax.models.hf import check_weights
+from ctpd_jax.processes import preempt
 
 
 def preflight(job: Job, command: str) -> None:

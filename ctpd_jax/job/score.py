@@ -9,27 +9,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from ctpd_jax import preempt
 from ctpd_jax.annotate.scorer import Scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import Column, shard_ranges
+from ctpd_jax.artifacts import read_json, write_json
 from ctpd_jax.data.loader import padding, plan_shapes
 from ctpd_jax.data.packing import Rows, in_words
 from ctpd_jax.data.rows import BatchShape, PairItem
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import write_json
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of, dtype_of, text_of
 from ctpd_jax.job.pairs import Pairs, Split
 from ctpd_jax.job.recipe import packing, reading
 from ctpd_jax.job.table import base_dtype, columns
+from ctpd_jax.processes import preempt
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
 from ctpd_jax.sharding import first_process, place_batch, place_rows, told_by_first
 from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.loop import require_shapes
 from ctpd_jax.train.metrics import Progress
 from ctpd_jax.train.step import compiled_programs
-from ctpd_jax.workdir import read_json
 
 Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabilities of chosen and rejected, float32 [S]
 

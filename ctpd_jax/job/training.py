@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from ctpd_jax.artifacts import begin, finish
 from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job, fingerprint
@@ -21,7 +22,6 @@ from ctpd_jax.models.lora import init_adapters
 from ctpd_jax.sharding import barrier, first_process, told_by_first
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.loop import Recipe
-from ctpd_jax.workdir import begin, finish
 
 
 def steps_of(config: ConfigDict, stage: str, items: int) -> int:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import read_json
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.families import FAMILIES
 from ctpd_jax.models.features import Shape

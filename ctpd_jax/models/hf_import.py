@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import read_json
 from ctpd_jax.models import safetensors
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctpd_jax.artifacts import local_path, read_json, replacing_folder, write_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import local_path, read_json, replacing_folder, write_json
 from ctpd_jax.models import safetensors
 from ctpd_jax.models.config import DecoderConfig, Lora
 from ctpd_jax.models.decoder import Params, param_shapes

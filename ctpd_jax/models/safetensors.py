@@ -17,9 +17,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from ctpd_jax import preempt
+from ctpd_jax.artifacts import refuse_impostor
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import refuse_impostor
+from ctpd_jax.processes import preempt
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -12,13 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ctpd_jax.files import write_bytes
+from ctpd_jax.artifacts import read_json, write_bytes
 from ctpd_jax.report import show
 from ctpd_jax.report.figures import curves, interval, series, short
 from ctpd_jax.report.style import STYLE
 from ctpd_jax.schema import SIDES
 from ctpd_jax.train.metrics import read_metrics
-from ctpd_jax.workdir import read_json
 
 REPORT = "report.html"
 MAX_HEAT_SPANS = 2000  # of one response

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctpd_jax import preempt
 from ctpd_jax.annotate.store import shard_ranges, to_record, write_store
+from ctpd_jax.artifacts import read_json, sha256_file, write_json
 from ctpd_jax.data.loader import plan_shapes
-from ctpd_jax.files import sha256_file, write_json
 from ctpd_jax.job.job import Job, result
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of, dtype_of, text_digest, weights_digest
@@ -23,9 +22,9 @@ from ctpd_jax.job.pairs import Pairs, load_pairs
 from ctpd_jax.job.recipe import packing, passes
 from ctpd_jax.job.score import Measured, items_of, read, reader, score, shard_size, spans_of
 from ctpd_jax.job.table import Column, columns, left_out
+from ctpd_jax.processes import preempt
 from ctpd_jax.schema import SIDES
 from ctpd_jax.sharding import first_process
-from ctpd_jax.workdir import read_json
 
 
 def run(job: Job, stage: str) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ctpd_jax import preempt
+from ctpd_jax.artifacts import canonical_json, read_json, write_json
 from ctpd_jax.evaluate.preferences import compare
-from ctpd_jax.files import canonical_json, write_json
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import dtype_of, text_of
 from ctpd_jax.job.pairs import Pairs, load_pairs, overlap_of
 from ctpd_jax.job.score import Measured, score
 from ctpd_jax.job.table import TRAINED, reading_dtype, row_starts, rows
+from ctpd_jax.processes import preempt
 from ctpd_jax.report import show
 from ctpd_jax.report.html import write_report
 from ctpd_jax.schema import CHOSEN, REJECTED, Message
@@ -26,7 +26,6 @@ from ctpd_jax.stages.generate import Sampling, reading_model, sample
 from ctpd_jax.stages.inspect import example
 from ctpd_jax.text.prepare import Limits
 from ctpd_jax.train.metrics import read_metrics
-from ctpd_jax.workdir import read_json
 
 SHOWN = 6  # answers of each model in the report; the others are in evaluation/samples/
 

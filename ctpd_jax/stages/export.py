@@ -9,19 +9,18 @@ from pathlib import Path
 import jax
 
 import ctpd_jax
-from ctpd_jax import preempt
 from ctpd_jax.annotate.store import MANIFEST
-from ctpd_jax.files import write_json
+from ctpd_jax.artifacts import read_json, write_json
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job, result
 from ctpd_jax.job.models import decoder_of, folder, text_of
 from ctpd_jax.job.table import TRAINED, left_out, rows
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.lora import save_peft
+from ctpd_jax.processes import preempt
 from ctpd_jax.report.card import model_card
 from ctpd_jax.sharding import first_process
 from ctpd_jax.text.templates import told_source
-from ctpd_jax.workdir import read_json
 
 
 def run(job: Job, stage: str) -> None:

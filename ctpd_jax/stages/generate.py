@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import jax
 
-from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job
@@ -21,6 +20,7 @@ from ctpd_jax.models.generate import cut_at_stop, generate
 from ctpd_jax.models.hf import load_hf, model_directory
 from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.models.lora import join
+from ctpd_jax.processes import preempt
 from ctpd_jax.schema import Message, Model
 from ctpd_jax.text.prompts import TextModel, load_text_model
 

@@ -11,9 +11,9 @@ import hashlib
 
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.annotate.store import MANIFEST, open_store
+from ctpd_jax.artifacts import canonical_json, read_json
 from ctpd_jax.data.loader import plan_updates
 from ctpd_jax.data.packing import in_words
-from ctpd_jax.files import canonical_json
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.recipe import packing, recipe
@@ -22,7 +22,6 @@ from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
 from ctpd_jax.sharding import patiently
 from ctpd_jax.stages.annotate import compared, known_without_teacher, teacher_identity, teacher_is_here
 from ctpd_jax.train.loop import train
-from ctpd_jax.workdir import read_json
 
 
 def run(job: Job, stage: str) -> None:

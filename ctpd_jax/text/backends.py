@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
+from ctpd_jax.artifacts import read_json, refuse_impostor
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import read_json, refuse_impostor
 
 _FETCHED = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 # Stands for a control token where a template's text is read beside what somebody typed. Noncharacters are not for

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ctpd_jax import preempt
 from ctpd_jax.errors import UserError
+from ctpd_jax.processes import preempt
 from ctpd_jax.schema import CHOSEN, REJECTED, Aligned, AlignedPair, Counters, Message, PreferencePair
 from ctpd_jax.text.columns import LeftOut
 from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user, opened_block

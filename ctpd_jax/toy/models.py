@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
-from ctpd_jax.files import local_path, write_json
+from ctpd_jax.artifacts import local_path, write_json
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.hf_config import from_hf

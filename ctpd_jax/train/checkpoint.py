@@ -12,17 +12,14 @@ tree that the caller restores into, so NamedTuples of optax and empty states nee
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -31,23 +28,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ctpd_jax.artifacts import PARTIAL, Broken, canonical_json, local_path, seal, unseal
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import PARTIAL, canonical_json, local_path, sha256_file, write_bytes
 from ctpd_jax.sharding import barrier, first_process, patiently
 
 CHECKSUMS = "checksums.json"
-_FORMAT = 1
 _STEP = re.compile(r"\d{8,}")
 _UNFINISHED = re.compile(r"\d{8,}\.orbax-checkpoint-tmp.*")  # what Orbax calls a step until it is committed
 
 PyTree = Any
+Shape = tuple[list[int], str]  # of a leaf: sizes and dtype, as JSON holds them
 
 
 # ---------------------------------------------------------------------------------------------- trees
 
 
 def abstract(tree: PyTree) -> PyTree:
-    """What `tree` wants to be restored into: its JAX arrays as jax.ShapeDtypeStruct, everything else as it is.
+    """Return what `tree` is restored into: jax.ShapeDtypeStruct for its JAX arrays, everything else as it is.
 
     A struct has the sharding of its array if the array was placed on purpose (committed).
     """
@@ -61,7 +58,7 @@ def abstract(tree: PyTree) -> PyTree:
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """{"opt_state/0/mu/w": leaf}, in the tree's order."""
+    """Return {"opt_state/0/mu/w": leaf}, in the tree's order."""
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -71,118 +68,42 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
     return named
 
 
-def _describe(leaf: Any) -> tuple[list[int], str]:
-    return list(np.shape(leaf)), str(np.dtype(leaf.dtype))
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, Shape]:
+    return {name: (list(np.shape(leaf)), str(np.dtype(leaf.dtype))) for name, leaf in leaves.items()}
 
 
 def _with_values(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the arrays of size zero, which Orbax refuses; their shape and dtype are in the checksums file."""
+    """Leave out the arrays of size zero, which Orbax refuses; their shape and dtype are in the checksums file."""
     return {name: leaf for name, leaf in leaves.items() if leaf.size}
 
 
-def _check_leaves(
-    where: Path, stored: Mapping[str, tuple[list[int], str]], wanted: Mapping[str, Any], cast: bool = False
-) -> None:
-    """Raises UserError naming the first leaf that is missing, unasked for, or of another shape or dtype.
+def _check_leaves(where: Path, stored: Mapping[str, Shape], wanted: Mapping[str, Shape], cast: bool) -> None:
+    """Raise UserError naming the first leaf that is missing, unasked for, or of another shape or dtype.
 
     With `cast` a float32 may be wanted as bfloat16.
     """
-    for name, leaf in wanted.items():
-        if name not in stored:
-            raise UserError(f"The checkpoint {where} has no leaf {name!r}; another model or optimizer wrote it.")
-        (stored_shape, stored_dtype), (shape, dtype) = stored[name], _describe(leaf)
+    for name in [*wanted, *stored]:
+        if name not in wanted or name not in stored:
+            what = f"no leaf {name!r}" if name in wanted else f"a leaf {name!r} that nobody asked for"
+            raise UserError(f"The checkpoint {where} has {what}; another model or optimizer wrote it.")
+        (shape, dtype), (stored_shape, stored_dtype) = wanted[name], stored[name]
         rounded = cast and (stored_dtype, dtype) == ("float32", "bfloat16")
         if stored_shape != shape or (stored_dtype != dtype and not rounded):
             raise UserError(
                 f"The leaf {name!r} is {stored_dtype}{stored_shape} in the checkpoint {where}, but {dtype}{shape} is "
                 "wanted; restore with the settings it was saved with, or start in another folder."
             )
-    for name in stored:
-        if name not in wanted:
-            raise UserError(
-                f"The checkpoint {where} has a leaf {name!r} that nobody asked for; another model or optimizer "
-                "wrote it."
-            )
 
 
-# ---------------------------------------------------------------------------------------------- checksums
+def _unseal_patiently(folder: Path, read: bool = True) -> dict[str, Any]:
+    """Return what `seal` wrote of a folder that another process may just have written (see `patiently`)."""
 
+    def look() -> dict[str, Any] | None:
+        with contextlib.suppress(Broken):
+            return unseal(folder / CHECKSUMS, read)
+        return None
 
-@dataclass(frozen=True)
-class _Record:
-    """What `checksums.json` says about its folder."""
-
-    meta: dict[str, Any]
-    leaves: dict[str, tuple[list[int], str]]
-    files: dict[str, tuple[int, str]]  # relative path: size, SHA-256
-
-
-class _Broken(Exception):
-    """The folder is not whole; the message says why."""
-
-
-def _hash_all(paths: list[Path]) -> list[str]:
-    with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
-        return list(pool.map(sha256_file, paths))
-
-
-def _seal(folder: Path, meta: Mapping[str, Any], leaves: Mapping[str, tuple[list[int], str]]) -> None:
-    """Writes the checksums of everything in `folder`: from here on it is whole."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(CHECKSUMS))
-    hashes = _hash_all(paths)
-    files = {p.relative_to(folder).as_posix(): (p.stat().st_size, sha) for p, sha in zip(paths, hashes)}
-    body = {"format": _FORMAT, "meta": dict(meta), "leaves": dict(leaves), "files": files}
-    sealed = {**body, "sha256": hashlib.sha256(canonical_json(body)).hexdigest()}
-    write_bytes(folder / CHECKSUMS, canonical_json(sealed))
-
-
-def _read_record(folder: Path) -> _Record:
-    """The record of `folder`, its own hash checked, the files not yet. Raises _Broken."""
-    try:
-        body = json.loads((folder / CHECKSUMS).read_bytes())
-    except FileNotFoundError:
-        raise _Broken(f"{CHECKSUMS} is missing") from None
-    except ValueError:
-        raise _Broken(f"{CHECKSUMS} is damaged") from None
-    claimed = body.pop("sha256", None) if isinstance(body, dict) else None
-    if claimed != hashlib.sha256(canonical_json(body)).hexdigest():
-        raise _Broken(f"{CHECKSUMS} is damaged")
-    if body["format"] != _FORMAT:
-        raise UserError(f"{folder} has checkpoint format {body['format']}; this version reads format {_FORMAT} only.")
-    leaves = {name: (list(shape), dtype) for name, (shape, dtype) in body["leaves"].items()}
-    return _Record(body["meta"], leaves, {name: (size, sha) for name, (size, sha) in body["files"].items()})
-
-
-def _verify(folder: Path) -> _Record:
-    """The record of `folder` after every file has been read and found as it was written. Raises _Broken."""
-    record = _read_record(folder)
-    paths = [folder / name for name in record.files]
-    for path, (size, _) in zip(paths, record.files.values()):
-        if not path.is_file():
-            raise _Broken(f"{path.relative_to(folder)} is missing")
-        if path.stat().st_size != size:
-            raise _Broken(f"{path.relative_to(folder)} has {path.stat().st_size} bytes instead of {size}")
-    for path, found, (_, sha) in zip(paths, _hash_all(paths), record.files.values()):
-        if found != sha:
-            raise _Broken(f"the bytes of {path.relative_to(folder)} are not those that were written")
-    return record
-
-
-def _seen(look: Callable[[Path], _Record], folder: Path) -> _Record:
-    """What `look` says of a folder that another process may just have written: see `patiently`. Raises _Broken."""
-    broken: list[_Broken] = []
-
-    def again() -> _Record | None:
-        try:
-            return look(folder)
-        except _Broken as reason:
-            broken.append(reason)
-            return None
-
-    record = patiently(again)
-    if record is None:
-        raise broken[-1]
-    return record
+    return patiently(look) or unseal(folder / CHECKSUMS, read)
 
 
 def _remove(folder: Path) -> None:
@@ -193,8 +114,10 @@ def _remove(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- restoring
 
 
-def _restore_leaves(checkpointer: ocp.AsyncCheckpointer, folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads every leaf: NumPy where NumPy is wanted, else a JAX array with the sharding asked for.
+def _restore(
+    checkpointer: ocp.AsyncCheckpointer, folder: Path, leaves: Mapping[str, Any], target: PyTree, cast: bool = False
+) -> PyTree:
+    """Read every leaf: NumPy where NumPy is wanted, else a JAX array with the sharding asked for.
 
     Bit for bit; where another dtype is asked for, Orbax rounds on the host, and nothing wider goes to the device.
     Without a sharding it lies on the default device, uncommitted, as if `jnp` had made it.
@@ -214,21 +137,17 @@ def _restore_leaves(checkpointer: ocp.AsyncCheckpointer, folder: Path, wanted: M
         representable = jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype  # else JAX would halve 64-bit values
         return jnp.asarray(value) if representable else value
 
+    # 1. The leaves must be those that are wanted. Orbax would fill in, or leave out, without a word.
+    wanted = _named_leaves(abstract(target))
+    _check_leaves(folder, leaves, _shapes(wanted), cast)
+    # 2. Orbax reads those that have values; the empty ones are made.
     stored = _with_values(wanted)
     restore_args = {name: arguments(leaf) for name, leaf in stored.items()}
     values = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=stored, restore_args=restore_args))
     for name in wanted.keys() - stored.keys():
         values[name] = np.zeros(wanted[name].shape, wanted[name].dtype)
-    return {name: place(leaf, values[name]) for name, leaf in wanted.items()}
-
-
-def _restore(
-    checkpointer: ocp.AsyncCheckpointer, folder: Path, record: _Record, target: PyTree, cast: bool = False
-) -> PyTree:
-    wanted = _named_leaves(abstract(target))
-    _check_leaves(folder, record.leaves, wanted, cast)
-    values = _restore_leaves(checkpointer, folder, wanted)
-    return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in wanted])
+    # 3. Each goes to its place in the target's structure, and on the devices.
+    return jax.tree.unflatten(jax.tree.structure(target), [place(leaf, values[name]) for name, leaf in wanted.items()])
 
 
 # ---------------------------------------------------------------------------------------------- steps of a run
@@ -251,33 +170,33 @@ class Checkpoints:
         self._sealing: Future[None] | None = None
 
     def save(self, step: int, tree: PyTree, meta: Mapping[str, Any] | None = None) -> None:
-        """Starts saving `tree` as `step`; returns once its values are safe from donation. `meta` is plain JSON.
+        """Start saving `tree` as `step`; return once its values are safe from donation. `meta` is plain JSON.
 
         Waits for the save before it, and raises what went wrong there. A step that exists already is replaced.
         """
-        canonical_json(meta or {})  # a meta that is no JSON fails here, not in the background
         leaves = _named_leaves(tree)
+        content = {"meta": dict(meta or {}), "leaves": _shapes(leaves)}
+        canonical_json(content)  # a meta that is no JSON fails here, not in the background
         self.wait()
         folder = self._folder(step)
         if folder.exists() and first_process():
             _remove(folder)
         barrier(f"ctpd-save-{step}")
         self._checkpointer.save(folder, args=ocp.args.PyTreeSave(_with_values(leaves)))
-        described = {name: _describe(leaf) for name, leaf in leaves.items()}
-        self._sealing = self._background.submit(self._seal_committed, step, dict(meta or {}), described)
+        self._sealing = self._background.submit(self._seal_committed, step, content)
 
     def wait(self) -> None:
-        """Blocks until the step being saved is whole on disk; raises what went wrong in the background."""
+        """Block until the step being saved is whole on disk; raise what went wrong in the background."""
         if self._sealing is not None:
             sealing, self._sealing = self._sealing, None
             sealing.result()
 
     def steps(self) -> list[int]:
-        """The steps that carry checksums, oldest first; their files are checked only by `restore_latest`."""
+        """Return the steps that carry checksums, oldest first; only `restore_latest` checks their files."""
         return [step for step, folder in self._step_folders() if (folder / CHECKSUMS).is_file()]
 
     def restore_latest(self, target: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """(step, tree, meta) of the newest whole step, or None. Newer ones that are not whole go, with a warning each.
+        """Return (step, tree, meta) of the newest whole step, or None. Remove newer ones, with a warning each.
 
         `target` gives the structure, and per leaf shape, dtype and sharding: jax.ShapeDtypeStruct (see `abstract`) or
         arrays. Raises UserError naming the leaf that differs.
@@ -288,11 +207,12 @@ class Checkpoints:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if step < 0:
             return None
-        record = _seen(_read_record, self._folder(step))
-        return step, _restore(self._checkpointer, self._folder(step), record, target), record.meta
+        record = _unseal_patiently(self._folder(step), read=False)  # the first process has read the files
+        tree = _restore(self._checkpointer, self._folder(step), record["leaves"], target)
+        return step, tree, record["meta"]
 
     def close(self) -> None:
-        """Waits, then frees Orbax's threads."""
+        """Wait, then free Orbax's threads."""
         try:
             self.wait()
         finally:
@@ -302,9 +222,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _folder(self, step: int) -> Path:
@@ -313,15 +231,14 @@ class Checkpoints:
         return self.directory / f"{step:08d}"
 
     def _step_folders(self) -> list[tuple[int, Path]]:
-        found = [(int(p.name), p) for p in self.directory.iterdir() if _STEP.fullmatch(p.name)]
-        return sorted(found)
+        return sorted((int(p.name), p) for p in self.directory.iterdir() if _STEP.fullmatch(p.name))
 
-    def _seal_committed(self, step: int, meta: dict[str, Any], leaves: dict[str, tuple[list[int], str]]) -> None:
-        """Runs in the background: a step is whole as early as it can be, not only when somebody next waits."""
+    def _seal_committed(self, step: int, content: Mapping[str, Any]) -> None:
+        """Run in the background: a step is whole as early as it can be, not only when somebody next waits."""
         self._checkpointer.wait_until_finished()
         if not first_process():
             return
-        _seal(self._folder(step), meta, leaves)
+        seal(self._folder(step) / CHECKSUMS, content)
         whole = self.steps()
         kept = {step, *whole[-self.keep :]}
         for other, folder in self._step_folders():
@@ -335,9 +252,9 @@ class Checkpoints:
                 shutil.rmtree(path)
         for step, folder in reversed(self._step_folders()):
             try:
-                _verify(folder)
+                unseal(folder / CHECKSUMS)
                 return step
-            except _Broken as reason:
+            except Broken as reason:
                 warnings.warn(f"Removed the checkpoint {folder}, which is not whole: {reason}.", stacklevel=3)
                 _remove(folder)
         return -1
@@ -347,23 +264,27 @@ class Checkpoints:
 
 
 def save_params(directory: str | os.PathLike[str], params: PyTree, meta: Mapping[str, Any] | None = None) -> None:
-    """Writes a nested dict of arrays and its `meta` (plain JSON) as the folder `directory`, replacing what was there.
+    """Write a nested dict of arrays and its `meta` (plain JSON) as the folder `directory`, replacing what was there.
 
     Whole or not there: written and sealed beside, then renamed. Bit exact; sharded arrays are never gathered.
     """
     final = local_path(directory)
     beside, old = final.with_name(final.name + PARTIAL), final.with_name(final.name + ".old")
     leaves = _named_leaves(params)
-    canonical_json(meta or {})
+    content = {"meta": dict(meta or {}), "leaves": _shapes(leaves)}
+    canonical_json(content)
+    # 1. The first process clears what a killed one has left.
     if first_process():
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in (old, *final.parent.glob(f"{beside.name}*")):
             shutil.rmtree(leftover, ignore_errors=True)
     barrier(f"ctpd-params-begin-{final.name}")
+    # 2. Every process writes its shards.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(beside, args=ocp.args.PyTreeSave(_with_values(leaves)))
+    # 3. The first one seals the folder and puts it in its place.
     if first_process():
-        _seal(beside, meta or {}, {name: _describe(leaf) for name, leaf in leaves.items()})
+        seal(beside / CHECKSUMS, content)
         if final.exists():
             os.rename(final, old)
         os.rename(beside, final)
@@ -374,7 +295,7 @@ def save_params(directory: str | os.PathLike[str], params: PyTree, meta: Mapping
 def load_params(
     directory: str | os.PathLike[str], target: PyTree | None = None, alone: bool = False, cast: bool = False
 ) -> tuple[PyTree, dict[str, Any]]:
-    """(params, meta) from `save_params`, every file checked against its checksum.
+    """Return (params, meta) from `save_params`, every file checked against its checksum.
 
     `target` gives structure, shapes, dtypes and shardings as in `Checkpoints.restore_latest`; without it the nested
     dict comes back as it was saved, as NumPy arrays. With `cast`, float32 parameters fit a bfloat16 target and are
@@ -385,35 +306,18 @@ def load_params(
     if not patiently(lambda: folder.is_dir() or None):
         raise UserError(f"There are no parameters at {folder}; run the stage that writes them first.")
     try:
-        record = _seen(_verify, folder)
-    except _Broken as reason:
+        record = _unseal_patiently(folder)
+    except Broken as reason:
         message = f"The parameters at {folder} are not whole: {reason}. Remove the folder and run its stage again."
         raise UserError(message) from None
-    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **_processes(alone)) as checkpointer:
-        if target is not None:
-            return _restore(checkpointer, folder, record, target, cast), record.meta
-        empty = {name: np.empty(shape, np.dtype(dtype)) for name, (shape, dtype) in record.leaves.items()}
-        return _nested(_restore_leaves(checkpointer, folder, empty)), record.meta
-
-
-def _processes(alone: bool) -> dict[str, Any]:
-    """Whom Orbax waits for."""
-    if not alone or jax.process_count() == 1:
-        return {}
-    me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
-    )
-    return {"multiprocessing_options": options}
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": 1} -> {"a": {"b": 1}}"""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
+    if target is None:
+        empty = {name: np.empty(shape, np.dtype(dtype)) for name, (shape, dtype) in record["leaves"].items()}
+        target = ocp.tree.from_flat_dict(empty, sep="/")
+    options = {}
+    if alone and jax.process_count() > 1:  # else Orbax would wait for the others
+        me = jax.process_index()
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
+        )
+    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **options) as checkpointer:
+        return _restore(checkpointer, folder, record["leaves"], target, cast), record["meta"]

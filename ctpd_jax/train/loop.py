@@ -21,12 +21,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax import preempt
 from ctpd_jax.data.loader import Updates
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
+from ctpd_jax.processes import preempt
 from ctpd_jax.schema import Batch, Model
 from ctpd_jax.sharding import place_batch
 from ctpd_jax.train.checkpoint import Checkpoints

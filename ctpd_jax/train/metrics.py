@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
+from ctpd_jax.artifacts import local_path, write_bytes
 from ctpd_jax.errors import UserError
-from ctpd_jax.files import local_path, write_bytes
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

@@ -22,9 +22,9 @@ from ctpd_jax.annotate.store import (
     to_record,
     write_store,
 )
+from ctpd_jax.artifacts import first_difference
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import SIDES, Aligned, AlignedPair, TokenSide
-from ctpd_jax.workdir import first_difference
 
 SCORERS = ("positive", "negative", "reference", "start")
 FEW = {"spans": "character", "models": {"teacher": "abc", "student": "def"}, "lengths": (512, 128)}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ctpd_jax import cli
-from ctpd_jax.distributed import check_joined, settings
 from ctpd_jax.errors import UserError
+from ctpd_jax.processes.distributed import check_joined, settings
 
 EXPLICIT = {"CTPD_COORDINATOR": "host:1234", "CTPD_PROCESSES": "2", "CTPD_PROCESS": "1"}
 SRUN = {
@@ -88,7 +88,7 @@ LEAVE = """
 import sys, time
 import jax
 from jax.experimental import multihost_utils
-from ctpd_jax import distributed, preempt
+from ctpd_jax.processes import distributed, preempt
 from ctpd_jax.errors import UserError
 
 distributed.LAST_SAVE = 2

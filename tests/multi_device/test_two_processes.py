@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from ctpd_jax.run import params_digest
+
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 

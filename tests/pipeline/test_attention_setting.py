@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ctpd_jax.run import Run
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig, LayerKind
-from ctpd_jax.run import Run
 from ctpd_jax.settings import check_config, default_config
 from ctpd_jax.train.step import Compute
 

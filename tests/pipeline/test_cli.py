@@ -9,14 +9,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from ctpd_jax.run import Run
 
+from ctpd_jax.artifacts import begin, finish, first_difference
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
-from ctpd_jax.run import Run
 from ctpd_jax.settings import default_config
 from ctpd_jax.stages import same_source, source_of
 from ctpd_jax.toy.models import make_toy_models
-from ctpd_jax.workdir import begin, finish, first_difference
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MICRO = str(CONFIGS / "micro.py")

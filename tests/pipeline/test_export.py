@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ctpd_jax.run import Run
 from transformers import AutoTokenizer
 
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.models.hf import load_hf
-from ctpd_jax.run import Run
 from ctpd_jax.schema import Message
 from ctpd_jax.text.prompts import load_text_model
 from ctpd_jax.toy.models import STUDENT_TEMPLATE

@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ctpd_jax.run import params_digest
 
 from ctpd_jax.cli import main
 from ctpd_jax.models.hf import load_hf
-from ctpd_jax.run import params_digest
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from recipes import recipe_of, updates_of
 
-from ctpd_jax import cli, preempt
+from ctpd_jax import cli
+from ctpd_jax.processes import preempt
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import training
 from ctpd_jax.train.loop import train
@@ -62,7 +63,8 @@ def test_another_thread_leaves_the_handler_alone():
 
 def test_the_second_signal_kills():
     script = (
-        "import time\nfrom ctpd_jax import preempt\nwith preempt.listening():\n    print('ready', flush=True)\n"
+        "import time\nfrom ctpd_jax.processes import preempt\n"
+        "with preempt.listening():\n    print('ready', flush=True)\n"
         "    while not preempt.requested(): time.sleep(0.01)\n    print('asked', flush=True)\n    time.sleep(60)\n"
     )
     process = subprocess.Popen(
@@ -159,7 +161,7 @@ AGREE = """
 import json, signal, sys, time
 import jax
 from jax.experimental import multihost_utils
-from ctpd_jax import preempt
+from ctpd_jax.processes import preempt
 
 number, port, early = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "early"
 with preempt.listening():

@@ -11,6 +11,7 @@ from ctpd_jax.measure import reference_of, score_column
 from ctpd_jax.run import Run, params_digest
 
 from ctpd_jax.annotate.coefficients import training_items
+from ctpd_jax.artifacts import finish
 from ctpd_jax.cli import load_config
 from ctpd_jax.data.rows import BatchShape, build_batch, unit_needs
 from ctpd_jax.models.decoder import init_params
@@ -21,7 +22,6 @@ from ctpd_jax.stages import dpo_items
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.metrics import MetricLog
 from ctpd_jax.train.step import Objective, mean_of, preference_sums
-from ctpd_jax.workdir import finish
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 SFT = {"none": ["steps=-1"], "full": [], "adapters": ["lora.rank=3", "lora.alpha=4", "lora.targets=q_proj,up_proj"]}
