@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ctpd_jax.artifacts import canonical_json, read_json, write_json
+from ctpd_jax.artifacts import kept, read_json, write_json
 from ctpd_jax.evaluate.preferences import compare
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.lineage import identity
@@ -115,8 +115,7 @@ def samples(job: Job, pairs: Pairs, row: str) -> list[dict[str, str]]:
         "seed": config.seed,
     }
     path = job.workdir / "evaluation" / "samples" / f"{row}.json"
-    known = read_json(path)
-    if known and canonical_json(known["inputs"]) == canonical_json(inputs):
+    if known := kept(path, {"inputs": inputs}):
         return known["samples"]
     asked = list(islice(cycle(prompts_of(pairs)), settings.samples))
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=config.seed)

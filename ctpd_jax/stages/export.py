@@ -10,7 +10,7 @@ import jax
 
 import ctpd_jax
 from ctpd_jax.annotate.store import MANIFEST
-from ctpd_jax.artifacts import read_json, write_json
+from ctpd_jax.artifacts import kept, read_json, write_json
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job, result
 from ctpd_jax.job.models import decoder_of, folder, text_of
@@ -45,7 +45,7 @@ def write(job: Job) -> None:
         **config.export.to_dict(),
     }
     gone = config.export.adapters and not adapters.is_dir()
-    if read_json(marker) != inputs or not directory.is_dir() or gone:
+    if not kept(marker, inputs) or not directory.is_dir() or gone:
         files, decoder = lineage.Files(job, job.own), decoder_of(job, model)
 
         # 2. The model. Who serves it must stop where it was trained to stop, and ask as it was asked.

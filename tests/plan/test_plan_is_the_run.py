@@ -1,0 +1,79 @@
+"""What `ctpd plan` lists is what a run compiles: program for program, on the shapes of the run's own batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctpd_jax.cli import load_config, main
+from ctpd_jax.data.rows import BatchShape
+from ctpd_jax.job.recipe import Reading
+from ctpd_jax.job.table import TRAINED, left_out
+from ctpd_jax.plan.programs import decoders, plan_stage
+from ctpd_jax.sharding import make_mesh
+from ctpd_jax.train.loop import Recipe
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
+SHORT = [f"--config.{stage}.steps=1" for stage in TRAINED]
+ADAPTERS = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
+HALF = [f"--config.{stage}.lora.base=bfloat16" for stage in ("teacher_sft", "positive", "negative", "train")]
+CASES = {
+    "plain": [],
+    "packed": ["--config.rows.packed=yes", "--config.rows.layout=response"],
+    "adapters": [*ADAPTERS, "--config.student_dpo.steps=-1"],
+    "adapters, bfloat16, packed": [*ADAPTERS, *HALF, "--config.annotate.teacher_weights=bfloat16",
+                                   "--config.rows.packed=yes", "--config.student_dpo.steps=-1"],
+}  # fmt: skip
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "adapters"]
+
+
+class Spy:
+    """A jitted program that remembers what it was called with: the text of its jaxpr, types and all."""
+
+    def __init__(self, program: Any, found: dict[str, BatchShape]) -> None:
+        self.program, self.found = program, found
+
+    def __call__(self, *args: Any) -> Any:
+        batches = [arg for arg in args if hasattr(arg, "target")]
+        shape = BatchShape(*batches[0].tokens.shape, batches[0].target.shape[1]) if batches else None
+        self.found[str(self.program.trace(*args).jaxpr)] = shape
+        return self.program(*args)
+
+    def _cache_size(self) -> int:
+        return self.program._cache_size()
+
+
+@pytest.mark.parametrize("case", ["adapters", *SLOW])
+def test_the_plan_lists_the_programs_that_a_run_compiles(tmp_path, monkeypatch, case):
+    training: dict[str, dict[str, BatchShape]] = {}
+    reading: dict[str, BatchShape] = {}
+    programs, program = Recipe.programs, Reading.program
+    monkeypatch.setattr(
+        Recipe,
+        "programs",
+        lambda self: tuple(Spy(one, training.setdefault(self.stage, {})) for one in programs(self)),
+    )
+    monkeypatch.setattr(Reading, "program", lambda self: Spy(program(self), reading))
+
+    arguments = ["--config", CONFIG, "--workdir", str(tmp_path), *SHORT, *CASES[case]]
+    for command in (["sft"], ["dpo"], ["dpo", "--reverse"], ["annotate"], ["dpo", "--student"], ["train"]):
+        assert main([*command, *arguments]) == 0
+    monkeypatch.undo()
+
+    config = load_config(CONFIG, [*SHORT, *CASES[case]])
+    mesh = make_mesh(config.mesh)
+
+    def planned(stage: str, shape: BatchShape) -> set[str]:
+        found = plan_stage(config, stage, decoders(config, stage), mesh, shape, platform="cpu")
+        return {str(one.traced.jaxpr) for one in found.programs}
+
+    stages = [stage for stage in TRAINED if not left_out(config, stage)]
+    assert list(training) == stages
+    for stage, found in training.items():
+        shapes = {shape for shape in found.values() if shape}
+        expected = set().union(*(planned(stage, shape) for shape in shapes))
+        assert set(found) == expected, stage
+    expected = set().union(*(planned("annotate", shape) for shape in set(reading.values())))
+    assert set(reading) == expected
