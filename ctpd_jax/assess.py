@@ -34,11 +34,8 @@ from ctpd_jax.run import Run, dtype_of
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message, Model
 from ctpd_jax.settings import TRAINED
 from ctpd_jax.sharding import first_process
-from ctpd_jax.stages import scorers
 from ctpd_jax.text.prompts import TextModel, load_text_model
 from ctpd_jax.text.templates import told_source
-from ctpd_jax.toy.recovery import recovery
-from ctpd_jax.toy.world import true_reward
 from ctpd_jax.train.metrics import read_metrics
 from ctpd_jax.train.step import Params
 from ctpd_jax.workdir import read_json
@@ -112,13 +109,6 @@ def write_evaluation(run: Run, columns: Mapping[str, Measured]) -> None:
     }
     drawn = {name: samples(run, name) for name in table}
     result["samples"] = {name: answers[:SHOWN] for name, answers in drawn.items()}
-    if run.config.data.test == "toy":
-        for name, answers in drawn.items():
-            if rewards := [true_reward(sample["answer"], sample["prompt"]) for sample in answers]:
-                result["models"][name]["true_reward"] = mean_and_error(rewards)
-    if run.config.data.train == "toy" and "positive" in scorers(run):
-        store = open_store(run.workdir / "annotations", verify=False)
-        result["pieces"] = recovery((store[i] for i in range(len(store))), run.raw("train"))
     result["training"] = {
         stage: {"first": lines[0], "last": lines[-1]}
         for stage in ("positive", "negative", "student_dpo", "train")
@@ -153,12 +143,6 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return as_plain(value.item())
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    """Mean, its standard error, and the number of values."""
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return {"mean": float(np.mean(values)), "error": spread / len(values) ** 0.5, "count": len(values)}
 
 
 def samples(run: Run, row: str) -> list[dict[str, str]]:

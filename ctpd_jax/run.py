@@ -43,8 +43,6 @@ from ctpd_jax.text.columns import Reading
 from ctpd_jax.text.preferences import load_preferences, overlap, require_kept
 from ctpd_jax.text.prepare import Limits, prepare_pairs
 from ctpd_jax.text.prompts import TextModel, load_text_model
-from ctpd_jax.toy.builder import prepare_toy
-from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import MetricLog
 from ctpd_jax.train.step import Compute, Params
@@ -71,16 +69,12 @@ class Run:
     # ------------------------------------------------------------------------------------------ models
 
     def folder(self, model: Model) -> Path:
-        """The model's folder, downloaded or made where that is needed."""
+        """The model's folder, downloaded where that is needed."""
         if model not in self._folders:
             path = self.config[model].path
-            if self.config.data.train == "toy" and not path:
-                teacher, student = make_toy_models(self.workdir / "toy" / "models", self.config.seed)
-                self._folders[model] = teacher if model == "teacher" else student
-            elif not path:
+            if not path:
                 raise UserError(f"config.{model}.path is empty; give a folder in Hugging Face format or a hub id.")
-            else:
-                self._folders[model] = model_directory(path)
+            self._folders[model] = model_directory(path)
         return self._folders[model]
 
     def decoder(self, model: Model) -> DecoderConfig:
@@ -264,11 +258,7 @@ class Run:
             limit = data.limit if split == "train" else data.test_limit
             if not spec:
                 raise UserError(f"config.data.{split} is empty; give FILE.jsonl, tfds:NAME or hf:NAME.")
-            data_dir = None
-            if spec == "toy":
-                data_dir = self.workdir / "toy" / "data"
-                spec = prepare_toy(data_dir, seed=self.config.seed, **self.config.toy)
-            raw, report = load_preferences(spec, name, limit or None, data_dir=data_dir, reading=Reading.of(data))
+            raw, report = load_preferences(spec, name, limit or None, reading=Reading.of(data))
             aligned, counters = prepare_pairs(raw, self.text("teacher"), self.text("student"), self.limits)
             report.merge(counters)
             self._report(split, spec, report)

@@ -208,8 +208,6 @@ def data_settings(run: Run, names: Iterable[str]) -> dict:
 def source_of(run: Run) -> dict:
     """Where the training pairs come from; of a file that is there, also its SHA-256."""
     data = run.config.data
-    if data.train == "toy":
-        return {"train": "toy", "seed": run.config.seed, **run.config.toy.to_dict()}
     found, path = {"train": data.train, "split": data.train_split}, Path(data.train).expanduser()
     return found | {"sha256": sha256_file(path)} if path.is_file() else found
 
@@ -333,7 +331,7 @@ def train_student(run: Run) -> None:
 
 def teacher_is_here(config: ConfigDict) -> bool:
     path = config.teacher.path
-    return Path(path).expanduser().is_dir() if path else config.data.train == "toy"
+    return bool(path) and Path(path).expanduser().is_dir()
 
 
 def compared(manifest: Mapping) -> dict:

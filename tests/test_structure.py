@@ -9,7 +9,7 @@ ROOT = Path(ctpd_jax.__file__).parent
 # From the bottom up. A room may import those before it, and itself.
 ROOMS = (
     "errors", "preempt", "distributed", "files", "schema", "settings", "workdir", "text", "core", "sharding", "models",
-    "toy", "data", "train", "annotate", "evaluate", "report", "run", "measure", "stages", "assess", "pipeline", "plan",
+    "data", "train", "annotate", "evaluate", "report", "run", "measure", "stages", "assess", "pipeline", "plan",
     "cli",
 )  # fmt: skip
 

@@ -6,7 +6,6 @@ Letters: R rows, L row length, K scored tokens of a row, P pairs.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +33,6 @@ from ctpd_jax.run import compute_on
 from ctpd_jax.schema import Batch, Model, RowLayout
 from ctpd_jax.settings import TRAINED, base_dtype, learns_responses, left_out, sft_stays_apart, trained_model
 from ctpd_jax.sharding import ROWS, replicated, row_devices, shard_shapes
-from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.train.optimizer import make_optimizer
 from ctpd_jax.train.step import Compute, Objective, make_steps, preference_sums, sft_sums, state_shapes
 
@@ -93,9 +91,6 @@ def decoder_of(config: ConfigDict, model: Model) -> DecoderConfig:
         UserError: the path is none of them.
     """
     path = config[model].path
-    if config.data.train == "toy" and not path:
-        with tempfile.TemporaryDirectory() as made:
-            return read_config(make_toy_models(made, config.seed)[("teacher", "student").index(model)])
     if not path:
         raise UserError(f"config.{model}.path is empty; give a folder with a config.json, or a hub id.")
     folder = Path(path).expanduser()
