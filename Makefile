@@ -9,6 +9,7 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/ctpd run --config configs/demo.py --workdir $(WORKDIR)
+	$(BIN)/python examples/toy/truth.py $(WORKDIR)
 
 # The fast tests and the linters, beside each other; where one fails the other still says what it found.
 test: $(VENV)/.installed-test

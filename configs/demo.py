@@ -1,17 +1,27 @@
 """The whole chain on a toy world with known rewards: no network, no downloads.
 
-ctpd run --config configs/demo.py --workdir runs/demo
+    ctpd run --config configs/demo.py --workdir runs/demo
+    python examples/toy/truth.py runs/demo
+
+Another world: --config=configs/demo.py:pairs=500,noise=0.4 (also test_pairs and seed).
 """
+
+import sys
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from ctpd_jax.settings import default_config
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import toy
 
-def get_config() -> ConfigDict:
+
+def get_config(settings: str = "") -> ConfigDict:
     config = default_config()
-    config.data.update({"train": "toy", "test": "toy", "max_prompt_tokens": 64, "max_response_tokens": 96})
-    config.toy.update({"pairs": 2000, "test_pairs": 300, "noise": 0.25})
+    world = toy.world_on_disk(**toy.settings_in(settings, pairs=2000, test_pairs=300, noise=0.25, seed=0))
+    config.teacher.path, config.student.path = world.teacher, world.student
+    config.data.update({"train": world.train, "test": world.test, "max_prompt_tokens": 64, "max_response_tokens": 96})
     config.rows.update({"layout": "shared", "buckets": 2, "multiple": 16})
     for stage in ("teacher_sft", "student_sft"):
         config[stage].update({"lr": 3e-3, "steps": 0, "epochs": 4.0, "batch_size": 16, "micro_batch": 16, "clip": 1.0})

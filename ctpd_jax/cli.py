@@ -143,7 +143,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ConfigDict:
     options: dict[str, Any] = {"lock_config": True, "flag_values": values, "sys_argv": line}
     if path is None:
         config_flags.DEFINE_config_dict("config", default_config(), **options)
-    elif Path(path).is_file():
+    elif Path(path.partition(":")[0]).is_file():  # what stands behind a colon is for the file's get_config
         config_flags.DEFINE_config_file("config", **options)
     else:
         raise UserError(f"There is no config file {path}.")

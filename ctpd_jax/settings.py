@@ -145,11 +145,6 @@ def default_config() -> ConfigDict:
                 "dtype": "float32",  # of the exported weights
                 "adapters": False,  # also write the adapters of a student trained with LoRA, for PEFT, to DIR/adapters
             },
-            "toy": {  # data.train = "toy": the demo's world and its two small models, made on the spot
-                "pairs": 2000,
-                "test_pairs": 300,
-                "noise": 0.25,
-            },
             "log_every": 1,  # updates between lines of metrics.jsonl
             "compile_cache": True,  # keep compiled programs in WORKDIR/compile_cache
         }
@@ -237,7 +232,7 @@ def check_config(config: ConfigDict) -> None:
             name = f"{section}.{missing[0]}" if section else missing[0]
             raise UserError(f"config.{name} is missing; begin get_config() with ctpd_jax.settings.default_config().")
     if not config.data.train:
-        raise UserError("config.data.train is empty; give FILE.jsonl, tfds:NAME, hf:NAME or toy.")
+        raise UserError("config.data.train is empty; give FILE.jsonl, tfds:NAME or hf:NAME.")
     if config.annotate.teacher_weights == "int8":
         raise UserError(
             "config.annotate.teacher_weights is 'int8'; choose one of float32, bfloat16. An int8 teacher is another "

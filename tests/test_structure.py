@@ -8,8 +8,8 @@ import ctpd_jax
 ROOT = Path(ctpd_jax.__file__).parent
 # From the bottom up. A room may import those before it, and itself.
 ROOMS = (
-    "errors", "processes", "artifacts", "schema", "settings", "text", "core", "sharding", "models",
-    "toy", "data", "train", "annotate", "evaluate", "report", "run", "measure", "stages", "assess", "pipeline", "plan",
+    "errors", "processes", "artifacts", "schema", "settings", "text", "core", "sharding", "models", "data", "train",
+    "annotate", "evaluate", "report", "job", "stages", "plan",
     "cli",
 )  # fmt: skip
 

@@ -31,10 +31,6 @@ MODELS: tuple[Model, Model] = ("teacher", "student")
 def folder(job: Job, model: Model) -> Path:
     """The model's folder, downloaded where that is needed."""
     path = job.config[model].path
-    if not path and job.config.data.train == "toy":
-        from ctpd_jax.toy.models import make_toy_models
-
-        return make_toy_models(job.workdir / "toy" / "models", job.config.seed)[MODELS.index(model)]
     if not path:
         raise UserError(f"config.{model}.path is empty; give a folder in Hugging Face format or a hub id.")
     return model_directory(path)

@@ -44,13 +44,7 @@ def load_pairs(job: Job, split: Split) -> Pairs:
     limit = data.limit if split == "train" else data.test_limit
     if not spec:
         raise UserError(f"config.data.{split} is empty; give FILE.jsonl, tfds:NAME or hf:NAME.")
-    data_dir = None
-    if spec == "toy":
-        from ctpd_jax.toy.builder import prepare_toy
-
-        data_dir = job.workdir / "toy" / "data"
-        spec = prepare_toy(data_dir, seed=job.config.seed, **job.config.toy)
-    raw, report = load_preferences(spec, name, limit or None, data_dir=data_dir, reading=Reading.of(data))
+    raw, report = load_preferences(spec, name, limit or None, reading=Reading.of(data))
 
     # 2. Both tokenizations, cut where they agree.
     limits = Limits.of(data)

@@ -79,7 +79,7 @@ def model_card(
         lead = f"The student {student} of a run in which preference distillation was left out."
     parts = [
         _front_matter(config, distilled),
-        f"# {_base_name(config['student']['path'], 'toy student')}" + (" (CTPD)" if distilled else ""),
+        f"# {_base_name(config['student']['path'], 'student')}" + (" (CTPD)" if distilled else ""),
         lead,
         "## How it was made",
         _origins(config, distilled, student, teacher, pairs, template),
@@ -117,13 +117,11 @@ def _base_name(path: str, otherwise: str) -> str:
 
 def _model(config: Mapping[str, Any], which: str) -> str:
     path = config[which]["path"]
-    if not path:
-        return "of the toy world"
     return _code(path if _is_hub_id(path) else _base_name(path, which))
 
 
 def _data(spec: str) -> str:
-    remote = spec.startswith(("hf:", "tfds:")) or spec == "toy"
+    remote = spec.startswith(("hf:", "tfds:"))
     return _code(spec if remote else Path(spec).name)
 
 

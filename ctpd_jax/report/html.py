@@ -130,7 +130,7 @@ def _results(evaluation: Mapping[str, Any]) -> str:
         "takes the longer response, the short one is one half."
     )
     data = [f'<p class="note">{_text(line)}</p>' for line in show.data_lines(evaluation.get("data"))]
-    parts = [_key_figures(evaluation), *tables, *data, _other_figures(models), _pieces(evaluation)]
+    parts = [_key_figures(evaluation), *tables, *data, _other_figures(models)]
     return _section("Results", note, *parts)
 
 
@@ -145,9 +145,6 @@ def _key_figures(evaluation: Mapping[str, Any]) -> str:
     """What became of the student, in a line of large numbers."""
     start, end = (evaluation["models"].get(name) or {} for name in ("student_start", "ctpd"))
     cells = []
-    if start.get("true_reward") and end.get("true_reward"):
-        values = [show.figure(row["true_reward"]["mean"], 2, sign=True) for row in (start, end)]
-        cells.append(("true reward of the samples", " → ".join(values)))
     senses = [(row.get("all") or {}).get("per_byte") for row in (start, end)]
     if all(senses):
         cells.append(("per-byte accuracy", " → ".join(f"{100 * found['value']:.1f}" for found in senses if found)))
@@ -159,7 +156,6 @@ def _key_figures(evaluation: Mapping[str, Any]) -> str:
 
 
 def _other_figures(models: Mapping[str, Mapping[str, Any]]) -> str:
-    rewarded = any(row.get("true_reward") for row in models.values())
     rows = []
     for name, row in models.items():
         lam = row.get("lambda") or {}
@@ -170,23 +166,14 @@ def _other_figures(models: Mapping[str, Mapping[str, Any]]) -> str:
             show.percent(lam.get("above_0.95")),
             show.figure(row.get("bits_per_byte"), 3),
         ]
-        cells += [show.mean_error(row.get("true_reward"))] if rewarded else []
         rows.append([_text(name), *(f'<span class="none">{c}</span>' if c == show.NONE else _text(c) for c in cells)])
     head = ["model", "margin vs start", "λ mean", "λ &lt; 0.05", "λ &gt; 0.95", "bits per byte"]
     note = (
         '<p class="note">λ is the weight that the loss gives a pair: near 0 the pair is ignored, near 1 it is pulled '
         "as hard as possible.</p>"
     )
-    made = _table([*head, *(["true reward"] if rewarded else [])], rows, "figures")
+    made = _table(head, rows, "figures")
     return "<h3>Margins and the anchor</h3>" + note + made
-
-
-def _pieces(evaluation: Mapping[str, Any]) -> str:
-    found = evaluation.get("pieces")
-    if not found:
-        return ""
-    rows = [[_text(name), _text(show.figure(value, 3))] for name, value in show.flat(found)]
-    return "<h3>Weights and the decisive pieces</h3>" + _table(["figure", "value"], rows, "figures")
 
 
 # ------------------------------------------------------------------------------------------------ curves

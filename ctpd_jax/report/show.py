@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,9 +191,7 @@ def table(evaluation: Mapping[str, Any]) -> str:
             cells = [share(found.get(sense)) for sense in SENSES]
             accuracies.add_row(harmless(name) if place == 0 else "", label, *cells)
 
-    rewarded = any(row.get("true_reward") for row in models.values())
-    names = ["model", "margin vs start", "λ mean", "λ < 0.05", "λ > 0.95", "bits per byte"]
-    others = _table("Other figures", *names, *(["true reward"] if rewarded else []))
+    others = _table("Other figures", "model", "margin vs start", "λ mean", "λ < 0.05", "λ > 0.95", "bits per byte")
     for name, row in models.items():
         lam = row.get("lambda") or {}
         cells = [
@@ -203,12 +201,9 @@ def table(evaluation: Mapping[str, Any]) -> str:
             percent(lam.get("above_0.95")),
             figure(row.get("bits_per_byte"), 3),
         ]
-        others.add_row(harmless(name), *cells, *([mean_error(row.get("true_reward"))] if rewarded else []))
+        others.add_row(harmless(name), *cells)
 
     parts = [render(accuracies), render(others), *baseline_lines(evaluation), *data_lines(evaluation.get("data"))]
-    if evaluation.get("pieces"):
-        parts.append("Weights and the decisive pieces of the toy world:")
-        parts += [f"  {name}: {figure(value, 3)}" for name, value in flat(evaluation["pieces"])]
     return "\n".join(parts)
 
 
@@ -244,36 +239,17 @@ def percent(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f} %"
 
 
-def mean_error(found: Mapping[str, Any] | None) -> str:
-    """ "1.25 ± 0.11"; an error that does not exist (one sample) is left out."""
-    if not found or found.get("mean") is None:
-        return NONE
-    error = found.get("error")
-    return figure(found["mean"], 2, sign=True) + ("" if error is None else f" ± {error:.2f}")
-
-
-def figure(value: Any, digits: int, sign: bool = False) -> str:
+def figure(value: Any, digits: int) -> str:
     """A number with so many decimals, or with so many significant digits where those would hide it."""
     if value is None:
         return NONE
     if isinstance(value, bool) or not isinstance(value, int | float):
         return harmless(str(value))
-    plus = "+" if sign else ""
     if isinstance(value, int):
-        return f"{value:{plus}d}"
+        return f"{value:d}"
     if value and not 0.1**digits <= abs(value) < 1e6:
-        return f"{value:{plus}.{digits}g}"
-    return f"{value:{plus}.{digits}f}"
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of nested mappings: ("chosen auc", 0.8), ..."""
-    for key, part in value.items():
-        name = f"{prefix} {key}".strip()
-        if isinstance(part, Mapping):
-            yield from flat(part, name)
-        else:
-            yield name, part
+        return f"{value:.{digits}g}"
+    return f"{value:.{digits}f}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -122,8 +122,7 @@ def teacher_identity(job: Job) -> dict[str, Any]:
 
 
 def teacher_is_here(config: ConfigDict) -> bool:
-    path = config.teacher.path
-    return Path(path).expanduser().is_dir() if path else config.data.train == "toy"
+    return bool(config.teacher.path) and Path(config.teacher.path).expanduser().is_dir()
 
 
 def compared(manifest: Mapping) -> dict[str, Any]:
@@ -134,8 +133,6 @@ def compared(manifest: Mapping) -> dict[str, Any]:
 
 def source_of(config: ConfigDict) -> dict[str, Any]:
     """Where the training pairs come from; of a file that is there, also its SHA-256."""
-    if config.data.train == "toy":
-        return {"train": "toy", "seed": config.seed, **config.toy.to_dict()}
     found, path = {"train": config.data.train, "split": config.data.train_split}, Path(config.data.train).expanduser()
     return found | {"sha256": sha256_file(path)} if path.is_file() else found
 

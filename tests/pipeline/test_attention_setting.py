@@ -27,7 +27,7 @@ def make_run(monkeypatch, tmp_path):
 
     def make(attention: str, layout: str = "response", dtype: str = "auto") -> Run:
         config = default_config()
-        config.attention, config.rows.layout, config.compute_dtype, config.data.train = attention, layout, dtype, "toy"
+        config.attention, config.rows.layout, config.compute_dtype, config.data.train = attention, layout, dtype, "x"
         check_config(config)
         log: Any = None
         return Run(config, Path(tmp_path), log)

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import jax
 import pytest
-from ctpd_jax.run import Run
+from toy.models import make_toy_models
 
 from ctpd_jax.artifacts import begin, finish, first_difference
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
 from ctpd_jax.settings import default_config
 from ctpd_jax.stages import same_source, source_of
-from ctpd_jax.toy.models import make_toy_models
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MICRO = str(CONFIGS / "micro.py")
@@ -68,7 +67,6 @@ def test_every_config_has_only_known_keys_and_says_its_command(config):
         ("--config.train.label_smoothing=0.7", "label_smoothing"),
         ("--config.weights.upper=inf", "weights.upper"),
         ("--config.positive.steps=-1", "positive.steps"),
-        ("--config.toy.pairs=4", "do not fill one batch of 8"),
         ("--config.data.test=nowhere.jsonl", "nowhere.jsonl"),
         ("--config.data.train=", "data.train is empty"),
         ("--config.teacher.path=nowhere", "nowhere"),
@@ -80,6 +78,13 @@ def test_a_setting_that_cannot_be_is_named(tmp_path, capsys, monkeypatch, overri
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_settings_behind_the_colon_are_the_config_files_own(tmp_path, capsys):
+    for settings, message in (("pairs=4", "do not fill one batch of 8"), ("pears=4", "does not understand 'pears=4'")):
+        assert main(["run", "--config", f"{MICRO}:{settings}", "--workdir", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
 
 
 def test_no_such_config(tmp_path, capsys):

@@ -102,7 +102,7 @@ def options_of(cell: str, form: dict) -> list[str]:
 def test_the_notebook_asks_for_settings_that_its_config_has():
     cells = ["".join(cell["source"]) for cell in json.loads((ROOT / "launch" / "colab.ipynb").read_text())["cells"]]
     (cell,) = (cell for cell in cells if "chosen = {" in cell)
-    given = {"TEACHER": "a", "STUDENT": "b", "TRAIN": "toy", "TEST": "toy", "PAIRS": 7}
+    given = {"TEACHER": "a", "STUDENT": "b", "TRAIN": "hf:a/b", "TEST": "hf:a/b", "PAIRS": 7}
     for form in ({name: type(value)() for name, value in given.items()}, given):
         known, overrides = parser().parse_known_args(["run", *options_of(cell, form)])
         config = load_config(str(ROOT / known.config), overrides)
@@ -110,4 +110,4 @@ def test_the_notebook_asks_for_settings_that_its_config_has():
         assert known.config == "configs/colab_v5e.py" and config.train.steps == 0  # the number of pairs decides
         assert bool(overrides) == (form is given)
     assert (config.data.limit, config.teacher.path, config.student.path) == (7, "a", "b")
-    assert (config.data.train, config.data.train_split, config.data.test_split) == ("toy", "train", "test")
+    assert (config.data.train, config.data.train_split, config.data.test_split) == ("hf:a/b", "train", "test")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import real_assets
+from toy.truth import decisive_pieces, sampled_rewards
 
 from ctpd_jax.cli import main
 from ctpd_jax.models.decoder import apply
@@ -24,12 +25,13 @@ def demo(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_demo_shows_what_it_promises(demo):
     found = json.loads((demo / "evaluation.json").read_text())
-    pieces, models = found["pieces"], found["models"]
+    pieces, models = decisive_pieces(demo), found["models"]
     assert pieces["AUC, good against neutral"] > 0.7 and pieces["AUC, neutral against bad"] > 0.7
     assert pieces["log-ratio, good pieces"] > pieces["log-ratio, neutral pieces"] > pieces["log-ratio, bad pieces"]
     assert models["ctpd"]["margin_vs_start"] > 0
     assert models["ctpd"]["all"]["vs_start"]["low"] > 0.5  # better than chance, with its interval
-    rewards = {name: row["true_reward"] for name, row in models.items()}
+    rewards = sampled_rewards(demo)
+    assert set(rewards) == set(models)
     gain = rewards["ctpd"]["mean"] - rewards["student_start"]["mean"]
     assert gain > 2 * np.hypot(rewards["ctpd"]["error"], rewards["student_start"]["error"])
 

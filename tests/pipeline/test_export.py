@@ -7,14 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ctpd_jax.run import Run
+from toy import world_on_disk
+from toy.models import STUDENT_TEMPLATE
 from transformers import AutoTokenizer
 
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import Message
 from ctpd_jax.text.prompts import load_text_model
-from ctpd_jax.toy.models import STUDENT_TEMPLATE
 from ctpd_jax.train.metrics import MetricLog
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
@@ -45,7 +45,7 @@ def test_the_template_file_is_exported_and_the_tokenizer_is_the_source(trained):
     workdir, overrides = trained
     template = Path(overrides[-1].partition("=")[2])
     assert (workdir / "export" / "chat_template.jinja").read_bytes() == template.read_bytes()
-    source = workdir / "toy" / "models" / "student"
+    source = Path(world_on_disk().student)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (workdir / "export" / name).read_bytes() == (source / name).read_bytes()
     with MetricLog(workdir) as log:
@@ -86,10 +86,9 @@ def test_an_evaluation_of_other_parameters_is_not_told(trained):
     assert "was not evaluated" not in _export(workdir, overrides)
 
 
-def test_the_export_asks_as_training_asked_whatever_the_source_holds(trained, tmp_path):
+def test_the_export_asks_as_training_asked_whatever_the_source_holds(tmp_path):
     """A byte order mark in the source's template, or a template that has a name and is no default."""
-    workdir, _ = trained
-    source = workdir / "toy" / "models" / "student"
+    source = Path(world_on_disk().student)
     turns = [{"role": "user", "content": "tea"}]
     for case in ("mark", "named"):
         folder = tmp_path / case

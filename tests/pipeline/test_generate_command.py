@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from toy import world_on_disk
+from toy.models import make_toy_models
 
 from ctpd_jax.cli import main
 from ctpd_jax.models import safetensors
@@ -15,7 +17,6 @@ from ctpd_jax.models.generate import generate
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import Message
 from ctpd_jax.text.prompts import load_text_model
-from ctpd_jax.toy.models import make_toy_models
 
 MICRO = str(Path(__file__).parents[2] / "configs" / "micro.py")
 TEA, COFFEE = "Tell me about tea.", "And coffee?\nIn one line."
@@ -79,7 +80,7 @@ def test_a_run_answers_as_its_folder_does_and_says_the_rest_elsewhere(tmp_path, 
     line = ["generate", "--config", MICRO, "--workdir", str(workdir), "--config.teacher_sft.steps=-1"]
     assert main([*line, "--model", "teacher", "--prompt", TEA, "--max-new-tokens", "20"]) == 0
     printed = capsys.readouterr()
-    assert printed.out == answer_of(workdir / "toy" / "models" / "teacher", TEA) + "\n"
+    assert printed.out == answer_of(world_on_disk().teacher, TEA) + "\n"
     assert "JAX" in printed.err
 
 

@@ -1,12 +1,14 @@
 """The whole chain on the micro configuration: what it leaves, and that a second call finds nothing to do."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from ctpd_jax.run import params_digest
+from toy import world_on_disk
 
 from ctpd_jax.cli import main
 from ctpd_jax.models.hf import load_hf
@@ -52,6 +54,17 @@ def test_evaluation_and_report(finished):
     assert told["end_of_turn"] == "end of turn on neither side"
     assert 0 <= told["one_side_cut"] + told["both_cut"] <= 16 and 0 <= told["in_train"]["pairs"] <= 1
     assert (finished / "report.html").stat().st_size > 10_000
+
+
+def test_the_truth_is_told_beside_the_run(finished):
+    """The script that the demo's header names, as it is called there."""
+    script = Path(CONFIG).parents[1] / "examples" / "toy" / "truth.py"
+    done = subprocess.run([sys.executable, script, finished], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = {line.strip().rpartition("  ")[0].split("  ")[0]: line for line in done.stdout.splitlines()}
+    assert {"student_start", "student_dpo", "ctpd", "teacher", "teacher_dpo"} <= set(lines)
+    assert 0 <= float(lines["AUC, good against neutral"].split()[-1]) <= 1
+    assert int(lines["pieces"].split()[-1]) > 48
 
 
 def test_export_is_the_trained_student(finished):
@@ -101,12 +114,12 @@ def test_what_changes_numbers_by_rounding_alone_is_no_difference(finished):
 def test_other_data_than_the_stores_is_named(finished, tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     arguments = ["train", "--config", CONFIG, "--workdir", str(finished)]
-    student = f"--config.student.path={finished / 'toy' / 'models' / 'student'}"
-    assert main([*arguments, student, f"--config.data.train={tmp_path / 'other.jsonl'}"]) == 2
+    assert main([*arguments, f"--config.data.train={tmp_path / 'other.jsonl'}"]) == 2
     error = capsys.readouterr().err
-    assert "source.train is 'toy' there" in error and "other.jsonl" in error
-    assert main([*arguments, "--config.toy.pairs=47"]) == 2
-    assert "source.pairs is 48 there and 47 here" in capsys.readouterr().err
+    assert f"source.train is '{world_on_disk(48, 16).train}' there" in error and "other.jsonl" in error
+    assert main([*arguments[:2], f"{CONFIG}:pairs=47", *arguments[3:]]) == 2
+    error = capsys.readouterr().err
+    assert f"'{world_on_disk(48, 16).train}' there and '{world_on_disk(47, 16).train}' here" in error
 
 
 def test_training_needs_nothing_of_the_teacher(finished, tmp_path):

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import real_assets
+from toy.world import generate_pairs
 
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import main
 from ctpd_jax.models.decoder import apply
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import SIDES
-from ctpd_jax.toy.world import generate_pairs
 from ctpd_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow

@@ -246,7 +246,7 @@ class Moment:
 
 # In the order of the run. A session is stopped at its moment, or at a later one where it has that behind it.
 MOMENTS = (
-    Moment(made="toy"),
+    Moment(made="models.json"),
     *(Moment(said="teacher_sft: compiling", spread=spread) for spread in (0.02, 0.5)),
     *(Moment(said="student_sft: compiling", spread=spread) for spread in (0.02, 0.5)),
     Moment(made="annotations/columns/reference"),
@@ -304,7 +304,7 @@ def half_written(workdir: Path) -> list[Path]:
 def outcome(workdir: Path) -> dict:
     """Everything that a run is for."""
     evaluation = json.loads((workdir / "evaluation.json").read_text())
-    del evaluation["training"], evaluation["example"]["source"]  # the times of the updates; a path in the workdir
+    del evaluation["training"]  # the times of the updates
     return {
         "params": {stage: json.loads((workdir / stage / "done.json").read_text())["params"] for stage in TRAINED},
         "store": json.loads((workdir / "annotations" / "manifest.json").read_text())["shards"],

@@ -37,14 +37,10 @@ CASES = [
 
 def made(tmp_path: Path, model: str, stage: str, sft: str, base: str, teacher_weights: str) -> Run:
     """A run whose `model` has an SFT behind it, of random numbers the size of a training's."""
-    overrides = [
-        "--config.toy.pairs=16",
-        "--config.data.limit=6",
-        f"--config.annotate.teacher_weights={teacher_weights}",
-    ]
+    overrides = ["--config.data.limit=6", f"--config.annotate.teacher_weights={teacher_weights}"]
     overrides += [f"--config.{model}_sft.{setting}" for setting in SFT[sft]]
     overrides += [f"--config.{stage}.{setting}" for setting in BASES[base]]
-    config = load_config(CONFIG, overrides)
+    config = load_config(f"{CONFIG}:pairs=16", overrides)
     check_config(config)
     run = Run(config, tmp_path, MetricLog(tmp_path, tensorboard=False), say=lambda text: None)
     name = f"{model}_sft"

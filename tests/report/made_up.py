@@ -29,7 +29,6 @@ def row(value: float, student: bool = True, start: bool = False) -> dict[str, An
         "margin_vs_start": 0.734 if moved else None,
         "lambda": {"mean": 0.482, "below_0.05": 0.31, "above_0.95": 0.275} if student else None,
         "bits_per_byte": 1.4142,
-        "true_reward": {"mean": 8 * (value - 0.6), "error": 0.21, "count": 16},
     }
 
 
@@ -91,7 +90,6 @@ def evaluation() -> dict[str, Any]:
             for name, text in answers.items()
         },
         "example": example(),
-        "pieces": {"chosen": {"auc": 0.81234}, "pairs": 12},
     }
 
 
@@ -130,7 +128,7 @@ def write_run(workdir: Path) -> None:
         "evaluation.json": evaluation(),
         "config.json": {
             "seed": 0,
-            "data": {"train": "<i>toy</i>"},
+            "data": {"train": "<i>own</i>"},
             "weights": {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5},
         },
         "data_train.json": {"source": "a & b.jsonl", "responses cut": 3, "pairs": 1234, "first": {"x": ["y:7"]}},

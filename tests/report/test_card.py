@@ -86,10 +86,10 @@ def test_a_folder_of_this_machine_is_told_by_its_name_alone(tmp_path):
     assert ModelCard(text).data.base_model is None and ModelCard(text).data.datasets is None
 
 
-def test_the_toy_world_has_no_folders():
-    text = card({"student.path": "", "teacher.path": "", "data.train": "toy"}, template="plain", pairs=None)
-    assert "# toy student (CTPD)" in text and "The student of the toy world" in text and "`toy`" in text
-    assert "apply_chat_template" not in text
+def test_plain_text_is_asked_without_a_template():
+    text = card(template="plain", pairs=None)
+    assert "by plain text, without a template" in text and "apply_chat_template" not in text
+    assert "split `train`; at most" in text
 
 
 @pytest.mark.parametrize(

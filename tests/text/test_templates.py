@@ -5,6 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from toy.models import student_tokenizer, teacher_tokenizer
+from toy.world import corpus
 from transformers import PreTrainedTokenizerFast
 
 from ctpd_jax.errors import UserError
@@ -13,8 +15,6 @@ from ctpd_jax.text import templates
 from ctpd_jax.text.prompts import PromptTooLong, TextModel, end_of_turn_id, fit_prompt
 from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_prompt, render_text, told_source
 from ctpd_jax.text.tokens import encode, load_tokenizer
-from ctpd_jax.toy.models import student_tokenizer, teacher_tokenizer
-from ctpd_jax.toy.world import corpus
 
 ASK = (Message("user", "Tell me about tea."),)
 TALK = (

@@ -4,9 +4,7 @@ import hashlib
 from itertools import pairwise
 
 import pytest
-
-from ctpd_jax.schema import Message
-from ctpd_jax.toy.world import (
+from toy.world import (
     BAD,
     FILLERS,
     GOOD,
@@ -20,6 +18,8 @@ from ctpd_jax.toy.world import (
     piece_spans,
     true_reward,
 )
+
+from ctpd_jax.schema import Message
 
 TEA = "Tell me about tea."
 
@@ -132,8 +132,8 @@ def test_seeds():
 
 
 def test_the_world_stays_as_it_is():
-    """Published numbers of the demo hang on these texts; whoever changes them raises the versions in builder.py and
-    models.py, so that nobody goes on with old files."""
+    """Published numbers of the demo hang on these texts; whoever changes them raises FORMAT in on_disk.py, so
+    that nobody goes on with old files."""
     text = "\n".join(f"{p.prompt}|{p.chosen}|{p.rejected}|{p.flipped}" for p in generate_pairs("train", 300, seed=3))
     assert (
         hashlib.sha256(text.encode()).hexdigest() == "1b0a8a13b95f7a2c8c3bf9d9c703fa2aad334ab6e7a972c822890cefd45e9f8e"

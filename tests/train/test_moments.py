@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toy.models import student_config
 
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
@@ -14,7 +15,6 @@ from ctpd_jax.models.decoder import init_params, param_shapes
 from ctpd_jax.models.hf_config import from_hf
 from ctpd_jax.settings import check_config, training
 from ctpd_jax.sharding import make_mesh, shard_shapes
-from ctpd_jax.toy.models import student_config
 from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.metrics import read_metrics
 from ctpd_jax.train.optimizer import adam, decay_mask, learning_rate, make_optimizer

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy.models import student_config, teacher_config
 
 from ctpd_jax.core.losses import ctpd_loss
 from ctpd_jax.core.projection import span_sums
@@ -17,7 +18,6 @@ from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import apply, init_params
 from ctpd_jax.models.hf_config import from_hf
 from ctpd_jax.settings import preference
-from ctpd_jax.toy.models import student_config, teacher_config
 from ctpd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
 from ctpd_jax.train.step import (
     Objective,

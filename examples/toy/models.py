@@ -24,16 +24,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
-from ctpd_jax.artifacts import local_path, write_json
+from ctpd_jax.artifacts import local_path
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.hf_config import from_hf
-from ctpd_jax.toy.world import corpus
+from toy.world import corpus
 
 TEACHER_VOCAB, STUDENT_VOCAB = 640, 512
 FREQUENT_LETTERS = 12  # letters beyond ASCII that the teacher's tokenizer knows; the rest are bytes to it
-STAMP = "toy.json"  # written last: what the two folders were made from
-FORMAT = 1  # raise it when anything here or in world.py changes the files
 
 TEACHER_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -48,7 +46,7 @@ STUDENT_TEMPLATE = (
 
 
 def make_toy_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[Path, Path]:
-    """Writes the two model folders, unless they are there, each beside its place and then renamed.
+    """Writes the two model folders.
 
     Args:
       directory: gets "teacher" and "student", in Hugging Face's format with tokenizer and chat template.
@@ -59,17 +57,14 @@ def make_toy_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[P
     """
     directory = local_path(directory)
     teacher, student = directory / "teacher", directory / "student"
-    stamp = {"format": FORMAT, "seed": seed}
-    if _stamp(directory) == stamp and all((folder / "config.json").is_file() for folder in (teacher, student)):
-        return teacher, student
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / STAMP).unlink(missing_ok=True)  # from here until the end the folder vouches for nothing
-    texts = list(corpus(seed)) + 1000 * ["user\n", "model\n", "assistant\n"]  # words of the chat templates are frequent
+    # The words of the chat templates are made frequent, so that the tokenizers learn them whole.
+    texts = list(corpus(seed)) + 1000 * ["user\n", "model\n", "assistant\n"]
     keys = jax.random.split(jax.random.key(seed), 2)
     for folder, tokenizer, raw, key in (
         (teacher, teacher_tokenizer(texts), teacher_config(), keys[0]),
         (student, student_tokenizer(texts), student_config(), keys[1]),
     ):
+        # 1. What depends on the tokenizer completes config.json.
         ids = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
@@ -77,16 +72,9 @@ def make_toy_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[P
             "pad_token_id": tokenizer.pad_token_id,
         }
         config = from_hf(raw | ids, where=str(folder))
+        # 2. Fresh weights, written as any model of the hub.
         save_hf(folder, config, init_params(config, key), tokenizer=tokenizer)
-    write_json(directory / STAMP, stamp)
     return teacher, student
-
-
-def _stamp(directory: Path) -> dict[str, int] | None:
-    try:
-        return json.loads((directory / STAMP).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
 
 
 def teacher_config() -> dict[str, Any]:
@@ -132,10 +120,11 @@ def student_config() -> dict[str, Any]:
 def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """SentencePiece-like BPE: a space is "▁", one is put in front of the text, rare characters are `<0xNN>` bytes."""
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    # Rare letters beyond ASCII stay out of the vocabulary: they are what the two tokenizers cut differently.
     texts = list(texts)
     counts = Counter(letter for letter in "".join(texts) if not letter.isascii())
     frequent = sorted(counts, key=lambda letter: (-counts[letter], letter))[:FREQUENT_LETTERS]
-    # Said in full, because the trainer breaks ties between letters at random.
+    # The alphabet is given in full, because the trainer breaks ties between letters at random.
     alphabet = sorted(
         {letter for text in texts for letter in text if letter.isascii()} - {" "} | {"▁", "\n", *frequent}
     )
@@ -152,6 +141,7 @@ def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # From here on the tokenizer works as a SentencePiece model of the hub does.
     tokenizer = _without_added_tokens(tokenizer, specials)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -194,7 +184,7 @@ def student_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def _without_added_tokens(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
-    """The same BPE with only `specials` special: training made the byte tokens so, but they are ordinary tokens."""
+    """Returns the same BPE with `specials` alone as special tokens: training made the byte tokens special too."""
     raw = json.loads(tokenizer.to_str())
     raw["added_tokens"] = []
     raw["pre_tokenizer"] = None

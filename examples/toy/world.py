@@ -13,7 +13,8 @@ A pair is two independent responses to one prompt; the better one is chosen, exc
 training pairs has the labels swapped. An objective per token that knows which phrases matter can look past such labels;
 a sum over whole responses cannot. Some pieces hold accents, CJK or emoji, which tokenizers cut in different places.
 
-Everything follows from the seed, through `random.Random.random` alone, whose sequence Python guarantees.
+Everything follows from the seed, through `random.Random.random` alone, whose sequence Python guarantees. A change here
+that makes other texts raises FORMAT in on_disk.py.
 """
 
 from __future__ import annotations
@@ -111,11 +112,13 @@ def generate_pairs(split: str, number: int, noise: float = NOISE, seed: int = 0)
     for _ in range(number):
         topic, question = _pick(rng, questions)
         prompt = question.format(topic)
+        # Two answers whose true rewards are too near to tell which is better are drawn again.
         while True:
             first, second = _response(rng, topic), _response(rng, topic)
             rewards = true_reward(first, prompt), true_reward(second, prompt)
             if abs(rewards[0] - rewards[1]) >= MIN_DIFFERENCE:
                 break
+        # One draw a pair, also where there is no noise: it changes labels, never texts.
         flip = rng.random() < (noise if split == "train" else 0.0)
         if (rewards[0] < rewards[1]) != flip:
             first, second, rewards = second, first, rewards[::-1]
@@ -144,6 +147,7 @@ def piece_spans(response: str, prompt: str | Sequence[Message]) -> list[PieceSpa
             reward = 0.0 if piece in said else rewards[piece]
             said.add(piece)
         else:
+            # A slip reaches to the next piece, or to the end.
             following = _piece_pattern().search(response, position + 1)
             end = following.start() if following else len(response)
             reward = SLIP_REWARD if response[position:end].strip(" ,;.") else 0.0
@@ -163,9 +167,11 @@ def corpus(seed: int = 0, number: int = 2000) -> Iterator[str]:
 
 
 def _response(rng: random.Random, topic: str) -> str:
+    # 1. How many decisive pieces, and how many pieces in all.
     draw = rng.random()
     decisive = next(count for count, limit in enumerate(DECISIVE_CUMULATIVE) if draw < limit)
     length = MIN_PIECES + int(rng.random() * (MAX_PIECES - MIN_PIECES + 1))
+    # 2. The pieces, the decisive ones first; none comes twice.
     pieces: list[str] = []
     while len(pieces) < length:
         if len(pieces) < decisive:
@@ -180,7 +186,8 @@ def _response(rng: random.Random, topic: str) -> str:
             pieces.append(piece)
         elif all(fact in pieces for fact in TOPICS[topic]):
             length -= 1  # the topic is exhausted; a shorter answer rather than a long search
-    for last in range(len(pieces) - 1, 0, -1):  # Fisher and Yates: the decisive pieces go anywhere
+    # 3. Shuffled as Fisher and Yates do, so that the decisive pieces stand anywhere.
+    for last in range(len(pieces) - 1, 0, -1):
         other = int(rng.random() * (last + 1))
         pieces[last], pieces[other] = pieces[other], pieces[last]
     return pieces[0] + "".join(_pick(rng, SEPARATORS) + piece for piece in pieces[1:]) + "."
