@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-import real_assets  # this folder is on the path: conftest.py lies in it
+from helpers import real_assets
 
 # The fast tests are small programs that run once or twice: what XLA does to make them faster is most of their time.
 # Without fused multiply-add (that is AVX) the same arithmetic gives the same bits whatever the shape around it.
