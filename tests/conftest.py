@@ -1,12 +1,20 @@
-"""Fixtures that every room's tests may use. Real assets are for slow tests only: building them takes minutes."""
+"""Tiers, and fixtures that every room's tests may use: tests/README.md lists them."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import real_assets
+from helpers import ROOT, real_assets
+
+# The medium tier is decided here alone: files that train, compile much or start many processes. What is neither here
+# nor marked slow or parity is fast (`make fast`). The longest stand first: in this order the workers get them.
+MEDIUM = ("pipeline/test_micro.py",)
 
 # The fast tests are small programs that run once or twice: what XLA does to make them faster is most of their time.
 # Without fused multiply-add (that is AVX) the same arithmetic gives the same bits whatever the shape around it.
@@ -14,21 +22,101 @@ QUICK_COMPILER = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     " --xla_cpu_max_isa=AVX"
 )
+TESTS = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The fast tests compile quickly; the slow ones and the parity tests as users do. Before JAX is there."""
-    if "not slow" in config.option.markexpr:
-        os.environ["XLA_FLAGS"] = f"{QUICK_COMPILER} {os.environ.get('XLA_FLAGS', '')}"
+    """The fast and medium tests compile quickly, the slow and parity tests as users do. Before JAX is there."""
+    if "not slow" not in config.option.markexpr:
+        return
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist inherits the environment
+        return
+    os.environ["XLA_FLAGS"] = f"{QUICK_COMPILER} {os.environ.get('XLA_FLAGS', '')}"
+    # Many tests run the same stages: a program that took long is compiled once for all workers and their processes.
+    programs = tempfile.mkdtemp(prefix="ctpd-programs-")
+    config.add_cleanup(lambda: shutil.rmtree(programs, ignore_errors=True))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the medium tier, and let its longest files start first."""
+    places = {TESTS / file: place for place, file in enumerate(MEDIUM)}
+    for item in items:
+        if item.path in places:
+            item.add_marker(pytest.mark.medium)
+    items.sort(key=lambda item: places.get(item.path, len(MEDIUM)))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """made_once(name, make): a folder that one worker makes, by make(folder), for all of them. Only to be read."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = root / name, root / f"{name}.whole"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                make(folder)
+                whole.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def toy_world(made_once) -> Path:
+    """The folder `toy` of a workdir of configs/micro.py: models/teacher, models/student, and the pairs in data/."""
+    from ctpd_jax.toy.builder import prepare_toy
+    from ctpd_jax.toy.models import make_toy_models
+
+    def make(folder: Path) -> None:
+        make_toy_models(folder / "models")
+        prepare_toy(folder / "data", pairs=48, test_pairs=16)
+
+    return made_once("toy", make)
+
+
+@pytest.fixture(scope="session")
+def toy_models(toy_world) -> tuple[Path, Path]:
+    """The folders of the toy teacher and the toy student."""
+    return toy_world / "models" / "teacher", toy_world / "models" / "student"
+
+
+@pytest.fixture(scope="session")
+def new_workdir(toy_world, tmp_path_factory) -> Callable[[str], Path]:
+    """new_workdir(name): a workdir that has nothing but the toy world, which takes seconds to make."""
+
+    def new(name: str) -> Path:
+        workdir = tmp_path_factory.mktemp(name) / "run"
+        shutil.copytree(toy_world, workdir / "toy")
+        return workdir
+
+    return new
+
+
+@pytest.fixture(scope="session")
+def finished_micro(made_once, toy_world) -> Path:
+    """The workdir of a whole `ctpd run --config configs/micro.py`. Who changes it takes a copy (shutil.copytree)."""
+    from ctpd_jax.cli import main
+
+    def make(folder: Path) -> None:
+        shutil.copytree(toy_world, folder / "toy")
+        assert main(["run", "--config", str(ROOT / "configs" / "micro.py"), "--workdir", str(folder)]) == 0
+
+    return made_once("finished_micro", make)
 
 
 @pytest.fixture(scope="session")
 def real_tokenizers() -> dict[str, Path]:
-    """Name -> folder: llama3, qwen2.5, mistral-v0.1, deepseek, smollm2, gemma3. Fails if they cannot be had."""
+    """Name -> folder: llama3, qwen2.5, mistral-v0.1, deepseek, smollm2, gemma3. For slow tests alone."""
     return real_assets.real_tokenizers()
 
 
 @pytest.fixture(scope="session")
 def real_models() -> dict[str, Path]:
-    """Name -> folder: smollm2-135m-instruct, gemma3-270m. Fails if they cannot be had."""
+    """Name -> folder: smollm2-135m-instruct, gemma3-270m. For slow tests alone."""
     return real_assets.real_models()

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import HELPERS
-
-ROOT = HELPERS.parents[1]
+from helpers import ROOT
 
 
 def run_on_eight_devices(helper: str, *arguments: str | Path, quick: bool = True) -> str:

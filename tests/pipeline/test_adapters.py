@@ -1,10 +1,9 @@
 """A run whose stages train adapters."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from helpers import MICRO
 
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
@@ -17,19 +16,18 @@ from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import MetricLog, read_metrics
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 ADAPTED = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
 SMALL = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(new_workdir):
     """A whole run with adapters, and the `Run` that sees it."""
-    workdir = tmp_path_factory.mktemp("adapters")
+    workdir = new_workdir("adapters")
     overrides = [*ADAPTED, *SMALL]
-    assert main(["run", "--config", CONFIG, "--workdir", str(workdir), *overrides]) == 0
+    assert main(["run", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
     with MetricLog(workdir) as log:
-        yield Run(load_config(CONFIG, overrides), workdir, log, say=lambda text: None)
+        yield Run(load_config(MICRO, overrides), workdir, log, say=lambda text: None)
 
 
 def test_only_adapters_are_trained_and_kept(run):
@@ -78,7 +76,7 @@ def test_the_export_is_base_and_adapters_merged(run):
 
 def test_adapters_are_exported_for_peft(run):
     overrides = [*ADAPTED, *SMALL, "--config.export.adapters=True"]
-    assert main(["export", "--config", CONFIG, "--workdir", str(run.workdir), *overrides]) == 0
+    assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 0
     config, adapters = load_peft(run.workdir / "adapters", run.decoder("student"))
     assert config.lora == run.trained_decoder("train", "student").lora
     jax.tree.map(np.testing.assert_array_equal, adapters, run.adapters("train", "student"))
@@ -87,24 +85,24 @@ def test_adapters_are_exported_for_peft(run):
 def test_other_settings_than_the_adapters_were_trained_with_are_refused(run, capsys):
     """Another alpha would fit their shapes, and count them another number of times."""
     overrides = [*ADAPTED, *SMALL, "--config.train.lora.alpha=64"]
-    assert main(["export", "--config", CONFIG, "--workdir", str(run.workdir), *overrides]) == 2
+    assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 2
     assert "alpha is 16.0 there and 64.0 here" in capsys.readouterr().err
 
 
 def test_adapters_need_the_users_own_checkpoint_as_base(run, capsys):
     overrides = [*ADAPTED, "--config.export.adapters=True", "--config.student_dpo.steps=-1"]
-    assert main(["export", "--config", CONFIG, "--workdir", str(run.workdir), *overrides]) == 2
+    assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 2
     assert "student_sft" in capsys.readouterr().err
 
 
 def test_an_unknown_target_is_refused_before_anything_is_trained(tmp_path, capsys):
-    arguments = ["run", "--config", CONFIG, "--workdir", str(tmp_path), "--config.train.lora.rank=4"]
+    arguments = ["run", "--config", MICRO, "--workdir", str(tmp_path), "--config.train.lora.rank=4"]
     assert main([*arguments, "--config.train.lora.targets=qkv"]) == 2
     assert "qkv" in capsys.readouterr().err and not (tmp_path / "positive").exists()
 
 
 def test_int8_is_refused_with_the_reason(tmp_path, capsys):
-    arguments = ["run", "--config", CONFIG, "--workdir", str(tmp_path), "--config.annotate.teacher_weights=int8"]
+    arguments = ["run", "--config", MICRO, "--workdir", str(tmp_path), "--config.annotate.teacher_weights=int8"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "annotate.teacher_weights" in error and "reference" in error and "bfloat16" in error

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import MICRO
 
 from ctpd_jax import stages as stages_module
 from ctpd_jax.annotate.store import open_store
@@ -20,7 +21,6 @@ from ctpd_jax.settings import check_config
 from ctpd_jax.stages import read_together
 from ctpd_jax.train.metrics import MetricLog, read_metrics
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 STAGES = ("positive", "negative", "train")
 ADAPTED = [f"--config.{stage}.lora.rank=4" for stage in STAGES]
 HALF = [*[f"--config.{stage}.lora.base=bfloat16" for stage in STAGES], "--config.annotate.teacher_weights=bfloat16"]
@@ -38,21 +38,21 @@ def whole_run(workdir: Path, overrides: list[str]) -> dict[str, set[str]]:
 
     stages_module.train = spy
     try:
-        assert main(["run", "--config", CONFIG, "--workdir", str(workdir), *overrides]) == 0
+        assert main(["run", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
     finally:
         stages_module.train = original
     return frozen
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(new_workdir):
     """A run over float32 bases, one over bfloat16 ones, and what lay frozen in this one."""
     overrides, found, frozen = [*ADAPTED, *SHORT], {}, {}
     for name, more in (("float32", []), ("bfloat16", HALF)):
-        workdir = tmp_path_factory.mktemp(name)
+        workdir = new_workdir(name)
         frozen = whole_run(workdir, [*overrides, *more])
         log = MetricLog(workdir)
-        found[name] = Run(load_config(CONFIG, [*overrides, *more]), workdir, log, say=lambda text: None)
+        found[name] = Run(load_config(MICRO, [*overrides, *more]), workdir, log, say=lambda text: None)
     yield found["float32"], found["bfloat16"], frozen
     for run in found.values():
         run.log.close()
@@ -107,7 +107,7 @@ def test_two_adapters_over_one_bfloat16_base_read_together(runs):
 
 
 def test_what_cannot_be_is_refused():
-    config = load_config(CONFIG, [])
+    config = load_config(MICRO, [])
     config.train.lora.base = "bfloat16"
     with pytest.raises(UserError, match=r"train\.lora\.rank 0"):
         check_config(config)
@@ -119,6 +119,6 @@ def test_what_cannot_be_is_refused():
 def test_a_stage_is_not_taken_up_over_another_base(runs, capsys):
     _, half, _ = runs
     other = [part for part in HALF if "positive" not in part]
-    arguments = ["dpo", "--config", CONFIG, "--workdir", str(half.workdir), *ADAPTED, *SHORT, *other]
+    arguments = ["dpo", "--config", MICRO, "--workdir", str(half.workdir), *ADAPTED, *SHORT, *other]
     assert main(arguments) == 2
     assert "settings.lora.base is 'bfloat16' there and 'float32' here" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import MICRO
 
 from ctpd_jax import run as run_module
 from ctpd_jax.annotate.store import open_store
@@ -21,7 +22,6 @@ from ctpd_jax.schema import SIDES
 from ctpd_jax.train.checkpoint import load_params, save_params
 from ctpd_jax.train.metrics import MetricLog
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 HALF = "--config.annotate.teacher_weights=bfloat16"
 SHORT = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1", "--config.train.steps=-1"]
 # Where the teacher's parameters come from: SFT and the contrastive pair.
@@ -44,18 +44,18 @@ def dtypes(tree) -> set[str]:
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda name: name.replace(" ", "_"))
-def runs(request, tmp_path_factory):
+def runs(request, new_workdir):
     """(scores with float32 parameters, scores with bfloat16 ones, the Run of these)."""
-    workdir = tmp_path_factory.mktemp("half")
+    workdir = new_workdir("half")
     # The same stages: only the annotation is made twice.
     overrides = [*SHORT, *SOURCES[request.param]]
     for command in (["sft"], ["dpo"], ["dpo", "--reverse"], ["annotate"]):
-        assert main([*command, "--config", CONFIG, "--workdir", str(workdir), *overrides]) == 0
+        assert main([*command, "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
     exact = read(workdir)
     (workdir / "annotations").rename(workdir / "exact")
-    assert main(["annotate", "--config", CONFIG, "--workdir", str(workdir), *overrides, HALF]) == 0
+    assert main(["annotate", "--config", MICRO, "--workdir", str(workdir), *overrides, HALF]) == 0
     with MetricLog(workdir) as log:
-        yield exact, read(workdir), Run(load_config(CONFIG, [*overrides, HALF]), workdir, log, say=lambda text: None)
+        yield exact, read(workdir), Run(load_config(MICRO, [*overrides, HALF]), workdir, log, say=lambda text: None)
 
 
 def test_annotations_are_nearly_those_of_float32(runs):
@@ -134,7 +134,7 @@ def test_no_wider_copy_is_read(runs, monkeypatch):
 
 def test_float32_annotations_are_not_taken_for_bfloat16_ones(runs, capsys):
     _, _, run = runs
-    arguments = ["annotate", "--config", CONFIG, "--workdir", str(run.workdir), *SHORT]
+    arguments = ["annotate", "--config", MICRO, "--workdir", str(run.workdir), *SHORT]
     config = run.config
     arguments += [f"--config.weights.source={config.weights.source}"]
     for stage in ("teacher_sft", "positive", "negative"):

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers import MICRO, ROOT
 
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
 from ctpd_jax.run import Run
 from ctpd_jax.settings import default_config
 from ctpd_jax.stages import same_source, source_of
-from ctpd_jax.toy.models import make_toy_models
 from ctpd_jax.workdir import begin, finish, first_difference
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-MICRO = str(CONFIGS / "micro.py")
+CONFIGS = ROOT / "configs"
 
 
 def run(tmp_path, *arguments: str, command: str = "run") -> int:
@@ -29,11 +28,6 @@ def run(tmp_path, *arguments: str, command: str = "run") -> int:
 def jsonl(path: Path, *rows: object) -> str:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def toy_models(tmp_path_factory) -> tuple[Path, Path]:
-    return make_toy_models(tmp_path_factory.mktemp("models"))
 
 
 GOOD = {"prompt": "Tell me about tea.", "chosen": "green leaves", "rejected": "who cares"}

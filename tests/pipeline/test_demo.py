@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import HELPERS, real_assets
+from helpers import HELPERS, ROOT, real_assets
 
 from ctpd_jax.cli import main
 from ctpd_jax.models.decoder import apply
 from ctpd_jax.models.hf import load_hf
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

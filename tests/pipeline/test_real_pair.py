@@ -6,11 +6,10 @@ Slow: builds the real models the first time, and torch runs in an environment of
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import HELPERS, real_assets
+from helpers import HELPERS, ROOT, real_assets
 
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import main
@@ -21,7 +20,7 @@ from ctpd_jax.toy.world import generate_pairs
 from ctpd_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
-CONFIG = str(Path(__file__).parents[2] / "configs" / "pair.py")
+CONFIG = str(ROOT / "configs" / "pair.py")
 TOKENS = list(range(300, 340))
 
 

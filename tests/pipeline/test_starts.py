@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import MICRO
 
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.cli import load_config
@@ -23,7 +24,6 @@ from ctpd_jax.train.metrics import MetricLog
 from ctpd_jax.train.step import Objective, mean_of, preference_sums
 from ctpd_jax.workdir import finish
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 SFT = {"none": ["steps=-1"], "full": [], "adapters": ["lora.rank=3", "lora.alpha=4", "lora.targets=q_proj,up_proj"]}
 HALF = ["lora.rank=4", "lora.base=bfloat16", "lora.targets=q_proj,o_proj"]
 BASES = {"full": [], "adapters": ["lora.rank=4"], "half": HALF}
@@ -44,7 +44,7 @@ def made(tmp_path: Path, model: str, stage: str, sft: str, base: str, teacher_we
     ]
     overrides += [f"--config.{model}_sft.{setting}" for setting in SFT[sft]]
     overrides += [f"--config.{stage}.{setting}" for setting in BASES[base]]
-    config = load_config(CONFIG, overrides)
+    config = load_config(MICRO, overrides)
     check_config(config)
     run = Run(config, tmp_path, MetricLog(tmp_path, tensorboard=False), say=lambda text: None)
     name = f"{model}_sft"

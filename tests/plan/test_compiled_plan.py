@@ -1,13 +1,11 @@
 """`ctpd plan` with the compiler for TPUs, on models of full size: no weights, no data, no TPU."""
 
 import re
-from pathlib import Path
 
 import pytest
-from helpers import HELPERS
+from helpers import HELPERS, ROOT
 from helpers.real_assets import run_with_libtpu
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = HELPERS / "run_plan.py"
 PAPER, COLAB = ROOT / "configs" / "qwen2.5_14b_to_llama3.1_8b.py", ROOT / "configs" / "colab_v5e.py"
 pytestmark = pytest.mark.slow
