@@ -43,6 +43,6 @@ setup(
         "hub": ["datasets>=4", "huggingface_hub>=1.0"],
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "eval": ["lm-eval==0.4.13"],
-        "parity": ["torch==2.13.0", "accelerate", "peft"],  # tests/real_assets.py installs the same
+        "parity": ["torch==2.13.0", "accelerate", "peft"],  # tests/helpers/real_assets.py installs the same
     },
 )

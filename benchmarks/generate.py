@@ -6,7 +6,7 @@
 
 The prompts have 20 to 60 tokens; both take the likeliest token 64 times without stopping, in float32, and the time
 includes running the prompts. transformers in bfloat16 stands beside it. transformers and torch live in the environment
-that the tests make for them (tests/real_assets.py).
+that the tests make for them (tests/helpers/real_assets.py).
 
 One after the other, in processes of their own, and that several times over: on a machine that does other things too,
 what counts is the least time of each, after a run that compiles and warms up.
@@ -99,7 +99,7 @@ def measure(side: str, folder: Path, repeats: int) -> dict[str, Any]:
 def compare(folder: Path | None, rounds: int, repeats: int) -> dict[str, Any]:
     """The records of all sides, those of several rounds in one."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    import real_assets
+    from helpers import real_assets
 
     folder = folder or real_assets.real_models()["smollm2-135m-instruct"]
     records: dict[str, dict[str, Any]] = {}

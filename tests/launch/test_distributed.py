@@ -4,9 +4,9 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import MICRO
 
 from ctpd_jax import cli
 from ctpd_jax.errors import UserError
@@ -78,8 +78,7 @@ def test_processes_that_have_not_joined_are_refused(monkeypatch, joined):
 
 def test_the_command_line_refuses_before_it_writes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    config = str(Path(__file__).parents[2] / "configs" / "micro.py")
-    assert cli.main(["evaluate", "--config", config, "--workdir", str(tmp_path / "run")]) == 2
+    assert cli.main(["evaluate", "--config", MICRO, "--workdir", str(tmp_path / "run")]) == 2
     assert "CTPD_DISTRIBUTED=detect" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+LAUNCH = ROOT / "launch"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 

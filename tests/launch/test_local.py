@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "local.sh"
+SCRIPT = ROOT / "launch" / "local.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 # Notes its pid and its number in the round's folder, and what befalls it; then does what its arguments say.

@@ -7,15 +7,14 @@ import re
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import real_assets
-from tiny import CONFIGS, random_model
+from helpers import HELPERS, real_assets
+from helpers.tiny import CONFIGS, random_model
 
 from ctpd_jax import settings
 from ctpd_jax.errors import UserError
@@ -331,8 +330,7 @@ def test_platforms():
 
 @pytest.mark.slow
 def test_compiled_for_a_tpu_splash_holds_no_scores():
-    script = Path(__file__).with_name("tpu_attention.py")
-    programs = json.loads(real_assets.run_with_libtpu(script).splitlines()[-1])
+    programs = json.loads(real_assets.run_with_libtpu(HELPERS / "tpu_attention.py").splitlines()[-1])
     assert len(programs) == 6
     for name, found in programs.items():
         if name.startswith("xla"):  # so that the search is known to find scores

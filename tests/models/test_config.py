@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import FAMILIES, HF_CONFIGS
+from helpers.tiny import FAMILIES, HF_CONFIGS
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.hf_config import from_hf, read_config, to_hf

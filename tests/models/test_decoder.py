@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIGS, layout, random_model
+from helpers.tiny import CONFIGS, layout, random_model
 
 from ctpd_jax.models import attention, decoder
 from ctpd_jax.models.config import Rope

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import real_assets
-from tiny import FAMILIES, random_model
+from helpers import HELPERS, real_assets
+from helpers.tiny import FAMILIES, random_model
 from tokenizers import Tokenizer
 
 from ctpd_jax.models.decoder import apply
 from ctpd_jax.models.hf import load_hf, save_hf
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("torch_reference.py")
+SCRIPT = HELPERS / "torch_reference.py"
 REAL = ["smollm2-135m-instruct", "gemma3-270m"]
 TOKENS = 48  # of each of two sequences
 

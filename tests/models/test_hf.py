@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.tiny import HF_CONFIGS, random_model
 from safetensors.numpy import load_file
-from tiny import HF_CONFIGS, random_model
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models import safetensors

@@ -8,8 +8,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from helpers.tiny import random_model
 from safetensors.numpy import load_file
-from tiny import random_model
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models import hf_export, safetensors

@@ -7,7 +7,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny import FAMILIES, HF_CONFIGS, random_model
+from helpers.tiny import FAMILIES, HF_CONFIGS, random_model
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models import safetensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from tiny import FAMILIES, random_model
+from helpers.tiny import FAMILIES, random_model
 
 from ctpd_jax.models import safetensors
 from ctpd_jax.models.hf import load_hf, save_hf, tensor_table

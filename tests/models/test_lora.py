@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIGS, random_model
+from helpers.tiny import CONFIGS, random_model
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models import safetensors

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_model
+from helpers.tiny import random_model
 
 from ctpd_jax.annotate.scorer import make_scorer, score_pairs
 from ctpd_jax.data.loader import micro_batches, plan_shapes

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import real_assets
+from helpers import HELPERS, real_assets
 from tokenizers import Tokenizer
 
 from ctpd_jax.models import safetensors
@@ -22,7 +22,7 @@ from ctpd_jax.models.generate import generate
 from ctpd_jax.models.hf import load_hf, save_hf
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("torch_reference.py")
+SCRIPT = HELPERS / "torch_reference.py"
 REAL = ["smollm2-135m-instruct", "gemma3-270m"]
 LOGPROB_TOLERANCE = 1e-3
 GREEDY = (40, 64)  # prompt, new tokens

@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import real_assets
-from tiny import FAMILIES, TEACHERS, random_model
+from helpers import HELPERS, real_assets
+from helpers.tiny import FAMILIES, TEACHERS, random_model
 
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch
 from ctpd_jax.models.compute import Compute
@@ -26,7 +26,7 @@ from ctpd_jax.schema import RowLayout
 from ctpd_jax.train.step import Objective, preference_sums
 
 pytestmark = pytest.mark.parity
-SCRIPT = Path(__file__).with_name("torch_reference.py")
+SCRIPT = HELPERS / "torch_reference.py"
 TRAINABLE = sorted(set(FAMILIES) - set(TEACHERS))
 ONLY_IN_5 = {"phi3_attention_factor"}  # transformers 4 allows no such field for this family
 LENGTHS = (23, 31)  # longer than the tiny windows

@@ -1,20 +1,15 @@
-"""Runs import_checks.py on eight simulated devices, in a process of its own."""
+"""Sharded import on eight simulated devices."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
+from helpers.eight_devices import run_on_eight_devices
 
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.hf_config import from_hf
 
-ROOT = Path(__file__).parents[2]
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -33,11 +28,4 @@ CONFIGS = {
 def test_a_sharded_import_is_the_plain_one_and_reads_no_more_than_it_needs(tmp_path, name) -> None:
     config = from_hf(CONFIGS[name])
     save_hf(tmp_path / "model", config, init_params(config, jax.random.key(0)), max_shard_bytes=20_000)
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, Path(__file__).with_name("import_checks.py"), tmp_path / "model"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "every import agrees" in done.stdout, done.stdout + done.stderr[-4000:]
+    assert "every import agrees" in run_on_eight_devices("import_checks", tmp_path / "model")

@@ -1,33 +1,21 @@
-"""Runs mesh_checks.py on eight simulated devices, in a process of its own: twenty updates on every mesh."""
+"""Twenty updates on every mesh of eight simulated devices."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.eight_devices import run_on_eight_devices
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 FIRST, LATER = 2e-6, 1e-4  # relative to the loss on one device: of the first update, and of any of the twenty
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "models"), os.environ.get("PYTHONPATH", "")]),
-    }
-    script = Path(__file__).with_name("mesh_checks.py")
-    command = [sys.executable, script, str(tmp_path_factory.mktemp("meshes"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    printed = run_on_eight_devices("mesh_checks", tmp_path_factory.mktemp("meshes"), quick=False)
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma3", "lora"])

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ctpd_jax.run import params_digest
+from helpers import MICRO, ROOT
 
+from ctpd_jax.job.lineage import params_digest
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc")]
-ROOT = Path(__file__).parents[2]
 CTPD = [sys.executable, "-m", "ctpd_jax.cli"]
-SETTINGS = ["--config", str(ROOT / "configs" / "micro.py"), "--config.student_dpo.steps=-1"]
+SETTINGS = ["--config", MICRO, "--config.student_dpo.steps=-1"]
 STEPS, SAVE_EVERY = 20, 4
 SAVED, KILLED = 8, 10  # the kill comes once the save after so many updates is whole, and so many updates are made
 # Every parameter is cut into 8 parts, so that each process holds half of it, and half of a checkpoint.

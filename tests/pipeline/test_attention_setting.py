@@ -1,18 +1,16 @@
-"""config.attention, as the run reads it for each of its models."""
+"""config.attention, as a run reads it for each of its models."""
 
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
+import jax
 import pytest
-from ctpd_jax.run import Run
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.models import compute_on
+from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig, LayerKind
 from ctpd_jax.settings import check_config, default_config
-from ctpd_jax.train.step import Compute
+from ctpd_jax.sharding import make_mesh
 
 STUDENT = DecoderConfig(
     family="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1,
@@ -21,40 +19,34 @@ STUDENT = DecoderConfig(
 MODELS = {"student": STUDENT, "teacher": replace(STUDENT, attention_softcap=50.0)}
 
 
-@pytest.fixture
-def make_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(Run, "decoder", lambda self, model: MODELS[model])
-
-    def make(attention: str, layout: str = "response", dtype: str = "auto") -> Run:
-        config = default_config()
-        config.attention, config.rows.layout, config.compute_dtype, config.data.train = attention, layout, dtype, "x"
-        check_config(config)
-        log: Any = None
-        return Run(config, Path(tmp_path), log)
-
-    return make
+def compute(
+    model: str, attention: str, layout: str = "response", dtype: str = "auto", platform: str = "cpu"
+) -> Compute:
+    config = default_config()
+    config.attention, config.rows.layout, config.compute_dtype, config.data.train = attention, layout, dtype, "x"
+    check_config(config)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    return compute_on(mesh, config, model, MODELS[model], platform)
 
 
-def test_on_a_cpu(make_run):
-    run = make_run("auto")
-    assert run.compute("teacher") == Compute("float32", "full", "plain", run.mesh)
-    assert make_run("xla").compute("student").attention == "xla"
+def test_on_a_cpu():
+    found = compute("teacher", "auto")
+    assert found == Compute("float32", "full", "plain", found.mesh)
+    assert compute("student", "xla").attention == "xla"
     with pytest.raises(UserError, match=r"^The teacher: .*'xla' cannot be used with soft cap"):
-        make_run("xla").compute("teacher")
+        compute("teacher", "xla")
     for missing in ("cudnn", "splash"):
         with pytest.raises(UserError, match=f"'{missing}' cannot be used with "):
-            make_run(missing).compute("student")
+            compute("student", missing)
 
 
-def test_the_layout_of_the_rows_decides_between_the_two_of_splash(make_run, monkeypatch):
-    chip = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]), shape={"tensor": 1})
-    monkeypatch.setattr(Run, "mesh", chip)
+def test_the_layout_of_the_rows_decides_between_the_two_of_splash():
     for layout, backend in (("response", "splash_segments"), ("pair", "splash_segments"), ("shared", "splash")):
         for attention in ("auto", "splash"):
-            assert make_run(attention, layout, "bfloat16").compute("teacher").attention == backend
-    assert make_run("auto", "shared", "float32").compute("teacher").attention == "plain"
+            assert compute("teacher", attention, layout, "bfloat16", "tpu").attention == backend
+    assert compute("teacher", "auto", "shared", "float32", "tpu").attention == "plain"
 
 
-def test_a_back_end_that_there_is_not(make_run):
+def test_a_back_end_that_there_is_not():
     with pytest.raises(UserError, match=r"config\.attention is 'flash'; choose one of auto, plain, xla, cudnn, splash"):
-        make_run("flash")
+        compute("student", "flash")

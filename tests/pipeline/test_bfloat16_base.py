@@ -6,21 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ctpd_jax.run import Run
+from helpers import MICRO
+from helpers.jobs import adapted, dtypes, files_of, job_in
 
-from ctpd_jax import stages as stages_module
 from ctpd_jax.annotate.scorer import make_scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.errors import UserError
+from ctpd_jax.job import lineage
+from ctpd_jax.job.pairs import load_pairs
+from ctpd_jax.job.recipe import packing, passes
+from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 from ctpd_jax.settings import check_config
-from ctpd_jax.stages import read_together
-from ctpd_jax.train.metrics import MetricLog, read_metrics
+from ctpd_jax.stages import dpo, sft, train
+from ctpd_jax.train import loop
+from ctpd_jax.train.metrics import read_metrics
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 STAGES = ("positive", "negative", "train")
 ADAPTED = [f"--config.{stage}.lora.rank=4" for stage in STAGES]
 HALF = [*[f"--config.{stage}.lora.base=bfloat16" for stage in STAGES], "--config.annotate.teacher_weights=bfloat16"]
@@ -29,33 +33,29 @@ SHORT = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1", "--co
 
 def whole_run(workdir: Path, overrides: list[str]) -> dict[str, set[str]]:
     """Runs everything; for each stage the dtypes of the matrices that it was given frozen."""
-    frozen, original = {}, stages_module.train
+    frozen, original = {}, loop.train
 
-    def spy(name, *args, **kwargs):
-        leaves = jax.tree.leaves_with_path(kwargs["frozen"] or {})
-        frozen[name] = {str(leaf.dtype) for path, leaf in leaves if "norm" not in path[-2].key}
-        return original(name, *args, **kwargs)
+    def spy(recipe, directory, initial, lying_still, *args, **kwargs):
+        leaves = jax.tree.leaves_with_path(lying_still)
+        frozen[recipe.stage] = {str(leaf.dtype) for path, leaf in leaves if "norm" not in path[-2].key}
+        return original(recipe, directory, initial, lying_still, *args, **kwargs)
 
-    stages_module.train = spy
-    try:
-        assert main(["run", "--config", CONFIG, "--workdir", str(workdir), *overrides]) == 0
-    finally:
-        stages_module.train = original
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sft, dpo, train):
+            patch.setattr(module, "train", spy)
+        assert main(["run", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
     return frozen
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(new_workdir):
     """A run over float32 bases, one over bfloat16 ones, and what lay frozen in this one."""
     overrides, found, frozen = [*ADAPTED, *SHORT], {}, {}
     for name, more in (("float32", []), ("bfloat16", HALF)):
-        workdir = tmp_path_factory.mktemp(name)
+        workdir = new_workdir(name)
         frozen = whole_run(workdir, [*overrides, *more])
-        log = MetricLog(workdir)
-        found[name] = Run(load_config(CONFIG, [*overrides, *more]), workdir, log, say=lambda text: None)
-    yield found["float32"], found["bfloat16"], frozen
-    for run in found.values():
-        run.log.close()
+        found[name] = job_in(workdir, load_config(MICRO, [*overrides, *more]))
+    return found["float32"], found["bfloat16"], frozen
 
 
 def test_the_base_is_bfloat16_while_adapters_train_and_training_stays_close(runs):
@@ -70,33 +70,40 @@ def test_the_base_is_bfloat16_while_adapters_train_and_training_stays_close(runs
 def test_adapters_stay_float32_and_are_merged_into_a_float32_base(runs):
     _, half, _ = runs
     for stage, model in (("positive", "teacher"), ("train", "student")):
-        assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.adapters(stage, model))} == {"float32"}
-        merged, base = half.params_of(stage, model), half.base(stage, model)
-        assert {str(leaf.dtype) for leaf in jax.tree.leaves(merged)} == {"float32"}
-        adapters = half.adapters(stage, model)["model"]["layers"]["mlp"]["up_proj"]
-        scale = half.trained_decoder(stage, model).lora.scale
+        files = files_of(half)
+        assert dtypes(files.adapters(stage)) == {"float32"}
+        merged = lineage.merged(files, half.config, stage, model)
+        base = lineage.base(files, half.config, stage, "float32").params
+        assert dtypes(merged) == {"float32"}
+        adapters = files.adapters(stage)["model"]["layers"]["mlp"]["up_proj"]
+        scale = adapted(half, stage, model).lora.scale
         delta = scale * np.einsum("lor,lri->loi", adapters["lora_b"], adapters["lora_a"])
         before, after = (tree["model"]["layers"]["mlp"]["up_proj"]["weight"] for tree in (base, merged))
         np.testing.assert_allclose(after, before + delta, atol=1e-6)
         assert np.abs(delta).max() > 1e-4
     _, exported = load_hf(half.workdir / "export")
-    jax.tree.map(np.testing.assert_array_equal, exported, half.params_of("train", "student"))
+    jax.tree.map(
+        np.testing.assert_array_equal, exported, lineage.merged(files_of(half), half.config, "train", "student")
+    )
 
 
 def test_two_adapters_over_one_bfloat16_base_read_together(runs):
     _, half, _ = runs
-    assert {"positive": "positive", "negative": "negative"} in read_together(half)
-    store, pairs = open_store(half.workdir / "annotations", verify=False), half.pairs("train")[:4]
+    files = files_of(half)
+    decoders = {model: files.decoder(model) for model in ("teacher", "student")}
+    assert ("positive", "negative") in passes(half.config, decoders)
+    store, pairs = open_store(half.workdir / "annotations", verify=False), load_pairs(half, "train").aligned[:4]
     items = [plain_item(pair, "teacher") for pair in pairs]
     spans = [tuple(pair.tokens("teacher", side).span_ids for side in (CHOSEN, REJECTED)) for pair in pairs]
-    config, shapes = half.trained_decoder("positive", "teacher"), plan_shapes(items, [range(4)], 2, half.rows)
-    scorer, gaps = make_scorer(config, half.compute("teacher")), {}
+    config, rows = adapted(half, "positive", "teacher"), packing(half.config, half.mesh)
+    shapes = plan_shapes(items, [range(4)], 2, rows)
+    scorer, gaps = make_scorer(config, Compute(mesh=half.mesh)), {}
     for dtype in ("bfloat16", "float32"):
-        base, adapters = half.base("positive", "teacher", dtype), half.adapters("positive", "teacher")
+        base, adapters = lineage.base(files, half.config, "positive", dtype).params, files.adapters("positive")
         stacked = jax.tree.map(lambda leaf: jnp.stack([leaf]), adapters)
         (alone,) = score_pairs(
             lambda batch, slots, base=base, stacked=stacked: scorer(stacked, base, batch, slots),
-            items, spans, 2, half.rows, shapes,
+            items, spans, 2, rows, shapes,
         )  # fmt: skip
         gaps[dtype] = max(
             np.abs(store[i][1][side]["positive"] - values).max()
@@ -107,7 +114,7 @@ def test_two_adapters_over_one_bfloat16_base_read_together(runs):
 
 
 def test_what_cannot_be_is_refused():
-    config = load_config(CONFIG, [])
+    config = load_config(MICRO, [])
     config.train.lora.base = "bfloat16"
     with pytest.raises(UserError, match=r"train\.lora\.rank 0"):
         check_config(config)
@@ -119,6 +126,6 @@ def test_what_cannot_be_is_refused():
 def test_a_stage_is_not_taken_up_over_another_base(runs, capsys):
     _, half, _ = runs
     other = [part for part in HALF if "positive" not in part]
-    arguments = ["dpo", "--config", CONFIG, "--workdir", str(half.workdir), *ADAPTED, *SHORT, *other]
+    arguments = ["dpo", "--config", MICRO, "--workdir", str(half.workdir), *ADAPTED, *SHORT, *other]
     assert main(arguments) == 2
     assert "settings.lora.base is 'bfloat16' there and 'float32' here" in capsys.readouterr().err

@@ -8,20 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ctpd_jax.assess import Sampling, reading_model, sample
-from ctpd_jax.run import Run
+from helpers import MICRO
+from helpers.jobs import dtypes, files_of, job_in
 
-from ctpd_jax import run as run_module
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
+from ctpd_jax.job import lineage
+from ctpd_jax.job.models import text_of
+from ctpd_jax.job.pairs import load_pairs
+from ctpd_jax.job.table import left_out
 from ctpd_jax.models.decoder import hidden_states, unembedding
 from ctpd_jax.models.lora import merge, split
 from ctpd_jax.schema import SIDES
+from ctpd_jax.stages.generate import Sampling, reading_model, sample
 from ctpd_jax.train.checkpoint import load_params, save_params
-from ctpd_jax.train.metrics import MetricLog
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 HALF = "--config.annotate.teacher_weights=bfloat16"
 SHORT = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1", "--config.train.steps=-1"]
 # Where the teacher's parameters come from: SFT and the contrastive pair.
@@ -34,28 +36,28 @@ SOURCES = {
 }  # fmt: skip
 
 
+def merged(job, stage: str):
+    """The teacher that a stage left, float32 and whole."""
+    return lineage.merged(files_of(job), job.config, stage, "teacher")
+
+
 def read(workdir: Path) -> list:
     store = open_store(workdir / "annotations", verify=False)
     return [store[i][1] for i in range(len(store))]
 
 
-def dtypes(tree) -> set[str]:
-    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
-
-
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda name: name.replace(" ", "_"))
-def runs(request, tmp_path_factory):
-    """(scores with float32 parameters, scores with bfloat16 ones, the Run of these)."""
-    workdir = tmp_path_factory.mktemp("half")
+def runs(request, new_workdir):
+    """(scores with float32 parameters, scores with bfloat16 ones, the job of these)."""
+    workdir = new_workdir("half")
     # The same stages: only the annotation is made twice.
     overrides = [*SHORT, *SOURCES[request.param]]
     for command in (["sft"], ["dpo"], ["dpo", "--reverse"], ["annotate"]):
-        assert main([*command, "--config", CONFIG, "--workdir", str(workdir), *overrides]) == 0
+        assert main([*command, "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
     exact = read(workdir)
     (workdir / "annotations").rename(workdir / "exact")
-    assert main(["annotate", "--config", CONFIG, "--workdir", str(workdir), *overrides, HALF]) == 0
-    with MetricLog(workdir) as log:
-        yield exact, read(workdir), Run(load_config(CONFIG, [*overrides, HALF]), workdir, log, say=lambda text: None)
+    assert main(["annotate", "--config", MICRO, "--workdir", str(workdir), *overrides, HALF]) == 0
+    return exact, read(workdir), job_in(workdir, load_config(MICRO, [*overrides, HALF]))
 
 
 def test_annotations_are_nearly_those_of_float32(runs):
@@ -73,7 +75,7 @@ def test_annotations_are_nearly_those_of_float32(runs):
 def test_what_rounding_leaves_of_the_weights_is_told_where_it_takes_some(runs):
     """Of a pair that was trained whole; adapters are not rounded."""
     _, _, run = runs
-    whole = not run.left_out("positive") and not run.config.positive.lora.rank
+    whole = not left_out(run.config, "positive") and not run.config.positive.lora.rank
     path = run.workdir / "annotations" / "rounded.json"
     assert path.exists() == whole
     assert not whole or 0.5 < json.loads(path.read_text())["correlation"] < 1
@@ -82,7 +84,7 @@ def test_what_rounding_leaves_of_the_weights_is_told_where_it_takes_some(runs):
 def test_parameters_are_the_float32_ones_rounded(runs):
     _, _, run = runs
     for stage in ("teacher_sft", "positive"):
-        (config, half), exact = reading_model(run, stage, "teacher"), run.params_of(stage, "teacher")
+        (config, half), exact = reading_model(run, stage, "teacher"), merged(run, stage)
         assert dtypes(exact) == {"float32"}
         adapters, base = split(half)
         assert bool(adapters) == (config.lora is not None)
@@ -100,7 +102,8 @@ def test_what_is_sampled_is_what_is_scored(runs):
     """Token by token: the likeliest one of the model that annotation reads."""
     _, _, run = runs
     config, params = reading_model(run, "positive", "teacher")
-    text, prompts = run.text("teacher"), [run.raw("train")[pair.id].prompt for pair in run.pairs("train")[:2]]
+    text, pairs = text_of(run, "teacher"), load_pairs(run, "train")
+    prompts = [pairs.raw[pair.id].prompt for pair in pairs.aligned[:2]]
     answers = sample(text, config, params, prompts, Sampling(max_new_tokens=3), "float32")
     for prompt, answer in zip(prompts, answers):
         ids = text.prompt(prompt)
@@ -126,7 +129,7 @@ def test_no_wider_copy_is_read(runs, monkeypatch):
         return spy
 
     for name in ("load_hf", "load_params"):
-        monkeypatch.setattr(run_module, name, spied(getattr(run_module, name)))
+        monkeypatch.setattr(lineage, name, spied(getattr(lineage, name)))
     reading_model(run, "positive", "teacher")
     wide = [path for tree in trees for path, leaf in jax.tree.leaves_with_path(tree) if leaf.dtype != jnp.bfloat16]
     assert trees and all("lora" in path[-1].key or "norm" in path[-2].key for path in wide)
@@ -134,7 +137,7 @@ def test_no_wider_copy_is_read(runs, monkeypatch):
 
 def test_float32_annotations_are_not_taken_for_bfloat16_ones(runs, capsys):
     _, _, run = runs
-    arguments = ["annotate", "--config", CONFIG, "--workdir", str(run.workdir), *SHORT]
+    arguments = ["annotate", "--config", MICRO, "--workdir", str(run.workdir), *SHORT]
     config = run.config
     arguments += [f"--config.weights.source={config.weights.source}"]
     for stage in ("teacher_sft", "positive", "negative"):
@@ -161,14 +164,19 @@ def test_stored_parameters_are_rounded_only_where_that_is_asked_for(tmp_path):
 def test_where_products_are_bfloat16_nothing_changes(runs):
     """Else the compute dtype of the runs here, float32, would hide what a TPU sees."""
     _, _, run = runs
-    config, tokens = run.decoder("teacher"), np.arange(3, 43)[None]
-    exact = run.params_of("positive", "teacher")
-    half = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), exact, run.abstract("teacher", "bfloat16"))
+    config, tokens = files_of(run).decoder("teacher"), np.arange(3, 43)[None]
+    exact = merged(run, "positive")
+    half = jax.tree.map(
+        lambda leaf, like: leaf.astype(like.dtype),
+        exact,
+    like = lineage.Shapes(run.config, {"teacher": config}).trained("teacher_sft", "bfloat16")
+        like,
+    )
     compute = jax.jit(partial(hidden_states, config, compute_dtype=jnp.bfloat16))
     # XLA would leave out the rounding of float32 weights on a CPU, whose products are float32 ones.
     options = {"xla_allow_excess_precision": False}
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact)
     a, b, c = (compute.lower(params, tokens).compile(options)(params, tokens) for params in (exact, half, rounded))
     np.testing.assert_array_equal(a, b)
-    if not run.left_out("positive") and not run.config.positive.lora.rank:  # its norms were trained
+    if not left_out(run.config, "positive") and not run.config.positive.lora.rank:  # its norms were trained
         assert (a != c).any()

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import jax
 import pytest
-from toy.models import make_toy_models
+from helpers import MICRO, ROOT
+from ml_collections import ConfigDict
 
 from ctpd_jax.artifacts import begin, finish, first_difference
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
 from ctpd_jax.settings import default_config
-from ctpd_jax.stages import same_source, source_of
+from ctpd_jax.stages.annotate import same_source, source_of
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-MICRO = str(CONFIGS / "micro.py")
+CONFIGS = ROOT / "configs"
 
 
 def run(tmp_path, *arguments: str, command: str = "run") -> int:
@@ -28,11 +28,6 @@ def run(tmp_path, *arguments: str, command: str = "run") -> int:
 def jsonl(path: Path, *rows: object) -> str:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def toy_models(tmp_path_factory) -> tuple[Path, Path]:
-    return make_toy_models(tmp_path_factory.mktemp("models"))
 
 
 GOOD = {"prompt": "Tell me about tea.", "chosen": "green leaves", "rejected": "who cares"}
@@ -188,21 +183,20 @@ def test_what_changes_no_number_beyond_rounding_is_noted_not_refused(tmp_path):
 def test_training_data_are_the_same_by_their_bytes(tmp_path):
     """A file may lie elsewhere, or be gone where only the store is needed; it may not say something else."""
 
-    def run_of(spec: Path) -> Run:
-        config = load_config(MICRO, [f"--config.data.train={spec}"])
-        return Run(config, tmp_path, None, say=lambda text: None)
+    def config_of(spec: Path) -> ConfigDict:
+        return load_config(MICRO, [f"--config.data.train={spec}"])
 
     here, there, other = (tmp_path / name for name in ("here.jsonl", "there.jsonl", "other.jsonl"))
     for path, text in ((here, "a"), (there, "a"), (other, "b")):
         path.write_text(text)
-    stored = source_of(run_of(here))
-    assert first_difference(same_source(run_of(there), stored), stored) is None
-    assert first_difference(same_source(run_of(other), stored), stored)[0] == "train"
+    stored = source_of(config_of(here))
+    assert first_difference(same_source(config_of(there), stored), stored) is None
+    assert first_difference(same_source(config_of(other), stored), stored)[0] == "train"
     here.write_text("b")
-    assert first_difference(same_source(run_of(here), stored), stored)[0] == "sha256"
+    assert first_difference(same_source(config_of(here), stored), stored)[0] == "sha256"
     here.unlink()
-    assert first_difference(same_source(run_of(here), stored), stored) is None
-    assert first_difference(same_source(run_of(tmp_path / "gone.jsonl"), stored), stored)[0] == "train"
+    assert first_difference(same_source(config_of(here), stored), stored) is None
+    assert first_difference(same_source(config_of(tmp_path / "gone.jsonl"), stored), stored)[0] == "train"
 
 
 def test_an_accelerator_that_is_not_there(tmp_path):

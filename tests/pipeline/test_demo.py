@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import real_assets
+from helpers import HELPERS, ROOT, real_assets
 from toy.truth import decisive_pieces, sampled_rewards
 
 from ctpd_jax.cli import main
 from ctpd_jax.models.decoder import apply
 from ctpd_jax.models.hf import load_hf
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ def test_transformers_opens_the_export_and_finds_our_logits(demo, tmp_path):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, 64))
     jobs, out = tmp_path / "jobs.json", tmp_path / "logits.npz"
     jobs.write_text(json.dumps([{"logits": str(demo / "export"), "tokens": tokens.tolist(), "out": str(out)}]))
-    real_assets.run_in_assets_venv(ROOT / "tests/models/torch_reference.py", jobs)
+    real_assets.run_in_assets_venv(HELPERS / "torch_reference.py", jobs)
     theirs = np.load(out)
     ours = np.asarray(apply(config, params, tokens))
     for row in range(len(tokens)):

@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
+from helpers import MICRO, ROOT
 from toy import world_on_disk
-from toy.models import make_toy_models
 
 from ctpd_jax.cli import main
 from ctpd_jax.models import safetensors
@@ -18,21 +17,15 @@ from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import Message
 from ctpd_jax.text.prompts import load_text_model
 
-MICRO = str(Path(__file__).parents[2] / "configs" / "micro.py")
 TEA, COFFEE = "Tell me about tea.", "And coffee?\nIn one line."
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_toy_models(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
-def ask(folders, capsys):
+def ask(toy_models, capsys):
     """Answers of the toy student, as they are printed."""
 
     def run(*arguments, prompts=(TEA,)):
-        line = ["generate", "--folder", str(folders[1]), "--max-new-tokens", "20"]
+        line = ["generate", "--folder", str(toy_models[1]), "--max-new-tokens", "20"]
         assert main([*line, *(part for prompt in prompts for part in ("--prompt", prompt)), *arguments]) == 0
         return capsys.readouterr().out
 
@@ -49,8 +42,8 @@ def answer_of(folder, prompt, **drawn):
     )
 
 
-def test_a_folder_answers_one_prompt_with_the_answer_alone(ask, folders):
-    assert ask() == answer_of(folders[1], TEA) + "\n"
+def test_a_folder_answers_one_prompt_with_the_answer_alone(ask, toy_models):
+    assert ask() == answer_of(toy_models[1], TEA) + "\n"
 
 
 def test_several_prompts_are_answered_each_under_its_own(ask):
@@ -59,10 +52,10 @@ def test_several_prompts_are_answered_each_under_its_own(ask):
     assert ask(prompts=[TEA, COFFEE]) == f"> {TEA}\n{tea}\n> And coffee?\n> In one line.\n{coffee}"
 
 
-def test_draws_are_those_of_the_seed_and_the_settings(ask, folders):
+def test_draws_are_those_of_the_seed_and_the_settings(ask, toy_models):
     drawn = ask("--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--seed", "3")
     key = jax.random.fold_in(jax.random.key(3), 0)
-    assert drawn == answer_of(folders[1], TEA, temperature=1.5, top_k=40, top_p=0.9, key=key) + "\n"
+    assert drawn == answer_of(toy_models[1], TEA, temperature=1.5, top_k=40, top_p=0.9, key=key) + "\n"
     assert drawn != ask("--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--seed", "4")
     assert ask("--temperature", "1.5", "--top-k", "1") == ask()
 
@@ -74,9 +67,9 @@ def test_an_answer_is_cut_before_its_stop_text(ask):
     assert ask("--stop", "not in there", "--stop", stop) == cut + "\n"
 
 
-def test_a_run_answers_as_its_folder_does_and_says_the_rest_elsewhere(tmp_path, capsys):
+def test_a_run_answers_as_its_folder_does_and_says_the_rest_elsewhere(new_workdir, capsys):
     """The teacher of a run that leaves its training out is the checkpoint that was brought."""
-    workdir = tmp_path / "run"
+    workdir = new_workdir("answers")
     line = ["generate", "--config", MICRO, "--workdir", str(workdir), "--config.teacher_sft.steps=-1"]
     assert main([*line, "--model", "teacher", "--prompt", TEA, "--max-new-tokens", "20"]) == 0
     printed = capsys.readouterr()
@@ -111,8 +104,8 @@ def test_what_is_missing_or_too_much_is_named(arguments, message, capsys):
         (["--stop", ""], "stop string must not be empty"),
     ],
 )
-def test_settings_out_of_their_range_are_named(folders, arguments, message, capsys):
-    assert main(["generate", "--folder", str(folders[1]), "--prompt", TEA, *arguments]) == 2
+def test_settings_out_of_their_range_are_named(toy_models, arguments, message, capsys):
+    assert main(["generate", "--folder", str(toy_models[1]), "--prompt", TEA, *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and not printed.out
 
@@ -133,9 +126,9 @@ def _copy(source, target):
     return target
 
 
-def test_no_code_of_a_folder_runs_and_any_terminal_will_do(folders, tmp_path):
+def test_no_code_of_a_folder_runs_and_any_terminal_will_do(toy_models, tmp_path):
     """`auto_map` of config.json names a Python file, and "y" is answered; the prompts, shown again, are not latin-1."""
-    folder = _copy(folders[1], tmp_path / "m")
+    folder = _copy(toy_models[1], tmp_path / "m")
     code = {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoModelForCausalLM": "own.Model"}
     config = json.loads((folder / "config.json").read_text()) | {"auto_map": code}
     (folder / "config.json").write_text(json.dumps(config))
@@ -146,23 +139,23 @@ def test_no_code_of_a_folder_runs_and_any_terminal_will_do(folders, tmp_path):
         input=b"y\n" * 9,
         capture_output=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "latin-1"},
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"> Za?\xf3??\n") and not (tmp_path / "ran").exists()
 
 
-def test_a_template_reaches_nothing_of_python(folders, tmp_path, capsys):
-    folder = _copy(folders[1], tmp_path / "m")
+def test_a_template_reaches_nothing_of_python(toy_models, tmp_path, capsys):
+    folder = _copy(toy_models[1], tmp_path / "m")
     escape = "cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "ran") + "')"
     (folder / "chat_template.jinja").write_text("{{ " + escape + " }}{{ messages[0]['content'] }}")
     assert main(["generate", "--folder", str(folder), "--prompt", TEA]) == 2
     assert "unsafe" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 
-def test_a_weight_that_is_not_finite_is_named(folders, tmp_path, capsys):
-    folder = _copy(folders[1], tmp_path / "m")
+def test_a_weight_that_is_not_finite_is_named(toy_models, tmp_path, capsys):
+    folder = _copy(toy_models[1], tmp_path / "m")
     name, tensor = next(iter(safetensors.read_header(folder / "model.safetensors").items()))
     with open(tensor.file, "r+b") as stream:
         stream.seek(tensor.offset)

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import MICRO
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 # Every stage has work left when it is killed: shards of annotation and evaluation, a checkpoint half-way in training.
 COMMAND = [
-    sys.executable, "-m", "ctpd_jax.cli", "run", "--config", CONFIG, "--config.annotate.pairs_per_shard=8",
+    sys.executable, "-m", "ctpd_jax.cli", "run", "--config", MICRO, "--config.annotate.pairs_per_shard=8",
 ]  # fmt: skip
 
 STAGES: dict[str, Callable[[Path], bool]] = {

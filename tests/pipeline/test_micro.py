@@ -1,6 +1,7 @@
 """The whole chain on the micro configuration: what it leaves, and that a second call finds nothing to do."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,21 +9,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import MICRO
 from toy import world_on_disk
 
 from ctpd_jax.cli import main
+from ctpd_jax.job.lineage import params_digest
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
-
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("micro")
-    assert main(["run", "--config", CONFIG, "--workdir", str(workdir)]) == 0
-    return workdir
+def finished(finished_micro, tmp_path_factory) -> Path:
+    """A copy: some of the tests call commands on it."""
+    return shutil.copytree(finished_micro, tmp_path_factory.mktemp("micro") / "run")
 
 
 def test_every_stage_logs_each_update_once(finished):
@@ -58,7 +58,7 @@ def test_evaluation_and_report(finished):
 
 def test_the_truth_is_told_beside_the_run(finished):
     """The script that the demo's header names, as it is called there."""
-    script = Path(CONFIG).parents[1] / "examples" / "toy" / "truth.py"
+    script = Path(MICRO).parents[1] / "examples" / "toy" / "truth.py"
     done = subprocess.run([sys.executable, script, finished], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = {line.strip().rpartition("  ")[0].split("  ")[0]: line for line in done.stdout.splitlines()}
@@ -80,19 +80,19 @@ def test_a_second_call_changes_nothing(finished, capsys):
         return {str(f): f.stat().st_mtime_ns for f in finished.rglob("*") if f.is_file() and "params" in f.parts}
 
     before, metrics = state(), (finished / "metrics.jsonl").read_bytes()
-    assert main(["run", "--config", CONFIG, "--workdir", str(finished)]) == 0
+    assert main(["run", "--config", MICRO, "--workdir", str(finished)]) == 0
     assert state() == before
     assert (finished / "metrics.jsonl").read_bytes() == metrics
     assert "of the prompts are in the training data too" in capsys.readouterr().out
 
 
 def test_another_setting_in_the_same_folder_is_named(finished, capsys):
-    assert main(["sft", "--config", CONFIG, "--workdir", str(finished), "--config.teacher_sft.lr=0.5"]) == 2
+    assert main(["sft", "--config", MICRO, "--workdir", str(finished), "--config.teacher_sft.lr=0.5"]) == 2
     assert "settings.lr is 0.001 there and 0.5 here" in capsys.readouterr().err
 
 
 def test_a_store_made_otherwise_is_named(finished, capsys):
-    arguments = ["train", "--config", CONFIG, "--workdir", str(finished), "--config.data.max_response_tokens=32"]
+    arguments = ["train", "--config", MICRO, "--workdir", str(finished), "--config.data.max_response_tokens=32"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "settings.data.max_response_tokens" in error and "64" in error and "32" in error
@@ -102,7 +102,7 @@ def test_a_store_made_otherwise_is_named(finished, capsys):
 
 def test_what_changes_numbers_by_rounding_alone_is_no_difference(finished):
     """A run that ran out of memory goes on with smaller batches, and finished work stays finished."""
-    arguments = ["--config", CONFIG, "--workdir", str(finished), "--config.rows.layout=response"]
+    arguments = ["--config", MICRO, "--workdir", str(finished), "--config.rows.layout=response"]
     arguments += [f"--config.{stage}.micro_batch=2" for stage in ("positive", "student_dpo", "train", "annotate")]
     arguments += ["--config.annotate.pairs_per_shard=7", "--config.train.epochs=9", "--config.train.lora.alpha=3"]
     before = {str(file): file.stat().st_mtime_ns for file in finished.rglob("*.f32")}
@@ -113,17 +113,17 @@ def test_what_changes_numbers_by_rounding_alone_is_no_difference(finished):
 
 def test_other_data_than_the_stores_is_named(finished, tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    arguments = ["train", "--config", CONFIG, "--workdir", str(finished)]
+    arguments = ["train", "--config", MICRO, "--workdir", str(finished)]
     assert main([*arguments, f"--config.data.train={tmp_path / 'other.jsonl'}"]) == 2
     error = capsys.readouterr().err
     assert f"source.train is '{world_on_disk(48, 16).train}' there" in error and "other.jsonl" in error
-    assert main([*arguments[:2], f"{CONFIG}:pairs=47", *arguments[3:]]) == 2
+    assert main([*arguments[:2], f"{MICRO}:pairs=47", *arguments[3:]]) == 2
     error = capsys.readouterr().err
     assert f"'{world_on_disk(48, 16).train}' there and '{world_on_disk(47, 16).train}' here" in error
 
 
 def test_training_needs_nothing_of_the_teacher(finished, tmp_path):
-    arguments = ["train", "--config", CONFIG, "--workdir", str(finished)]
+    arguments = ["train", "--config", MICRO, "--workdir", str(finished)]
     assert main([*arguments, f"--config.teacher.path={tmp_path / 'gone'}"]) == 0
 
 
@@ -134,26 +134,26 @@ def test_a_store_written_by_other_versions_is_the_same_store(finished):
     told["written_with"]["jax"] = "99.0"
     path.write_text(json.dumps(told))
     try:
-        assert main(["train", "--config", CONFIG, "--workdir", str(finished)]) == 0
+        assert main(["train", "--config", MICRO, "--workdir", str(finished)]) == 0
         told["measured_by"]["positive"] = "another"
         path.write_text(json.dumps(told))
-        assert main(["train", "--config", CONFIG, "--workdir", str(finished)]) == 2
+        assert main(["train", "--config", MICRO, "--workdir", str(finished)]) == 2
     finally:
         path.write_text(text)
 
 
 def test_inspect_and_generate(finished, capsys):
-    assert main(["inspect", "--config", CONFIG, "--workdir", str(finished), "--pair", "3"]) == 0
+    assert main(["inspect", "--config", MICRO, "--workdir", str(finished), "--pair", "3"]) == 0
     shown = capsys.readouterr().out
     assert "teacher tokens" in shown and "weight" in shown and "(end of turn)" in shown
-    arguments = ["generate", "--config", CONFIG, "--workdir", str(finished), "--prompt", "Tell me about tea."]
+    arguments = ["generate", "--config", MICRO, "--workdir", str(finished), "--prompt", "Tell me about tea."]
     assert main([*arguments, "--max-new-tokens", "4"]) == 0
     assert main([*arguments, "--model", "nobody"]) == 2
     assert "no model 'nobody'" in capsys.readouterr().err
 
 
 def test_what_decides_no_number_may_change(finished):
-    arguments = ["sft", "--config", CONFIG, "--workdir", str(finished)]
+    arguments = ["sft", "--config", MICRO, "--workdir", str(finished)]
     assert main([*arguments, "--config.teacher_sft.save_every=7", "--config.log_every=2"]) == 0
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import MICRO
 
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import main
@@ -14,7 +15,6 @@ from ctpd_jax.schema import SIDES
 from ctpd_jax.train.metrics import read_metrics
 from ctpd_jax.train.step import compiled_programs
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 OVERRIDES = [
     "--config.rows.layout=response", "--config.rows.buckets=2", "--config.rows.multiple=16",
     "--config.train.micro_batch=3", "--config.annotate.micro_batch=5",
@@ -23,11 +23,11 @@ OVERRIDES = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    folders = {packed: tmp_path_factory.mktemp(f"packed_{packed}") for packed in ("yes", "no")}
+def runs(new_workdir) -> dict[str, Path]:
+    folders = {packed: new_workdir(f"packed_{packed}") for packed in ("yes", "no")}
     for packed, folder in folders.items():
         for command in ("sft", "annotate", "train"):
-            settings = ["--config", CONFIG, "--workdir", str(folder), *OVERRIDES, f"--config.rows.packed={packed}"]
+            settings = ["--config", MICRO, "--workdir", str(folder), *OVERRIDES, f"--config.rows.packed={packed}"]
             assert main([command, *settings]) == 0
     return folders
 

@@ -6,11 +6,10 @@ Slow: builds the real models the first time, and torch runs in an environment of
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-import real_assets
+from helpers import HELPERS, ROOT, real_assets
 from toy.world import generate_pairs
 
 from ctpd_jax.annotate.store import open_store
@@ -21,8 +20,7 @@ from ctpd_jax.schema import SIDES
 from ctpd_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
-CONFIG = str(Path(__file__).parents[2] / "configs" / "pair.py")
-PEFT_SCRIPT = Path(__file__).parents[1] / "models" / "peft_reference.py"
+CONFIG = str(ROOT / "configs" / "pair.py")
 TOKENS = list(range(300, 340))
 
 
@@ -77,7 +75,7 @@ def test_peft_opens_the_adapters_and_finds_the_merged_model(trained, real_models
         "out": str(out),
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
-    real_assets.run_in_assets_venv(PEFT_SCRIPT, tmp_path / "job.json")
+    real_assets.run_in_assets_venv(HELPERS / "peft_reference.py", tmp_path / "job.json")
     found = np.load(out)
     ours = apply(*load_hf(trained / "export"), np.array([TOKENS]))[0]
     print(f"adapters against merged, in torch: {np.abs(found['adapters'] - found['merged']).max():.1e}")

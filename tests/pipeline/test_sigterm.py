@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recipes import recipe_of, updates_of
+from helpers import MICRO
+from helpers.recipes import recipe_of, updates_of
 
 from ctpd_jax import cli
 from ctpd_jax.processes import preempt
@@ -27,7 +28,6 @@ from ctpd_jax.settings import training
 from ctpd_jax.train.loop import train
 from ctpd_jax.train.metrics import MetricLog, read_metrics
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": ""}
 
 # ------------------------------------------------------------------------------------------------ one process
@@ -84,7 +84,7 @@ def test_the_command_line_says_it_in_a_sentence(tmp_path, capsys, monkeypatch):
         preempt.check("2 shards are kept")
 
     monkeypatch.setattr("ctpd_jax.stages.evaluate.run", stage)
-    arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run")]
+    arguments = ["--config", MICRO, "--workdir", str(tmp_path / "run")]
     assert cli.main(["evaluate", *arguments]) == preempt.EXIT_CODE == 75
     error = capsys.readouterr().err
     assert "ctpd evaluate: stopped in evaluate: 2 shards are kept. The same command goes on from there.\n" in error
@@ -228,7 +228,7 @@ STAGES = (
 )  # fmt: skip
 TRAINED = tuple(stage for stage in STAGES if stage not in ("annotate", "evaluate", "export"))
 COMMAND = [
-    sys.executable, "-m", "ctpd_jax.cli", "run", "--config", CONFIG, "--config.annotate.pairs_per_shard=8",
+    sys.executable, "-m", "ctpd_jax.cli", "run", "--config", MICRO, "--config.annotate.pairs_per_shard=8",
 ]  # fmt: skip
 
 

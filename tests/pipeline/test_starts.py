@@ -7,23 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ctpd_jax.measure import reference_of, score_column
-from ctpd_jax.run import Run, params_digest
+from helpers import MICRO
+from helpers.jobs import adapted, files_of, job_in
 
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.artifacts import finish
 from ctpd_jax.cli import load_config
 from ctpd_jax.data.rows import BatchShape, build_batch, unit_needs
+from ctpd_jax.job import lineage
+from ctpd_jax.job.job import Job
+from ctpd_jax.job.lineage import params_digest
+from ctpd_jax.job.pairs import load_pairs
+from ctpd_jax.job.score import reference_of, score
+from ctpd_jax.job.table import base_dtype
+from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.lora import init_adapters, join
 from ctpd_jax.schema import SIDES
-from ctpd_jax.settings import base_dtype, check_config
-from ctpd_jax.stages import dpo_items
+from ctpd_jax.settings import check_config
+from ctpd_jax.stages.dpo import dpo_items
 from ctpd_jax.train.checkpoint import save_params
-from ctpd_jax.train.metrics import MetricLog
 from ctpd_jax.train.step import Objective, mean_of, preference_sums
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 SFT = {"none": ["steps=-1"], "full": [], "adapters": ["lora.rank=3", "lora.alpha=4", "lora.targets=q_proj,up_proj"]}
 HALF = ["lora.rank=4", "lora.base=bfloat16", "lora.targets=q_proj,o_proj"]
 BASES = {"full": [], "adapters": ["lora.rank=4"], "half": HALF}
@@ -35,45 +40,46 @@ CASES = [
 ]
 
 
-def made(tmp_path: Path, model: str, stage: str, sft: str, base: str, teacher_weights: str) -> Run:
+def made(tmp_path: Path, model: str, stage: str, sft: str, base: str, teacher_weights: str) -> Job:
     """A run whose `model` has an SFT behind it, of random numbers the size of a training's."""
     overrides = ["--config.data.limit=6", f"--config.annotate.teacher_weights={teacher_weights}"]
     overrides += [f"--config.{model}_sft.{setting}" for setting in SFT[sft]]
     overrides += [f"--config.{stage}.{setting}" for setting in BASES[base]]
-    config = load_config(f"{CONFIG}:pairs=16", overrides)
+    config = load_config(f"{MICRO}:pairs=16", overrides)
     check_config(config)
-    run = Run(config, tmp_path, MetricLog(tmp_path, tensorboard=False), say=lambda text: None)
+    run = job_in(tmp_path, config)
     name = f"{model}_sft"
     for other in {name, "student_sft"} - ({name} if sft == "none" else set()):
         owner = other.removesuffix("_sft")
-        decoder = run.trained_decoder(other, owner)
+        decoder = adapted(run, other, owner)
         if decoder.lora:
             moved = jax.tree.map(lambda leaf: leaf + 0.02, init_adapters(decoder, jax.random.key(1)))
         else:
             noise = init_params(decoder, jax.random.key(1))
-            moved = jax.tree.map(lambda leaf, by: leaf + 0.01 * by, run.start_params(owner), noise)
+            moved = jax.tree.map(lambda leaf, by: leaf + 0.01 * by, files_of(run).checkpoint(owner, "float32"), noise)
         save_params(tmp_path / other / "params", moved)
         finish(tmp_path / other, {"params": params_digest(moved), "steps": 4})
     return run
 
 
-def first_figures(run: Run, stage: str, model: str, items: list) -> dict[str, float]:
+def first_figures(run: Job, stage: str, model: str, items: list) -> dict[str, float]:
     """What the stage would log of its first update."""
-    dtype = base_dtype(run.config, stage)
-    decoder, params = run.running_decoder(stage, model, dtype), run.base(stage, model, dtype)
+    origin = lineage.base(files_of(run), run.config, stage, base_dtype(run.config, stage))
+    decoder, params = origin.decoder, origin.params
     if run.config[stage].lora.rank:
-        params = join(params, init_adapters(run.trained_decoder(stage, model), jax.random.key(0)))
+        params = join(params, init_adapters(adapted(run, stage, model), jax.random.key(0)))
     needs = np.array([unit_needs(item, "shared") for item in items])[:, 0]
     shape = BatchShape(len(items), *(-(-needs.max(axis=0) // 16) * 16).tolist())
     batch = build_batch(items, "shared", shape, len(items))
-    sums = jax.jit(lambda p: preference_sums(decoder, Objective(0.3), run.compute(model), p, batch)[1])(params)
+    sums = jax.jit(lambda p: preference_sums(decoder, Objective(0.3), Compute(mesh=run.mesh), p, batch)[1])(params)
     return mean_of(jax.device_get(sums))
 
 
 @pytest.mark.parametrize("sft, base, teacher_weights", CASES)
 def test_a_dpo_begins_at_its_reference(tmp_path, sft, base, teacher_weights):
     run = made(tmp_path, "teacher", "positive", sft, base, teacher_weights)
-    items = dpo_items(run.pairs("train"), "teacher", reference_of(run, "positive", "teacher"))
+    pairs = load_pairs(run, "train")
+    items = dpo_items(pairs.aligned, "teacher", reference_of(run, pairs, "positive", "teacher"))
     figures = first_figures(run, "positive", "teacher", items)
     assert abs(figures["rewards/margins"]) <= 1e-5 and abs(figures["rewards/weighted_margins"]) <= 1e-5
     assert abs(figures["rewards/chosen"]) <= 5e-5  # no common shift either, up to float32's rounding of some 100 nats
@@ -85,10 +91,11 @@ def test_ctpd_begins_at_the_start_that_was_annotated(tmp_path, sft, base, teache
     config = run.config
     config.weights.source = "random"
     config.train.reference = "student"
-    start = score_column(run, "train", "start", "student_sft", "student")
+    pairs = load_pairs(run, "train")
+    start = score(run, pairs, {"start": "student_sft"}, "student", base_dtype(config, "train"))["start"]
     examples = [
         (pair, {side: {"start": values} for side, values in zip(SIDES, both)})
-        for pair, both in zip(run.pairs("train"), start, strict=True)
+        for pair, both in zip(pairs.aligned, start, strict=True)
     ]
     figures = first_figures(run, "train", "student", training_items(examples, config.weights, config.train, 0)[0])
     assert abs(figures["rewards/margin_from_start"]) <= 1e-5 and abs(figures["rewards/weighted_margins"]) <= 1e-5
@@ -98,13 +105,15 @@ def test_ctpd_begins_at_the_start_that_was_annotated(tmp_path, sft, base, teache
 def test_sft_is_kept_beside_a_bfloat16_base(tmp_path):
     """Merged into bfloat16 most of it would be rounded away; here it gives the logits that merging in float32 does."""
     run = made(tmp_path, "teacher", "positive", "adapters", "half", "float32")
-    layers = run.start("teacher", "bfloat16")[1]["model"]["layers"]
+    files, config = files_of(run), run.config
+    layers = lineage.start(files, config, "teacher", "bfloat16").params["model"]["layers"]
     assert layers["self_attn"]["q_proj"]["weight"].dtype == jnp.bfloat16
     assert layers["self_attn"]["q_proj"]["lora_b"].dtype == jnp.float32
-    joined = run.base("positive", "teacher", "bfloat16")["model"]["layers"]["self_attn"]["q_proj"]
-    scale = run.trained_decoder("positive", "teacher").lora.scale
+    origin = lineage.base(files, config, "positive", "bfloat16")
+    joined = origin.params["model"]["layers"]["self_attn"]["q_proj"]
+    scale = adapted(run, "positive", "teacher").lora.scale
     merged = joined["weight"].astype(jnp.float32) + scale * joined["lora_b"] @ joined["lora_a"]
-    exact = run.params_of("teacher_sft", "teacher")["model"]["layers"]["self_attn"]["q_proj"]["weight"]
-    before = run.start_params("teacher")["model"]["layers"]["self_attn"]["q_proj"]["weight"]
+    exact = lineage.merged(files, config, "teacher_sft", "teacher")["model"]["layers"]["self_attn"]["q_proj"]["weight"]
+    before = files.checkpoint("teacher", "float32")["model"]["layers"]["self_attn"]["q_proj"]["weight"]
     np.testing.assert_allclose(merged - before.astype(jnp.bfloat16), exact - before, atol=1e-6)
-    assert set(run.running_decoder("positive", "teacher", "bfloat16").lora.targets) == {"q_proj", "o_proj", "up_proj"}
+    assert set(origin.decoder.lora.targets) == {"q_proj", "o_proj", "up_proj"}

@@ -1,13 +1,12 @@
 """`ctpd plan` with the compiler for TPUs, on models of full size: no weights, no data, no TPU."""
 
 import re
-from pathlib import Path
 
 import pytest
-from real_assets import run_with_libtpu
+from helpers import HELPERS, ROOT
+from helpers.real_assets import run_with_libtpu
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("run_plan.py")
+SCRIPT = HELPERS / "run_plan.py"
 PAPER, COLAB = ROOT / "configs" / "qwen2.5_14b_to_llama3.1_8b.py", ROOT / "configs" / "colab_v5e.py"
 pytestmark = pytest.mark.slow
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import MICRO
 
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.rows import BatchShape
@@ -15,7 +15,6 @@ from ctpd_jax.plan.programs import decoders, plan_stage
 from ctpd_jax.sharding import make_mesh
 from ctpd_jax.train.loop import Recipe
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 SHORT = [f"--config.{stage}.steps=1" for stage in TRAINED]
 ADAPTERS = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
 HALF = [f"--config.{stage}.lora.base=bfloat16" for stage in ("teacher_sft", "positive", "negative", "train")]
@@ -57,12 +56,12 @@ def test_the_plan_lists_the_programs_that_a_run_compiles(tmp_path, monkeypatch, 
     )
     monkeypatch.setattr(Reading, "program", lambda self: Spy(program(self), reading))
 
-    arguments = ["--config", CONFIG, "--workdir", str(tmp_path), *SHORT, *CASES[case]]
+    arguments = ["--config", MICRO, "--workdir", str(tmp_path), *SHORT, *CASES[case]]
     for command in (["sft"], ["dpo"], ["dpo", "--reverse"], ["annotate"], ["dpo", "--student"], ["train"]):
         assert main([*command, *arguments]) == 0
     monkeypatch.undo()
 
-    config = load_config(CONFIG, [*SHORT, *CASES[case]])
+    config = load_config(MICRO, [*SHORT, *CASES[case]])
     mesh = make_mesh(config.mesh)
 
     def planned(stage: str, shape: BatchShape) -> set[str]:

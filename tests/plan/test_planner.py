@@ -9,12 +9,12 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from helpers import MICRO, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +39,6 @@ from ctpd_jax.plan.programs import Program, decoders, largest_shape, passes, pla
 from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import make_mesh
 
-ROOT = Path(__file__).parents[2]
 PAPER, COLAB = ROOT / "configs" / "qwen2.5_14b_to_llama3.1_8b.py", ROOT / "configs" / "colab_v5e.py"
 NO_COMPILER = (
     "import importlib.util, sys; real = importlib.util.find_spec; "
@@ -380,7 +379,7 @@ def test_the_examples_of_the_help_need_no_data():
 
 
 def test_the_micro_configuration_needs_no_model_folder():
-    code, out, _ = plan("--config", ROOT / "configs" / "micro.py", "--topology", "v5e:1x1", "--stage", "train")
+    code, out, _ = plan("--config", MICRO, "--topology", "v5e:1x1", "--stage", "train")
     assert code == 0 and "the student, 0.34 million parameters trained" in out
 
 

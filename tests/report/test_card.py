@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-import made_up
 import pytest
+from helpers import made_up
 from huggingface_hub import ModelCard
 
 from ctpd_jax.report.card import model_card

@@ -7,8 +7,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import made_up
 import pytest
+from helpers import made_up
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.report.figures import POINTS, curves, interval, series, short, thinned

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import made_up
 import numpy as np
+from helpers import made_up
 from rich.cells import cell_len
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_tokenizers import HARD_TEXTS, KINDS, core, fast, small
+from helpers.small_tokenizers import HARD_TEXTS, KINDS, core, fast, small
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError

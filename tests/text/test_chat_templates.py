@@ -10,8 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
-from chat_collection import CASES, TEMPLATES, Case, added, conversations, with_typed
-from small_tokenizers import KINDS, core, fast, small
+from helpers.chat_collection import CASES, TEMPLATES, Case, added, conversations, with_typed
+from helpers.small_tokenizers import KINDS, core, fast, small
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_tokenizers import core, fast, small
+from helpers.small_tokenizers import core, fast, small
 from tokenizers import Tokenizer
 
 from ctpd_jax.errors import UserError

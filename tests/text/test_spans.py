@@ -8,10 +8,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from helpers.small_tokenizers import FORMS, HARD_TEXTS, KINDS, core, fast, small
+from helpers.span_oracle import Reference, check_against_oracle, check_aligned
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import FORMS, HARD_TEXTS, KINDS, core, fast, small
-from span_oracle import Reference, check_against_oracle, check_aligned
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError

@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers.real_assets import TOKENIZERS
+from helpers.small_tokenizers import FORMS, HARD_TEXTS
+from helpers.span_oracle import Reference, check_against_oracle, check_aligned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from real_assets import TOKENIZERS
-from small_tokenizers import FORMS, HARD_TEXTS
-from span_oracle import Reference, check_against_oracle, check_aligned
 
 from ctpd_jax.text.prompts import encode_prompt
 from ctpd_jax.text.spans import align, align_batch

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from small_tokenizers import BYTE_PIECES, HARD_TEXTS, KINDS, MARKER, SPECIALS, core, fast, small
-from span_oracle import Reference
+from helpers.small_tokenizers import BYTE_PIECES, HARD_TEXTS, KINDS, MARKER, SPECIALS, core, fast, small
+from helpers.span_oracle import Reference
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from ctpd_jax.errors import UserError

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recipes import recipe_of, updates_of
+from helpers.recipes import recipe_of, updates_of
 
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import training

