@@ -166,12 +166,8 @@ def test_where_products_are_bfloat16_nothing_changes(runs):
     _, _, run = runs
     config, tokens = files_of(run).decoder("teacher"), np.arange(3, 43)[None]
     exact = merged(run, "positive")
-    half = jax.tree.map(
-        lambda leaf, like: leaf.astype(like.dtype),
-        exact,
     like = lineage.Shapes(run.config, {"teacher": config}).trained("teacher_sft", "bfloat16")
-        like,
-    )
+    half = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), exact, like)
     compute = jax.jit(partial(hidden_states, config, compute_dtype=jnp.bfloat16))
     # XLA would leave out the rounding of float32 weights on a CPU, whose products are float32 ones.
     options = {"xla_allow_excess_precision": False}
