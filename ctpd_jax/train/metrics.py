@@ -32,6 +32,7 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
     path = local_path(workdir) / METRICS
     if not path.exists():
         return []
+    # Whatever stands behind the last line's end is what a killed process has left.
     *whole, _torn = path.read_text("utf-8", errors="replace").split("\n")
     lines = []
     for number, text in enumerate(whole, 1):
@@ -60,9 +61,10 @@ class MetricLog:
         self._purge: dict[str, int] = {}  # stage -> first step that TensorBoard shall forget
         if active:
             self.workdir.mkdir(parents=True, exist_ok=True)
+            # A line that a killed process has torn would join the next one.
             path = self.workdir / METRICS
             data = path.read_bytes() if path.exists() else b""
-            if data and not data.endswith(b"\n"):  # the process was killed in its last line
+            if data and not data.endswith(b"\n"):
                 write_bytes(path, data[: data.rfind(b"\n") + 1])
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
@@ -115,10 +117,11 @@ class MetricLog:
         if stage not in self._writers:
             from tensorboardX import SummaryWriter
 
+            # The writer's own name has whole seconds: two in one would overwrite each other.
             self._writers[stage] = SummaryWriter(
                 str(self.workdir / TENSORBOARD / stage),
                 purge_step=self._purge.pop(stage, None),
-                filename_suffix=f".{time.time_ns()}",  # the name has whole seconds: two in one would overwrite
+                filename_suffix=f".{time.time_ns()}",
             )
         return self._writers[stage]
 
