@@ -26,11 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from ctpd_jax.artifacts import PARTIAL, Broken, canonical_json, local_path, seal, unseal
 from ctpd_jax.errors import UserError
-from ctpd_jax.sharding import barrier, first_process, patiently
+from ctpd_jax.sharding import barrier, first_process, patiently, told_by_first
 
 CHECKSUMS = "checksums.json"
 _STEP = re.compile(r"\d{8,}")
@@ -155,7 +154,7 @@ def _restore(
 
 
 class Checkpoints:
-    """The `keep` newest steps of a run in `directory`. One object per folder and run; `close()` it, or use `with`.
+    """The `keep` newest steps of a run in `directory`. One object per folder and run; use `with`, or `close()`.
 
     On several hosts the folder is shared, every host makes every call, and the first one judges, seals and removes.
     """
@@ -205,12 +204,10 @@ class Checkpoints:
         `target` gives the structure, and per leaf shape, dtype and sharding: jax.ShapeDtypeStruct (see `abstract`) or
         arrays. Raises UserError naming the leaf that differs.
         """
-        # One process judges. Each from its own view of a shared folder could take another step.
+        # One process judges: each from its own view of a shared folder could take another step.
         self.wait()
-        step = self._newest_whole_step() if first_process() else -1
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if step < 0:
+        step = told_by_first(self._newest_whole_step)
+        if step is None:
             return None
         # It has read the files, too; here they are not read a second time.
         record = _unseal_patiently(self._folder(step), read=False)
@@ -232,8 +229,6 @@ class Checkpoints:
         self.close()
 
     def _folder(self, step: int) -> Path:
-        if step < 0:
-            raise ValueError(f"Step {step} is negative.")
         return self.directory / f"{step:08d}"
 
     def _step_folders(self) -> list[tuple[int, Path]]:
@@ -252,11 +247,11 @@ class Checkpoints:
             if other not in kept and (other in whole or other < step):
                 _remove(folder)
 
-    def _newest_whole_step(self) -> int:
+    def _newest_whole_step(self) -> int | None:
         # Orbax renames a step when it is committed.
         for path in self.directory.iterdir():
             if _UNFINISHED.fullmatch(path.name):
-                warnings.warn(f"Removed {path}: the process ended while it was being written.", stacklevel=3)
+                warnings.warn(f"Removed {path}: the process ended while it was being written.", stacklevel=4)
                 shutil.rmtree(path)
         # From the newest backwards, up to the first that is whole.
         for step, folder in reversed(self._step_folders()):
@@ -264,9 +259,9 @@ class Checkpoints:
                 unseal(folder / CHECKSUMS)
                 return step
             except Broken as reason:
-                warnings.warn(f"Removed the checkpoint {folder}, which is not whole: {reason}.", stacklevel=3)
+                warnings.warn(f"Removed the checkpoint {folder}, which is not whole: {reason}.", stacklevel=4)
                 _remove(folder)
-        return -1
+        return None
 
 
 # ---------------------------------------------------------------------------------------------- parameters of a stage
