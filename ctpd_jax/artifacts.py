@@ -47,6 +47,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` beside `path` and rename: a reader, or the next run after a kill, sees the old file or the new."""
+    # The bytes must be on the disk before the name points to them.
     beside = path.with_name(path.name + PARTIAL)
     with open(beside, "wb") as out:
         out.write(data)
@@ -62,10 +63,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, advice: str = "remove that folder and run the stage again") -> Any:
-    """Return the content of a JSON file, or None where there is no such file.
-
-    Raises UserError where the file cannot be read, and Broken, with `advice`, where it is not JSON.
-    """
+    """Return what a JSON file holds, or None where there is none. Raises Broken, with `advice`, if it is damaged."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -118,10 +116,12 @@ def first_difference(expected: Any, found: Any, exactly: bool = False, field: st
     Both are compared as JSON holds them (a tuple is a list). Fields that only `found` has differ where it is to be
     `exactly` the same.
     """
+    # A value: whole, and with its type.
     if not isinstance(expected, Mapping):
         plain = json.loads(json.dumps(expected))
         same = plain == found and isinstance(plain, bool) == isinstance(found, bool)  # else True would equal 1
         return None if same else (field, expected, found)
+    # An object: field by field.
     there = found if isinstance(found, Mapping) else {}
     prefix = f"{field}." if field else ""
     for key, value in expected.items():
@@ -166,20 +166,22 @@ def begin(
 ) -> dict[str, Any] | None:
     """Open the folder of a stage, or make it. Return what its `done.json` holds, or None where work is left.
 
-    `noted` are settings that change no number beyond rounding: kept in `inputs.json` beside the others, and told where
-    a stage that is not finished goes on with another value. Raises UserError where the folder was made from other
-    inputs.
+    `noted` are settings that change no number beyond rounding: kept in `inputs.json` beside the others.
+    Raises UserError where the folder was made from other inputs.
     """
+    # 1. What went in before, and whether it is finished.
     directory.mkdir(parents=True, exist_ok=True)
     path, noted = directory / "inputs.json", dict(noted or {})
     stored, done = read_json(path), read_json(directory / "done.json")
     if stored is not None:
+        # 2. Other numbers are refused; other rounding is told, where there is work left.
         before = stored.pop("noted", {}) if isinstance(stored, dict) else {}
         if not done and (changed := first_difference(noted, before)):
             field, now, then = changed
             say(f"{directory.name} goes on with {field} {now!r}, begun with {then!r}: its numbers change by rounding.")
         advice = f"Go back to those settings, take another --workdir, or delete {directory} to make the stage again."
         require_same(inputs, stored, path, advice, exactly=True)
+    # 3. From here on the folder says what it is made from.
     if not done:
         write_json(path, {**inputs, "noted": noted})
     return done
@@ -194,7 +196,8 @@ def finish(directory: Path, result: Mapping[str, Any]) -> None:
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return {name: SHA-256} of files in `folder`, read by several threads (hashlib releases the interpreter lock)."""
+    """Return {name: SHA-256} of files in `folder`."""
+    # Threads do: hashlib releases the interpreter lock.
     names = list(names)
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names)))
@@ -202,6 +205,7 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def check_files(folder: Path, files: Mapping[str, str], read: bool = True) -> None:
     """Raise Broken where one of `files`, {name: SHA-256}, is missing or, if they are `read`, is not as written."""
+    # First what costs nothing to see.
     for name in files:
         if not (folder / name).is_file():
             raise Broken(f"{folder / name} is missing")
@@ -216,6 +220,7 @@ def seal(path: Path, made_from: Mapping[str, Any]) -> None:
     found = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(path.name))
     hashes = checksums(folder, sorted(p.relative_to(folder).as_posix() for p in found))
     files = {name: [(folder / name).stat().st_size, sha256] for name, sha256 in hashes.items()}
+    # The seal is the one file that no other one vouches for.
     content = {"format": FORMAT, **made_from, "files": files}
     digest = hashlib.sha256(canonical_json(content)).hexdigest()
     write_bytes(path, canonical_json({**content, "sha256": digest}))
@@ -226,6 +231,7 @@ def unseal(path: Path, read: bool = True) -> dict[str, Any]:
 
     Raises Broken where one was not, and UserError where another version wrote the seal.
     """
+    # 1. The seal itself.
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -235,8 +241,10 @@ def unseal(path: Path, read: bool = True) -> dict[str, Any]:
     claimed = content.pop("sha256", None) if isinstance(content, dict) else None
     if claimed != hashlib.sha256(canonical_json(content)).hexdigest():
         raise Broken(f"{path} is damaged")
+    # 2. A whole seal of another version is refused, not taken for a broken one: what is broken gets removed.
     if content["format"] != FORMAT:
         raise UserError(f"{path} has format {content['format']}; this version reads format {FORMAT} only.")
+    # 3. The files.
     if read:
         check_files(path.parent, {name: sha256 for name, (_, sha256) in content["files"].items()})
     return content
@@ -267,9 +275,11 @@ def replacing_folder(directory: Path, holds: str, what: str, ours: Callable[[str
         for left in (beside, old):
             shutil.rmtree(left, ignore_errors=True)
 
+    # 1. Put right what a killed process has left; refuse a folder of somebody else's.
     clear()
     if directory.exists() and not (directory / holds).exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not {what}; choose another place.")
+    # 2. The caller fills the new folder; then it changes places with the old one.
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -294,4 +304,5 @@ def _link_others(directory: Path, beside: Path, ours: Callable[[str], bool]) -> 
         at_the_top = Path(folder) == directory
         return [name for name in names if at_the_top and (ours(name) or os.path.lexists(beside / name))]
 
+    # Symbolic links stay links.
     shutil.copytree(directory, beside, True, left_out, link, dirs_exist_ok=True)

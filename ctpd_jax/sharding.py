@@ -51,17 +51,19 @@ RULES: Mapping[tuple[str, str], tuple[str | None, ...]] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `sizes` {"data": ..., "fsdp": ..., "tensor": ...}; one of them may be -1, the devices that are left.
+    """Return the mesh of `sizes` {"data": ..., "fsdp": ..., "tensor": ...}; one may be -1, the devices that are left.
 
     Raises:
         UserError: sizes whose product is not the number of devices.
     """
+    # 1. The sizes as numbers, the -1 filled in.
     devices = jax.devices() if devices is None else list(devices)
     asked = [int(sizes[axis]) for axis in AXES]
     if any(size == 0 or size < -1 for size in asked) or asked.count(-1) > 1:
         raise UserError(f"The mesh {dict(sizes)} needs positive sizes, and at most one -1 for what is left.")
     fixed = math.prod(size for size in asked if size != -1)
     shape = [len(devices) // fixed if size == -1 else size for size in asked]
+    # 2. A device that is left over would do nothing, and nobody would see it.
     if math.prod(shape) != len(devices):
         raise UserError(
             f"The mesh {' x '.join(f'{axis} {size}' for axis, size in zip(AXES, asked))} does not fit {len(devices)} "
@@ -71,7 +73,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def row_devices(mesh: Mesh) -> int:
-    """Over how many parts the rows of a batch are spread."""
+    """Return over how many parts the rows of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -79,21 +81,23 @@ def row_devices(mesh: Mesh) -> int:
 
 
 def param_spec(path: Sequence[str], shape: Sequence[int]) -> P:
-    """The axes of a parameter by its path: ("model", "layers", "self_attn", "q_proj", "weight").
+    """Return the axes of a parameter by its path: ("model", "layers", "self_attn", "q_proj", "weight").
 
     Raises:
         UserError: no rule for such a name.
     """
+    # Norms are small, and whole on every device.
     if any("norm" in name for name in path[-2:]):
         return P(*(None,) * len(shape))
     rule = RULES.get((path[-2], path[-1]))
     if rule is None or len(rule) > len(shape):
         raise UserError(f"No rule says how the parameter {'.'.join(path)} {tuple(shape)} lies on the mesh.")
+    # In front are the stacked layers, and the experts.
     return P(*(None,) * (len(shape) - len(rule)), *rule)
 
 
 def param_sharding(mesh: Mesh) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
-    """(path, shape) -> the parameter's sharding, as `load_hf` takes it.
+    """Return the function (path, shape) -> the parameter's sharding, as `load_hf` takes it.
 
     Raises:
         UserError: no rule, or a dimension that its axis does not divide.
@@ -113,7 +117,7 @@ def param_sharding(mesh: Mesh) -> Callable[[tuple[str, ...], tuple[int, ...]], N
 
 
 def shard_shapes(mesh: Mesh, shapes: Any) -> Any:
-    """A tree of parameters' shapes -> the same, each a jax.ShapeDtypeStruct with its sharding."""
+    """Return a tree of parameters' shapes as jax.ShapeDtypeStruct with the sharding of each."""
     sharding = param_sharding(mesh)
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -124,7 +128,8 @@ def shard_shapes(mesh: Mesh, shapes: Any) -> Any:
 
 
 def check_heads(mesh: Mesh, heads: int, kv_heads: int, where: str) -> None:
-    """Raises UserError where the heads do not divide over `tensor`: their projections would, and then be torn."""
+    """Raise UserError where the heads do not divide over the axis `tensor`."""
+    # Their projections may divide all the same, in the middle of a head.
     tensor = mesh.shape["tensor"]
     if heads % tensor or kv_heads % tensor:
         raise UserError(
@@ -141,17 +146,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """A batch, the same on every process, on the mesh: each process hands over only what its devices hold.
-
-    What has a row for its first axis is spread by rows; what belongs to pairs is whole everywhere.
-    """
+    """Place a batch, the same on every process, on the mesh: each process hands over only what its devices hold."""
+    # What has a row for its first axis is spread by rows; what belongs to pairs is whole everywhere.
     by_row, whole = NamedSharding(mesh, P(ROWS)), replicated(mesh)
     shardings = jax.tree.map(lambda _: by_row, batch)._replace(constant=whole, start=whole, reference=whole, real=whole)
     return jax.tree.map(_place, batch, shardings)
 
 
 def place_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """An array [R, ...], the same on every process, spread by rows."""
+    """Place an array [R, ...], the same on every process, spread by rows."""
     return _place(array, NamedSharding(mesh, P(ROWS)))
 
 
@@ -163,10 +166,11 @@ def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def on_own_rows(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function(q, k, v, extra)` on every device's own rows and heads; kernels know no other way to be spread.
+    """Return `function(q, k, v, extra)` as it runs on every device's own rows and heads.
 
     q, k, v are [R, T, heads, D], and every leaf of `extra` is [R, ...], the same for all heads.
     """
+    # XLA cannot cut a kernel in parts by itself.
     if mesh is None or mesh.devices.size == 1:
         return function
     heads, rows = P(ROWS, None, "tensor", None), P(ROWS)
@@ -174,7 +178,7 @@ def on_own_rows(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callab
 
 
 def constrain(mesh: Mesh | None, array: jax.Array, *axes: Any) -> jax.Array:
-    """Says where an intermediate array lies: one entry of `axes` a dimension, None for a whole one."""
+    """Say where an intermediate array lies: one entry of `axes` a dimension, None for a whole one."""
     if mesh is None or mesh.devices.size == 1:
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(*axes)))
@@ -184,45 +188,47 @@ def constrain(mesh: Mesh | None, array: jax.Array, *axes: Any) -> jax.Array:
 
 
 def first_process() -> bool:
-    """Whether this process writes what is written once."""
+    """Return whether this process writes what is written once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come to the barrier of this name."""
+    """Wait until every process has come to the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def told_by_first(look: Callable[[], Any]) -> Any:
-    """What `look` finds on the first process, as JSON holds it: the same for all, whatever a file system shows each.
+    """Return what `look` finds on the first process, as JSON holds it, whatever a file system shows to each of them.
 
     A UserError of the first process is raised by all of them, and an OSError as one.
     """
     if jax.process_count() == 1:
         return look()
+    # 1. The first process looks.
     found: tuple[str, Any] = ("", None)
     if first_process():
         try:
             found = "found", look()
         except UserError as error:
             found = "refused", str(error)
-        except OSError as error:  # a full disk, a share that has gone: the others must not wait for an answer
+        except OSError as error:
+            # A full disk, a share that has gone: the others must not wait for an answer.
             found = "refused", f"{error.filename or 'A file'}: {error.strerror or error}."
+    # 2. All of them learn the size, then the answer; there is no broadcast of texts.
     text = np.frombuffer(json.dumps(found).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     told = multihost_utils.broadcast_one_to_all(np.resize(text, size))
     how, value = json.loads(np.asarray(told, np.uint8).tobytes())
+    # 3. Where it failed, it fails everywhere.
     if how == "refused":
         raise UserError(value)
     return value
 
 
 def patiently(look: Callable[[], T | None], seconds: float = 60.0) -> T | None:
-    """What `look` finds; where several processes share a file system, it is asked again for up to a minute.
-
-    NFS shows a process what others have written only after a while, and that a file is not there for as long.
-    """
+    """Return what `look` finds; several processes, which share a file system, ask it again for up to `seconds`."""
+    # NFS shows a process what others have written only after a while, and that a file is not there for as long.
     end = time.monotonic() + (seconds if jax.process_count() > 1 else 0.0)
     while (found := look()) is None and time.monotonic() < end:
         time.sleep(min(1.0, seconds / 10))
@@ -230,7 +236,7 @@ def patiently(look: Callable[[], T | None], seconds: float = 60.0) -> T | None:
 
 
 def pieces_on_host(leaf: jax.Array | np.ndarray, most: int = 2**28) -> Iterator[np.ndarray]:
-    """An array on the host, along its first axis, wherever it lies; every process calls it.
+    """Yield an array on the host, along its first axis, wherever it lies; every process calls it.
 
     An array of several processes comes in pieces of about `most` bytes: whole, a piece lies on every device, and all
     layers' matrices of a large model would not fit there.

@@ -64,6 +64,7 @@ class Column:
     def __init__(
         self, directory: Path, scorer: str, identity: Mapping[str, Any], replace: bool = False, judge: bool = True
     ) -> None:
+        # What was measured is judged once, and before the first shard is written.
         self.directory = local_path(directory) / "columns" / scorer
         path = self.directory / "identity.json"
         if judge and replace and artifacts.kept(path, identity) is None:
@@ -99,6 +100,7 @@ class Column:
 
     def _load(self, shard: int) -> list[np.ndarray] | None:
         path = self._path(shard)
+        # A file that is not there, or not as it was written: both are measured again.
         data = path.read_bytes() if path.exists() else b""
         payload = data[32:]
         if hashlib.sha256(payload).digest() != data[:32]:
@@ -153,6 +155,7 @@ def from_record(record: Mapping[str, Any]) -> tuple[AlignedPair, Scores]:
         rejected_bytes=int(record["rejected_bytes"]),
         truncated=(bool(record["chosen_truncated"]), bool(record["rejected_truncated"])),
     )
+    # Nothing else in a record is float32.
     scores: Scores = {side: {} for side in SIDES}
     for name, value in record.items():
         if getattr(value, "dtype", None) == np.float32:
@@ -236,13 +239,15 @@ def _write_shard(path: Path, features: Any, records: Iterable[Record], expected:
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
 
+    # Groups of one record: training reads them in any order.
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")  # 1: random access record by record
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
     sizes = []
     try:
         for record in records:
             example = serializer.get_tf_example(features.encode_example(record))
-            data = example.SerializeToString(deterministic=True)  # else the order of a map changes with every process
+            # Otherwise the order of a map changes with every process.
+            data = example.SerializeToString(deterministic=True)
             writer.write(data)
             sizes.append(len(data))
     finally:

@@ -34,7 +34,7 @@ _SRUN = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Inside the block this process is one of all that the environment speaks of; to be entered before JAX has devices.
+    """Make this process one of all that the environment speaks of; to be entered before JAX has devices.
 
     At the end every process waits for the others. One that fails does not: it leaves with its own exit code and at
     once, so that a launcher sees it, where JAX would wait for the others, give up, and abort with a code of its own.
@@ -47,13 +47,14 @@ def joined() -> Iterator[None]:
         raise
     except BaseException as error:
         if jax.distributed.is_initialized():
-            atexit.register(_exit_now, _exit_code(error))  # runs before what JAX has registered
+            # Runs before what JAX has registered, which would wait.
+            atexit.register(_exit_now, _exit_code(error))
         raise
     _leave_together(LAST_WORK, code=1)
 
 
 def start() -> None:
-    """Joins the other processes, where the environment says that there are some.
+    """Join the other processes, where the environment says that there are some.
 
     Raises:
       UserError: CTPD_COORDINATOR, CTPD_PROCESSES and CTPD_PROCESS do not belong together.
@@ -62,9 +63,8 @@ def start() -> None:
     arguments = settings(os.environ)
     if arguments is None or jax.distributed.is_initialized():
         return
-    if (
-        "process_id" in arguments
-    ):  # where process 0 cannot be reached, JAX aborts: this line then says what it was about
+    # Where process 0 cannot be reached, JAX aborts: this line then says what it was about.
+    if "process_id" in arguments:
         print(
             f"process {arguments['process_id']} of {arguments['num_processes']}, "
             f"coordinator {arguments['coordinator_address']}",
@@ -80,9 +80,8 @@ def start() -> None:
 
 
 def check_joined() -> None:
-    """Refuses what JAX can do on a pod slice: to see the chips of all hosts from processes that cannot tell each other
-    anything. Starts JAX's back end.
-    """
+    """Raise UserError where JAX sees the chips of processes that this one has not joined. Starts JAX's back end."""
+    # On a pod slice it does, from processes that cannot tell each other anything.
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
             f"JAX sees {jax.process_count()} processes, but they have not joined each other: start ctpd on each of "
@@ -91,17 +90,19 @@ def check_joined() -> None:
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The arguments of jax.distributed.initialize; empty where JAX detects them, None for a process that is alone.
+    """Return what jax.distributed.initialize takes; {} where JAX detects it, None for a process that is alone.
 
     Raises:
       UserError: CTPD_COORDINATOR, CTPD_PROCESSES and CTPD_PROCESS do not belong together.
     """
+    # 1. What launch/local.sh, or the user, says.
     given = {name: environment[name] for name in _NAMES if environment.get(name)}
     if given:
         return _explicit(given)
     detect = environment.get("CTPD_DISTRIBUTED", "")
     if detect not in ("", "detect"):
         raise UserError(f"CTPD_DISTRIBUTED={detect} in the environment: the only value is `detect`.")
+    # 2. What the platform says.
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or ""
     several = (
@@ -137,16 +138,15 @@ def _number(text: str) -> int:
 
 
 def _leave_together(seconds: int, code: int) -> None:
-    """Waits until all have come here, then ends what JAX keeps between the processes.
-
-    JAX itself would wait at its own end for 5 minutes and then abort every process, also the one that still writes.
-    """
+    """Wait until all have come here, then end what JAX keeps between the processes."""
+    # JAX itself would wait at its own end for 5 minutes and then abort every process, also the one that still writes.
     if not jax.distributed.is_initialized():
         return
     from jax._src import distributed
 
+    # There is no public barrier with a time limit.
     try:
-        client: Any = distributed.global_state.client  # JAX has no public barrier with a time limit
+        client: Any = distributed.global_state.client
         client.wait_at_barrier("ctpd: the end", seconds * 1000)
     except RuntimeError as error:
         print(f"Not every process came to the end: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -156,7 +156,7 @@ def _leave_together(seconds: int, code: int) -> None:
 
 
 def _exit_code(error: BaseException) -> int:
-    """What cli.py answers with, or Python."""
+    """Return what cli.py, or Python, answers with."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -45,10 +45,8 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Inside the block SIGTERM is a request. To be opened first of all: before, SIGTERM kills.
-
-    Only the main thread can set handlers; in another one, and where JAX listens already, nothing changes.
-    """
+    """Take SIGTERM as a request inside the block. To be opened first of all: before, SIGTERM kills."""
+    # Only the main thread can set handlers; in another one, and where JAX listens already, nothing changes.
     if threading.current_thread() is not threading.main_thread() or _several():
         yield
         return
@@ -65,28 +63,31 @@ def listening() -> Iterator[None]:
 def _note(number: int, frame: FrameType | None) -> None:
     _asked.set()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with contextlib.suppress(OSError):  # not print(): the signal may have come in the middle of one
+    # No print(): the signal may have come in the middle of one.
+    with contextlib.suppress(OSError):
         os.write(2, b"SIGTERM: the run stops as soon as nothing is lost by it; a second SIGTERM kills it.\n")
 
 
 def _several() -> bool:
-    """Whether JAX listens. Not by jax.process_count(), which would start the back end too early."""
+    """Return whether JAX listens."""
+    # Not by jax.process_count(), which would start the back end too early.
     jax = sys.modules.get("jax")  # who has not imported it has one process
     return jax is not None and jax.distributed.is_initialized()
 
 
 def _hand_over() -> None:
-    """Gives JAX the signal that came before it listened."""
+    """Give JAX the signal that came before it listened."""
     if _asked.is_set():
         _asked.clear()
         signal.raise_signal(signal.SIGTERM)
 
 
 def requested() -> bool:
-    """Whether this process, or one of several, was asked to stop. Several do not learn it at the same moment."""
+    """Return whether this process, or one of several, was asked to stop. Several do not learn it at the same moment."""
     global _looked
     if not _several():
         return _asked.is_set()
+    # JAX writes the notice into the store that all processes share; to ask for it costs a round trip.
     _hand_over()
     if not _noticed.is_set() and time.monotonic() - _looked >= _EVERY:
         _looked = time.monotonic()
@@ -114,7 +115,7 @@ def _has(client: Any, key: str) -> bool:
 
 
 def stop_now() -> bool:
-    """Whether to stop here. Several processes get the same answer, if all of them ask equally often.
+    """Return whether to stop here. Several processes get the same answer, if all of them ask equally often.
 
     So it is asked where all of them pass: before each stage and before each update, never in a block of `apart`.
     """
@@ -130,7 +131,7 @@ def stop_now() -> bool:
 
 
 def check(kept: str) -> None:
-    """Raises Preempted where the run was asked to stop, and what was done since the last file may be dropped.
+    """Raise Preempted where the run was asked to stop, and what was done since the last file may be dropped.
 
     `kept` ends the sentence "stopped in annotate: ...". Of several processes one may stop by itself only in a block of
     `apart`: elsewhere the others could be waiting for it, and all go on to the next `stop_now`.
@@ -141,7 +142,7 @@ def check(kept: str) -> None:
 
 @contextlib.contextmanager
 def apart(name: str) -> Iterator[None]:
-    """Inside the block each process works by itself: on its share of something, or one of them for all.
+    """Let each process work by itself inside the block: on its share of something, or one of them for all.
 
     At its end they wait for each other, and where one was stopped in it, all of them stop.
     """
@@ -151,6 +152,7 @@ def apart(name: str) -> Iterator[None]:
         return
     from jax.experimental import multihost_utils
 
+    # 1. Each works, and may stop, by itself.
     stop, _by_itself = None, True
     try:
         yield
@@ -158,6 +160,7 @@ def apart(name: str) -> Iterator[None]:
         stop = error
     finally:
         _by_itself = False
+    # 2. All are here; where one was stopped, none goes on without it.
     multihost_utils.sync_global_devices(name)
     if multihost_utils.process_allgather(stop is not None).any():
         raise stop or Preempted("another process has stopped, and says what is kept")

@@ -26,11 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from ctpd_jax.artifacts import PARTIAL, Broken, canonical_json, local_path, seal, unseal
 from ctpd_jax.errors import UserError
-from ctpd_jax.sharding import barrier, first_process, patiently
+from ctpd_jax.sharding import barrier, first_process, patiently, told_by_first
 
 CHECKSUMS = "checksums.json"
 _STEP = re.compile(r"\d{8,}")
@@ -44,14 +43,12 @@ Shape = tuple[list[int], str]  # of a leaf: sizes and dtype, as JSON holds them
 
 
 def abstract(tree: PyTree) -> PyTree:
-    """Return what `tree` is restored into: jax.ShapeDtypeStruct for its JAX arrays, everything else as it is.
-
-    A struct has the sharding of its array if the array was placed on purpose (committed).
-    """
+    """Return what `tree` is restored into: jax.ShapeDtypeStruct for its JAX arrays, everything else as it is."""
 
     def leaf(x: Any) -> Any:
         if not isinstance(x, jax.Array):
             return x
+        # An array that nobody placed on purpose goes wherever JAX likes, also when it comes back.
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
 
     return jax.tree.map(leaf, tree)
@@ -107,7 +104,8 @@ def _unseal_patiently(folder: Path, read: bool = True) -> dict[str, Any]:
 
 
 def _remove(folder: Path) -> None:
-    (folder / CHECKSUMS).unlink(missing_ok=True)  # first: a removal cut short must not leave what looks whole
+    # The seal goes first: a removal cut short must not leave what looks whole.
+    (folder / CHECKSUMS).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
@@ -123,6 +121,7 @@ def _restore(
     Without a sharding it lies on the default device, uncommitted, as if `jnp` had made it.
     """
 
+    # A device's shards are read on their own; what has no sharding comes to the host first.
     def arguments(leaf: Any) -> ocp.RestoreArgs:
         sharding = getattr(leaf, "sharding", None)
         if sharding is None:
@@ -134,7 +133,8 @@ def _restore(
             return value
         if leaf.sharding is not None:
             return jax.device_put(value, leaf.sharding)
-        representable = jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype  # else JAX would halve 64-bit values
+        # JAX would halve 64-bit values: those stay with NumPy.
+        representable = jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
         return jnp.asarray(value) if representable else value
 
     # 1. The leaves must be those that are wanted. Orbax would fill in, or leave out, without a word.
@@ -154,7 +154,7 @@ def _restore(
 
 
 class Checkpoints:
-    """The `keep` newest steps of a run in `directory`. One object per folder and run; `close()` it, or use `with`.
+    """The `keep` newest steps of a run in `directory`. One object per folder and run; use `with`, or `close()`.
 
     On several hosts the folder is shared, every host makes every call, and the first one judges, seals and removes.
     """
@@ -174,14 +174,17 @@ class Checkpoints:
 
         Waits for the save before it, and raises what went wrong there. A step that exists already is replaced.
         """
+        # 1. What cannot be saved fails here, not in the background.
         leaves = _named_leaves(tree)
         content = {"meta": dict(meta or {}), "leaves": _shapes(leaves)}
-        canonical_json(content)  # a meta that is no JSON fails here, not in the background
+        canonical_json(content)
+        # 2. The place must be free.
         self.wait()
         folder = self._folder(step)
         if folder.exists() and first_process():
             _remove(folder)
         barrier(f"ctpd-save-{step}")
+        # 3. Orbax copies the values and writes on its own; the seal follows.
         self._checkpointer.save(folder, args=ocp.args.PyTreeSave(_with_values(leaves)))
         self._sealing = self._background.submit(self._seal_committed, step, content)
 
@@ -201,13 +204,13 @@ class Checkpoints:
         `target` gives the structure, and per leaf shape, dtype and sharding: jax.ShapeDtypeStruct (see `abstract`) or
         arrays. Raises UserError naming the leaf that differs.
         """
+        # One process judges: each from its own view of a shared folder could take another step.
         self.wait()
-        step = self._newest_whole_step() if first_process() else -1
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if step < 0:
+        step = told_by_first(self._newest_whole_step)
+        if step is None:
             return None
-        record = _unseal_patiently(self._folder(step), read=False)  # the first process has read the files
+        # It has read the files, too; here they are not read a second time.
+        record = _unseal_patiently(self._folder(step), read=False)
         tree = _restore(self._checkpointer, self._folder(step), record["leaves"], target)
         return step, tree, record["meta"]
 
@@ -226,8 +229,6 @@ class Checkpoints:
         self.close()
 
     def _folder(self, step: int) -> Path:
-        if step < 0:
-            raise ValueError(f"Step {step} is negative.")
         return self.directory / f"{step:08d}"
 
     def _step_folders(self) -> list[tuple[int, Path]]:
@@ -242,22 +243,25 @@ class Checkpoints:
         whole = self.steps()
         kept = {step, *whole[-self.keep :]}
         for other, folder in self._step_folders():
-            if other not in kept and (other in whole or other < step):  # also what a removal cut short has left
+            # An older one without a seal is what a removal cut short has left.
+            if other not in kept and (other in whole or other < step):
                 _remove(folder)
 
-    def _newest_whole_step(self) -> int:
+    def _newest_whole_step(self) -> int | None:
+        # Orbax renames a step when it is committed.
         for path in self.directory.iterdir():
             if _UNFINISHED.fullmatch(path.name):
-                warnings.warn(f"Removed {path}: the process ended while it was being written.", stacklevel=3)
+                warnings.warn(f"Removed {path}: the process ended while it was being written.", stacklevel=4)
                 shutil.rmtree(path)
+        # From the newest backwards, up to the first that is whole.
         for step, folder in reversed(self._step_folders()):
             try:
                 unseal(folder / CHECKSUMS)
                 return step
             except Broken as reason:
-                warnings.warn(f"Removed the checkpoint {folder}, which is not whole: {reason}.", stacklevel=3)
+                warnings.warn(f"Removed the checkpoint {folder}, which is not whole: {reason}.", stacklevel=4)
                 _remove(folder)
-        return -1
+        return None
 
 
 # ---------------------------------------------------------------------------------------------- parameters of a stage
@@ -313,8 +317,9 @@ def load_params(
     if target is None:
         empty = {name: np.empty(shape, np.dtype(dtype)) for name, (shape, dtype) in record["leaves"].items()}
         target = ocp.tree.from_flat_dict(empty, sep="/")
+    # Orbax waits for all processes unless it is told who takes part.
     options = {}
-    if alone and jax.process_count() > 1:  # else Orbax would wait for the others
+    if alone and jax.process_count() > 1:
         me = jax.process_index()
         options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)

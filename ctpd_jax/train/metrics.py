@@ -12,8 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from ctpd_jax.artifacts import local_path, write_bytes
 from ctpd_jax.errors import UserError
@@ -24,13 +25,14 @@ _RESERVED = ("stage", "step", "time")
 
 
 def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> list[dict[str, Any]]:
-    """The lines of `workdir`/metrics.jsonl, of one stage or of all, in their order; [] if there is no such file.
+    """Return the lines of `workdir`/metrics.jsonl, of one stage or of all, in their order; [] if there is no such file.
 
     A last line without its end (the process was killed in it) is left out; any other broken line is a UserError.
     """
     path = local_path(workdir) / METRICS
     if not path.exists():
         return []
+    # Whatever stands behind the last line's end is what a killed process has left.
     *whole, _torn = path.read_text("utf-8", errors="replace").split("\n")
     lines = []
     for number, text in enumerate(whole, 1):
@@ -46,7 +48,7 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
 
 
 class MetricLog:
-    """Appends to `workdir`/metrics.jsonl and mirrors the numbers into `workdir`/tensorboard/<stage>.
+    """Append to `workdir`/metrics.jsonl and mirror the numbers into `workdir`/tensorboard/<stage>.
 
     `active=False` makes every call do nothing: for all processes but the first.
     """
@@ -59,20 +61,26 @@ class MetricLog:
         self._purge: dict[str, int] = {}  # stage -> first step that TensorBoard shall forget
         if active:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self._drop_torn_line()
+            # A line that a killed process has torn would join the next one.
+            path = self.workdir / METRICS
+            data = path.read_bytes() if path.exists() else b""
+            if data and not data.endswith(b"\n"):
+                write_bytes(path, data[: data.rfind(b"\n") + 1])
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line. Values are numbers (Python, NumPy or JAX scalars), strings or bools."""
+        """Write one line. Values are numbers (Python, NumPy or JAX scalars), strings or bools."""
         if not self._active:
             return
         values = {name: _plain(value) for name, value in metrics.items()}
-        if taken := [name for name in _RESERVED if name in values]:
-            raise ValueError(f"A metric cannot be called {taken[0]!r}: every line has a field of that name.")
+        for name in values.keys() & set(_RESERVED):
+            raise ValueError(f"A metric cannot be called {name!r}: every line has a field of that name.")
+        # 1. The line: JSON has no NaN.
         now = time.time()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"stage": stage, "step": int(step), "time": round(now, 3), **finite}
         with open(self.workdir / METRICS, "ab") as out:
             out.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        # 2. TensorBoard has them, but no texts.
         if self._tensorboard:
             writer = self._writer(stage)
             for name, value in values.items():
@@ -80,7 +88,7 @@ class MetricLog:
                     writer.add_scalar(name, float(value), int(step), walltime=now)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what `stage` logged after `step`: a run that resumes at a checkpoint logs those steps again."""
+        """Forget what `stage` logged after `step`: a run that resumes at a checkpoint logs those steps again."""
         if not self._active:
             return
         lines = read_metrics(self.workdir)
@@ -88,12 +96,13 @@ class MetricLog:
         if len(kept) < len(lines):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             write_bytes(self.workdir / METRICS, text.encode())
+        # TensorBoard hides them, once a writer begins at the step after.
         if stage in self._writers:
             self._writers.pop(stage).close()
         self._purge[stage] = step + 1
 
     def close(self) -> None:
-        """Flushes the event files."""
+        """Flush the event files."""
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
@@ -101,29 +110,20 @@ class MetricLog:
     def __enter__(self) -> MetricLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _writer(self, stage: str) -> Any:
         if stage not in self._writers:
             from tensorboardX import SummaryWriter
 
+            # The writer's own name has whole seconds: two in one would overwrite each other.
             self._writers[stage] = SummaryWriter(
                 str(self.workdir / TENSORBOARD / stage),
                 purge_step=self._purge.pop(stage, None),
-                filename_suffix=f".{time.time_ns()}",  # the name has whole seconds: two in one would overwrite
+                filename_suffix=f".{time.time_ns()}",
             )
         return self._writers[stage]
-
-    def _drop_torn_line(self) -> None:
-        path = self.workdir / METRICS
-        if not path.exists():
-            return
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            write_bytes(path, data[: data.rfind(b"\n") + 1])
 
 
 def _plain(value: Any) -> bool | int | float | str:
@@ -152,78 +152,51 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        # On a terminal tqdm counts and draws; a log file would get all of it in one line without end.
         self.total, self.description, self.done, self.unit = total, description, done, unit
-        self._every, self._clock = every, clock
-        self._stream = stream or sys.stderr
-        self._active = active
-        self._values: dict[str, Any] = {}
-        self._started, self._first = clock(), done
-        self._said, self._said_done = self._started, done
-        self._bar: Any = None
-        if active and self._stream.isatty():
-            from tqdm import tqdm
+        self._stream, self._every, self._clock, self._active = stream or sys.stderr, every, clock, active
+        self._values = ""
+        self._start = self._said = clock(), done
+        self._watched = self._stream.isatty()
+        bar = {"desc": description, "initial": done, "unit": unit, "dynamic_ncols": True}
+        self._bar = tqdm(total=total, file=self._stream, disable=not (active and self._watched), **bar)
 
-            self._bar = tqdm(
-                total=total, initial=done, desc=description, unit=unit, file=self._stream, dynamic_ncols=True
-            )
-
-    def update(self, number: int = 1, **values: Any) -> None:
-        """`number` more are done; `values` (numbers or strings) stand beside the bar until the next ones."""
+    def update(self, number: int = 1, **values: float | str) -> None:
+        """Count `number` more; `values` stand beside the bar until the next ones."""
         self.done += number
-        self._values |= values
-        if not self._active:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._shown(), refresh=False)
-            self._bar.update(number)
-        elif self._clock() - self._said >= self._every:
-            self._say()
+        if values:
+            shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+            self._values = " ".join(shown)
+            self._bar.set_postfix_str(self._values, refresh=False)
+        self._bar.update(number)
+        if self._clock() - self._said[0] >= self._every:
+            self._say("left")
 
     def write(self, text: str) -> None:
-        """A line of text, above the bar."""
-        if self._bar is not None:
+        """Write a line of text, above the bar."""
+        if self._active:
             self._bar.write(text, file=self._stream)
-        elif self._active:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Leaves the last state on the screen."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        elif self._active and self.done != self._said_done:
-            self._say(last=True)
-        self._active = False
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self.done != self._said[1]:
+            self._say("in all")
 
-    def _say(self, last: bool = False) -> None:
-        """Prints "train 120/1000 (12%), 3.4 step/s, 4:18 left, loss=0.69"; the rate is that since the line before."""
-        now = self._clock()
-        since, count = (self._started, self._first) if last else (self._said, self._said_done)
-        rate = (self.done - count) / max(now - since, 1e-9)
+    def _say(self, what: str) -> None:
+        """Print "train 120/1000 (12%), 3.4 step/s, 4:18 left, loss=0.69" where nobody watches.
+
+        The rate is that since the line before; of the last line, which tells the time "in all", since the start.
+        """
+        now, (then, count) = self._clock(), self._start if what == "in all" else self._said
+        self._said = now, self.done
+        if not self._active or self._watched:
+            return
+        rate = (self.done - count) / max(now - then, 1e-9)
+        seconds = now - then if what == "in all" else max(self.total - self.done, 0) / max(rate, 1e-9)
         share = 100 * self.done // max(self.total, 1)
         parts = [f"{self.description} {self.done}/{self.total} ({share}%)", f"{rate:.3g} {self.unit}/s"]
-        if last:
-            parts.append(f"{_duration(now - self._started)} in all")
-        elif rate > 0:
-            parts.append(f"{_duration(max(self.total - self.done, 0) / rate)} left")
-        if self._values:
-            parts.append(self._shown())
-        print(", ".join(parts), file=self._stream, flush=True)
-        self._said, self._said_done = now, self.done
-
-    def _shown(self) -> str:
-        return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self._values.items())
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        parts.append(f"{tqdm.format_interval(round(seconds)).removeprefix('0')} {what}")
+        print(", ".join(parts + [self._values] * bool(self._values)), file=self._stream, flush=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pickle
 import signal
 import subprocess
@@ -22,7 +21,6 @@ from ctpd_jax.annotate.store import (
     to_record,
     write_store,
 )
-from ctpd_jax.artifacts import first_difference
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import SIDES, Aligned, AlignedPair, TokenSide
 
@@ -159,15 +157,6 @@ def test_a_column_of_something_else_is_refused_by_field(tmp_path):
     Column(tmp_path, "negative", {**FEW, "models": {}})
     with pytest.raises(UserError, match=r"models\.student is 'def' there and 'xyz' here"):
         Column(tmp_path, "positive", {**FEW, "models": {"teacher": "abc", "student": "xyz"}})
-
-
-def test_the_first_difference_is_the_first_in_the_order_of_what_is_expected():
-    assert first_difference(FEW, json.loads(json.dumps(FEW))) is None
-    assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}) == ("a.b", 1, "nothing")
-    assert first_difference({"a": 1, "b": 2}, {"b": 3, "a": 1, "c": 0}) == ("b", 2, 3)
-    assert first_difference({"a": True}, {"a": 1}) == ("a", True, 1)
-    assert first_difference({"a": {"b": 1}}, {"a": 5}) == ("a.b", 1, "nothing")
-    assert first_difference({"a": 1.0}, {"a": 1}) is None
 
 
 # ---------------------------------------------------------------------------------------------- records

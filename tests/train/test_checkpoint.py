@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from ctpd_jax.artifacts import seal
 from ctpd_jax.errors import UserError
 from ctpd_jax.train import checkpoint as module
 from ctpd_jax.train.checkpoint import CHECKSUMS, Checkpoints, abstract, load_params, save_params
@@ -204,6 +205,15 @@ def test_what_orbax_left_unfinished_is_removed_by_name(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.warns(UserWarning, match="00000002.orbax"):
         assert checkpoints.restore_latest(abstract(make_state(0)))[0] == 1
     assert not unfinished.exists()
+
+
+def test_a_step_of_another_version_is_refused_and_stays(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    seal(tmp_path / "00000002" / CHECKSUMS, {"format": 99, "meta": {}, "leaves": {}})
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match="format 99"):
+            checkpoints.restore_latest(abstract(make_state(0)))
+        assert checkpoints.steps() == [1, 2]
 
 
 def mutate(change):

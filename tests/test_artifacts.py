@@ -1,0 +1,126 @@
+"""What is whole, and made from the same, is taken; everything else is refused, or made anew, by name."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ctpd_jax.artifacts import (
+    Broken,
+    check_files,
+    checksums,
+    first_difference,
+    kept,
+    opened,
+    read_json,
+    replacing_folder,
+    seal,
+    unseal,
+    write_json,
+)
+from ctpd_jax.errors import UserError
+
+FEW = {"spans": "character", "models": {"teacher": "abc", "student": "def"}, "lengths": (512, 128)}
+
+
+def test_the_first_difference_is_the_first_in_the_order_of_what_is_expected():
+    assert first_difference(FEW, json.loads(json.dumps(FEW))) is None
+    assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}) == ("a.b", 1, "nothing")
+    assert first_difference({"a": 1, "b": 2}, {"b": 3, "a": 1, "c": 0}) == ("b", 2, 3)
+    assert first_difference({"a": True}, {"a": 1}) == ("a", True, 1)
+    assert first_difference({"a": {"b": 1}}, {"a": 5}) == ("a.b", 1, "nothing")
+    assert first_difference({"a": 1.0}, {"a": 1}) is None
+
+
+def test_a_field_that_is_not_expected_differs_where_all_are_compared():
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) is None
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}, exactly=True) == ("a.c", "nothing", 2)
+    assert first_difference({"a": {}}, {"a": {}, "z": 0}, exactly=True) == ("z", "nothing", 0)
+    assert first_difference({"a": {"b": (1,)}}, {"a": {"b": [1]}}, exactly=True) is None
+
+
+def test_what_was_made_otherwise_is_refused_or_taken_for_absent(tmp_path):
+    path = tmp_path / "seal.json"
+    assert opened(path, FEW, "Go away.") is None and kept(path, FEW) is None
+    write_json(path, {**FEW, "result": 7})
+    assert opened(path, FEW, "Go away.")["result"] == kept(path, FEW)["result"] == 7
+    other = {**FEW, "models": {"teacher": "abc", "student": "xyz"}}
+    with pytest.raises(UserError, match=r"seal\.json.*models\.student is 'def' there and 'xyz' here\. Go away\."):
+        opened(path, other, "Go away.")
+    assert kept(path, other) is None
+    assert kept(path, {**FEW, "models": {"teacher": "abc"}}) is None  # made from more than that
+    path.write_text("{")
+    with pytest.raises(Broken, match=r"seal\.json is damaged"):
+        opened(path, FEW, "Go away.")
+
+
+@pytest.fixture
+def sealed(tmp_path) -> Path:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b").write_bytes(b"b" * 100)
+    (tmp_path / "a").write_bytes(b"a")
+    seal(tmp_path / "seal.json", {"made_from": FEW})
+    return tmp_path / "seal.json"
+
+
+def test_a_seal_vouches_for_every_file_and_for_itself(sealed):
+    found = unseal(sealed)
+    assert found["made_from"] == json.loads(json.dumps(FEW)) and set(found["files"]) == {"a", "deep/b"}
+    files = [path for path in sealed.parent.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    for path in files:
+        whole = path.read_bytes()
+        for at in range(len(whole)):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(Broken, match=f"{path.name} is damaged"):
+                unseal(sealed)
+        path.unlink()
+        with pytest.raises(Broken, match=f"{path.name} is missing"):
+            unseal(sealed)
+        path.write_bytes(whole)
+    assert unseal(sealed) == found
+
+
+def test_files_are_read_only_where_that_is_asked_for(sealed):
+    sums = checksums(sealed.parent, ["a", "deep/b"])
+    (sealed.parent / "a").write_bytes(b"x")
+    unseal(sealed, read=False)
+    check_files(sealed.parent, sums, read=False)
+    with pytest.raises(Broken, match="a is damaged"):
+        check_files(sealed.parent, sums)
+    (sealed.parent / "a").unlink()
+    with pytest.raises(Broken, match="a is missing"):
+        check_files(sealed.parent, sums, read=False)
+
+
+def test_a_seal_of_another_version_is_whole_but_not_read(tmp_path):
+    seal(tmp_path / "seal.json", {"format": 99})
+    with pytest.raises(UserError, match="format 99") as error:
+        unseal(tmp_path / "seal.json")
+    assert not isinstance(error.value, Broken)
+
+
+def test_a_folder_takes_its_place_with_what_others_laid_there(tmp_path):
+    def ours(name: str) -> bool:
+        return name.startswith("model")
+
+    place = tmp_path / "m"
+    for number in (1, 2):
+        with replacing_folder(place, "model.json", "a model folder", ours) as beside:
+            write_json(beside / "model.json", number)
+        if number == 1:
+            (place / "model.old").write_text("goes")
+            (place / "notes.txt").write_text("mine")
+            (place / "sub").mkdir()
+            (place / "sub" / "model.txt").write_text("mine too")
+            os.symlink("nowhere", place / "link")
+    assert read_json(place / "model.json") == 2
+    assert sorted(path.name for path in place.iterdir()) == ["link", "model.json", "notes.txt", "sub"]
+    assert (place / "sub" / "model.txt").read_text() == "mine too" and os.readlink(place / "link") == "nowhere"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    refused = pytest.raises(UserError, match="is not a model folder")
+    with refused, replacing_folder(tmp_path / "other", "model.json", "a model folder", ours):
+        pass
