@@ -6,11 +6,12 @@ The names are ml_collections keys: `ctpd run --config configs/demo.py --config.t
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import Model
+from ctpd_jax.schema import Loss, Model
 
 
 def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 16, **changes) -> ConfigDict:
@@ -302,7 +303,7 @@ def check_config(config: ConfigDict) -> None:
         require(settings.steps >= -1, f"{stage}.steps", "0 means as many as the epochs give, -1 leaves the stage out")
         require(0 <= settings.warmup <= 1, f"{stage}.warmup", "it is a share of the steps, from 0 to 1")
         if "beta" in settings:
-            require(settings.loss in ("sigmoid", "ipo", "hinge"), f"{stage}.loss", "choose one of sigmoid, ipo, hinge")
+            require(settings.loss in get_args(Loss), f"{stage}.loss", f"choose one of {', '.join(get_args(Loss))}")
             require(settings.beta > 0, f"{stage}.beta", "it has to be positive")
             require(0 <= settings.label_smoothing < 0.5, f"{stage}.label_smoothing", "it lies in [0, 0.5)")
             smoothed = settings.loss == "sigmoid" or settings.label_smoothing == 0
