@@ -2,12 +2,11 @@
 
 Letters: N scored positions, D width of the model, V vocabulary, G vocabulary groups, C = V / G rows of one group.
 
-The usual way is to walk over the positions, a few at a time, each against the whole vocabulary. Its gradient adds a
-[V, D] matrix to the gradient of the unembedding at every step: for a vocabulary of 262,144 and 64 positions a step that
-costs more than the matmuls. Here the loop runs over the vocabulary instead, all positions against one group of its
-rows. The log-sum-exp is kept online (arXiv 1805.02867), every row of the unembedding's gradient is written once, and a
-block of logits has the same number of entries. Forward and backward each hold one such block; backward computes it
-anew (as in arXiv 2411.09009).
+The usual way walks over the positions, a few at a time, each against the whole vocabulary, and its gradient adds a
+[V, D] matrix at every step: for a vocabulary of 262,144 and 64 positions a step that costs more than the matmuls. Here
+the loop runs over the vocabulary, all positions against one group of its rows. The log-sum-exp is kept online (arXiv
+1805.02867), every row of the unembedding's gradient is written once, and a block of logits has as many entries. Forward
+and backward each hold one such block; backward computes it anew (as in arXiv 2411.09009).
 
 Group g holds the rows g, g + G, g + 2G, ...: a view of the unembedding as [C, G, D]. A vocabulary that is sharded over
 devices then stays sharded inside every group, where consecutive rows would all lie on one device.

@@ -1,15 +1,14 @@
 """Preference losses: the table of link functions, CTPD over spans, TIS-DPO and DPO as its special cases, and SFT.
 
-Letters: B pairs, T tokens of a response, S spans of a response, N responses of a batch.
+Letters: B pairs, S spans of a response (Sw of the chosen one, Sl of the rejected one), N responses of a batch.
 
 Every loss is a link function of a margin of two returns, and a return is linear in the policy's log-probabilities:
 
-    r(x, y) = sum_i w_i (log pi_theta(p_i) - log pi_ref(p_i))          span form: span_return
-            = sum_t a_span(t) log pi_theta(y_t) - c(y)                 token form: response_returns
+    r(x, y) = sum_i w_i (log pi_theta(p_i) - log pi_ref(p_i))          span form: span_return, for ctpd_loss
+            = sum_t a_span(t) log pi_theta(y_t) - c(y)                 token form: response_returns, for training
 
-with a and c from `reward_coefficients`. Both forms agree in value and gradient for every option. `ctpd_loss` takes the
-first. Training takes the second, which needs one number for each student token and one for each response: with both
-frozen, the teacher stays out of the training job.
+with a and c from `reward_coefficients`. Both agree in value and gradient for every option. The second needs one number
+for each student token and one for each response, which are frozen: so the teacher stays out of the training job.
 """
 
 from __future__ import annotations
@@ -35,6 +34,10 @@ from ctpd_jax.core.arrays import (
 from ctpd_jax.core.projection import response_sums
 from ctpd_jax.schema import Loss
 
+PerPair = Real[ArrayLike, "*B"]
+Chosen = Real[ArrayLike, "*#B Sw"]  # the two responses of a pair differ in length
+Rejected = Real[ArrayLike, "*#B Sl"]
+PerSpan = Real[ArrayLike, "*#B S"]
 SpanLogprob = Literal["sum", "mean"]
 Normalize = Literal["none", "span", "byte"]
 
@@ -82,8 +85,8 @@ class LossOutput(NamedTuple):
 
 
 def preference_loss(
-    chosen_return: Real[ArrayLike, "*B"],
-    rejected_return: Real[ArrayLike, "*B"],
+    chosen_return: PerPair,
+    rejected_return: PerPair,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
     loss: Loss = "sigmoid",
@@ -122,12 +125,12 @@ def preference_loss(
 
 
 def ctpd_loss(
-    policy_chosen: Real[ArrayLike, "*#B Sw"],
-    policy_rejected: Real[ArrayLike, "*#B Sl"],
-    reference_chosen: Real[ArrayLike, "*#B Sw"],
-    reference_rejected: Real[ArrayLike, "*#B Sl"],
-    weights_chosen: Real[ArrayLike, "*#B Sw"],
-    weights_rejected: Real[ArrayLike, "*#B Sl"],
+    policy_chosen: Chosen,
+    policy_rejected: Rejected,
+    reference_chosen: Chosen,
+    reference_rejected: Rejected,
+    weights_chosen: Chosen,
+    weights_rejected: Rejected,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
     loss: Loss = "sigmoid",
@@ -135,12 +138,11 @@ def ctpd_loss(
     """CTPD in its span form (arXiv 2601.11865): preference_loss of r = sum_i w_i (policy_i - reference_i).
 
     Args:
-        policy_chosen, policy_rejected: [B, S], log pi_theta(p_i): `span_sums` of the student's token log-probabilities
-            (or `span_means`, then of the reference too, each over its own tokens). The two numbers of spans may differ.
-        reference_chosen, reference_rejected: [B, S], log pi_ref(p_i), the teacher's over the same spans; zeros for no
-            reference.
-        weights_chosen, weights_rejected: [B, S], 0 in padding, where the other arrays do not matter, NaN included. For
-            a normalised reward divide them by `reward_normalizer`. No gradient reaches a weight that is exactly 0.
+        policy_chosen, policy_rejected: log pi_theta(p_i), `span_sums` of the student's token log-probabilities (or
+            `span_means`, then of the reference too, each over its own tokens).
+        reference_chosen, reference_rejected: log pi_ref(p_i), the teacher's over the same spans; zeros for none.
+        weights_chosen, weights_rejected: 0 in padding, where the other arrays do not matter, NaN included. For a
+            normalised reward divide them by `reward_normalizer`. No gradient reaches a weight that is exactly 0.
         beta, label_smoothing, loss: as in `preference_loss`, and so are the errors.
 
     >>> policy, reference, weights = jnp.array([[-1.0, -2.0]]), jnp.array([[-2.0, -2.0]]), jnp.array([[3.0, 1.0]])
@@ -157,14 +159,14 @@ def ctpd_loss(
 
 
 def tis_dpo_loss(
-    policy_chosen: Real[ArrayLike, "*B Tw"],
-    policy_rejected: Real[ArrayLike, "*B Tl"],
-    reference_chosen: Real[ArrayLike, "*B Tw"],
-    reference_rejected: Real[ArrayLike, "*B Tl"],
-    weights_chosen: Real[ArrayLike, "*B Tw"],
-    weights_rejected: Real[ArrayLike, "*B Tl"],
-    mask_chosen: Shaped[ArrayLike, "*B Tw"] | None = None,
-    mask_rejected: Shaped[ArrayLike, "*B Tl"] | None = None,
+    policy_chosen: Chosen,
+    policy_rejected: Rejected,
+    reference_chosen: Chosen,
+    reference_rejected: Rejected,
+    weights_chosen: Chosen,
+    weights_rejected: Rejected,
+    mask_chosen: Shaped[ArrayLike, "*#B Sw"] | None = None,
+    mask_rejected: Shaped[ArrayLike, "*#B Sl"] | None = None,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
 ) -> LossOutput:
@@ -187,10 +189,10 @@ def tis_dpo_loss(
 
 
 def dpo_loss(
-    policy_chosen: Real[ArrayLike, "*B"],
-    policy_rejected: Real[ArrayLike, "*B"],
-    reference_chosen: Real[ArrayLike, "*B"],
-    reference_rejected: Real[ArrayLike, "*B"],
+    policy_chosen: PerPair,
+    policy_rejected: PerPair,
+    reference_chosen: PerPair,
+    reference_rejected: PerPair,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
     loss: Loss = "sigmoid",
@@ -212,25 +214,16 @@ def dpo_loss(
 
 
 def sft_loss(token_logps: Real[ArrayLike, "*slots"], mask: Shaped[ArrayLike, "*slots"]) -> SumAndCount:
-    """Negative log-likelihood as (sum, count): add over batches and hosts, divide once.
-
-    Args:
-        token_logps: any shape.
-        mask: bool or 0/1, True for the tokens that are trained on; others do not matter, NaN included.
-    """
+    """Negative log-likelihood as (sum, count), of the tokens where the mask is true; others may even be NaN."""
     total, count = masked_sum_and_count(token_logps, jnp.asarray(mask, bool))
     return -total, count
 
 
-def sft_term(response_logps: Real[ArrayLike, "*B"], token_counts: Real[ArrayLike, "*B"]) -> Float[Array, "*B"]:
+def sft_term(response_logps: PerPair, token_counts: PerPair) -> Float[Array, "*B"]:
     """Mean negative log-likelihood per token of each chosen response, to be added to its pair's loss times a weight.
 
-    The "+ NLL" of iterative RPO (arXiv 2404.19733, eq. 1). It keeps the chosen response likely where the preference
-    loss alone is content with a larger margin.
-
-    Args:
-        response_logps: [B], log pi_theta(y_w | x), summed over tokens.
-        token_counts: [B]; 0 for the padding of a batch.
+    The "+ NLL" of iterative RPO (arXiv 2404.19733, eq. 1): it keeps the chosen response likely where the preference
+    loss alone is content with a larger margin. Counts of 0 are the padding of a batch.
     """
     return -at_least_float32(response_logps) / jnp.maximum(at_least_float32(token_counts), 1)
 
@@ -238,9 +231,7 @@ def sft_term(response_logps: Real[ArrayLike, "*B"], token_counts: Real[ArrayLike
 # ------------------------------------------------------------------------------------------------ returns
 
 
-def span_return(
-    policy: Real[ArrayLike, "*#B S"], reference: Real[ArrayLike, "*#B S"], weights: Real[ArrayLike, "*#B S"]
-) -> Float[Array, "*B"]:
+def span_return(policy: PerSpan, reference: PerSpan, weights: PerSpan) -> Float[Array, "*B"]:
     """r = sum_i w_i (policy_i - reference_i), the span form. Entries of weight 0 do not matter, NaN included."""
     return weighted(at_least_float32(policy) - at_least_float32(reference), weights).sum(axis=-1)
 
@@ -268,11 +259,11 @@ def response_returns(
 
 
 def reward_coefficients(
-    weights: Real[ArrayLike, "*B S"],
-    student_counts: Real[ArrayLike, "*B S"],
-    reference: Real[ArrayLike, "*B S"] | None = None,
-    reference_counts: Real[ArrayLike, "*B S"] | None = None,
-    byte_lengths: Real[ArrayLike, "*B S"] | None = None,
+    weights: PerSpan,
+    student_counts: PerSpan,
+    reference: PerSpan | None = None,
+    reference_counts: PerSpan | None = None,
+    byte_lengths: PerSpan | None = None,
     span_logprob: SpanLogprob = "sum",
     normalize: Normalize = "none",
 ) -> tuple[Float[Array, "*B S"], Float[Array, "*B"]]:
@@ -284,15 +275,15 @@ def reward_coefficients(
     tokens in span i; for "sum" both are 1.
 
     Args:
-        weights: [B, S], 0 in padding.
-        student_counts: [B, S], the student's tokens in each span (`span_counts`), 0 in padding.
-        reference: [B, S], the reference's log-probability of each span, **summed** over its tokens; None for no
-            reference (c = 0). The teacher, or the student's start; a reward relative to the student's start is the same
-            thing as the start for reference, because the other reference cancels from it.
-        reference_counts: [B, S], the reference's tokens in each span; needed for "mean" with a reference.
-        byte_lengths: [B, S], bytes in each span (0 for an end of turn); needed for normalize="byte".
+        weights: 0 in padding.
+        student_counts: the student's tokens in each span (`span_counts`), 0 in padding.
+        reference: the reference's log-probability of each span, **summed** over its tokens; None for no reference
+            (c = 0). The teacher, or the student's start; a reward relative to the student's start is the same thing as
+            the start for reference, because the other reference cancels from it.
+        reference_counts: the reference's tokens in each span; needed for "mean" with a reference.
+        byte_lengths: bytes in each span (0 for an end of turn); needed for normalize="byte".
         span_logprob: "sum", or "mean" over the span's own tokens.
-        normalize: "none", "span" or "byte".
+        normalize: "none", "span" or "byte": see `reward_normalizer`.
 
     Returns:
         a [B, S], 0 in padding, and c [B].
@@ -322,9 +313,7 @@ def reward_coefficients(
 
 
 def reward_normalizer(
-    student_counts: Real[ArrayLike, "*B S"],
-    byte_lengths: Real[ArrayLike, "*B S"] | None = None,
-    normalize: Normalize = "none",
+    student_counts: PerSpan, byte_lengths: PerSpan | None = None, normalize: Normalize = "none"
 ) -> Float[Array, "*B 1"]:
     """Z of a response, at least 1: 1 ("none"), its number of spans ("span") or its number of bytes ("byte").
 
@@ -346,9 +335,7 @@ def reward_normalizer(
 # ------------------------------------------------------------------------------------------------ what to log
 
 
-def reward_metrics(
-    prefix: str, chosen: Float[Array, "*B"], rejected: Float[Array, "*B"]
-) -> dict[str, Float[Array, "*B"]]:
+def reward_metrics(prefix: str, chosen: Array, rejected: Array) -> dict[str, Array]:
     """What is logged of the rewards of pairs. Ties count one half: a policy that has learnt nothing is at 50 %."""
     margin = chosen - rejected
     return {
@@ -360,17 +347,13 @@ def reward_metrics(
 
 
 def lambda_diagnostics(
-    lam: Real[ArrayLike, "*B"], mask: Shaped[ArrayLike, "*B"] | None = None, low: Number = 0.05, high: Number = 0.95
+    lam: PerPair, mask: Shaped[ArrayLike, "*B"] | None = None, low: Number = 0.05, high: Number = 0.95
 ) -> dict[str, SumAndCount]:
     """How the anchor selects pairs: the `mean` of lambda and how many lie `below_low` and `above_high`.
 
-    lambda = sigmoid(beta (r_l - r_w)) is the weight with which a pair enters the gradient. Near 0 the pair is ignored,
-    near 1 it is pulled as hard as possible; where the reference is another model, much of that is how differently the
-    two rate the text as language, rather than preference.
-
-    Args:
-        lam: [B], from LossOutput.
-        mask: bool or 0/1 [B], pairs that count.
+    lambda = sigmoid(beta (r_l - r_w)), LossOutput's `lam`, is the weight with which a pair enters the gradient. Near 0
+    the pair is ignored, near 1 it is pulled as hard as possible; where the reference is another model, much of that is
+    how differently the two rate the text as language, rather than preference. `mask` says which pairs count.
     """
     values = at_least_float32(lam)
     real = mask_or_all(mask, values.shape)

@@ -2,10 +2,9 @@
 
 Letters: S spans of one response, N responses.
 
-Every function takes [*N, S] and a `mask`, bool [*N, S], True for real spans; without a mask all are real. Padding gets
-weight 0, and its inputs do not matter, NaN included. On the host, where responses are ragged, pad S to a few sizes and
-pass the mask: results for the real spans do not depend on the padding, and JAX compiles once for each size. All results
-are float32 (float64 for float64). Weights are data: take their gradient only if you mean to.
+Every function takes [*N, S] and a `mask`, True for real spans; without one all are real. Padding gets weight 0, and its
+inputs do not matter, NaN included: pad ragged responses to a few sizes, and JAX compiles once for each. Results are
+float32 (float64 for float64). Weights are data: take their gradient only if you mean to.
 """
 
 from __future__ import annotations
@@ -19,31 +18,33 @@ from jaxtyping import Array, Float, Key, Real, Shaped
 
 from ctpd_jax.core.arrays import Number, SumAndCount, at_least_float32, mask_or_all, masked_sum_and_count
 
+Spans = Real[ArrayLike, "*#N S"]
+Mask = Shaped[ArrayLike, "*#N S"]  # bool or 0/1
+Weights = Float[Array, "*N S"]
+
 
 def importance_weights(
-    logp_positive: Real[ArrayLike, "*#N S"],
-    logp_negative: Real[ArrayLike, "*#N S"],
+    logp_positive: Spans,
+    logp_negative: Spans,
     mu: Real[ArrayLike, "*mu"] = 1.0,
     k: Real[ArrayLike, "*k"] = 1.0,
     lower: Number = -0.5,
     upper: Number = 1.5,
-    mask: Shaped[ArrayLike, "*#N S"] | None = None,
-) -> Float[Array, "*N S"]:
+    mask: Mask | None = None,
+) -> Weights:
     """w_i = k * exp(mu * clip(d_i, lower, upper)), d_i = log pi+(p_i) - log pi-(p_i) (arXiv 2601.11865; 2410.04350).
 
     The clip comes before the sign: with the defaults chosen weights (mu = 1) lie in [0.61, 4.48] and rejected ones
     (mu = -1) in [0.22, 1.65].
 
-    With these weights E_D[w f] = E_D*[f] holds exactly, for D* proportional to w D, only if E_D[w] = 1: data from pi-
-    with mu = 1 and no clip (D* = pi+), data from pi+ with mu = -1 (D* = pi-), or with a clip
-    k = 1 / E_D[exp(mu * clip(d))]. For any other D the weights do not normalise.
+    E_D[w f] = E_D*[f] holds exactly, for D* proportional to w D, only if E_D[w] = 1: data from pi- with mu = 1 and no
+    clip (D* = pi+), data from pi+ with mu = -1 (D* = pi-), or with a clip k = 1 / E_D[exp(mu * clip(d))].
 
     Args:
         logp_positive, logp_negative: log-probabilities of each span under the two contrastive models, nats.
         mu: +1 for chosen, -1 for rejected responses; a number, or an array that broadcasts, such as [N, 1].
         k: scale, likewise.
         lower, upper: bounds of d; -inf and inf switch the clip off.
-        mask: True for real spans.
 
     >>> importance_weights(jnp.array([-1.0, -1.0]), jnp.array([-1.0, -3.0])).round(2)  # d = 0, and 2 clipped to 1.5
     Array([1.  , 4.48], dtype=float32)
@@ -57,44 +58,34 @@ def importance_weights(
     return jnp.where(real, weights, 0)
 
 
-def threshold_weights(
-    weights: Real[ArrayLike, "*N S"],
-    lower: Number = 0.3,
-    upper: Number = 1.6,
-    mask: Shaped[ArrayLike, "*N S"] | None = None,
-) -> Float[Array, "*N S"]:
+def threshold_weights(weights: Spans, lower: Number = 0.3, upper: Number = 1.6, mask: Mask | None = None) -> Weights:
     """Clip the weights: clip(w, lower, upper)."""
     values = at_least_float32(weights)
     return jnp.where(mask_or_all(mask, values.shape), jnp.clip(values, lower, upper), 0)
 
 
 def scale_weights(
-    weights: Real[ArrayLike, "*N S"],
+    weights: Spans,
     lower: Number = 0.2,
     upper: Number = 1.8,
     new_lower: Number = 0.3,
     new_upper: Number = 1.7,
-    mask: Shaped[ArrayLike, "*N S"] | None = None,
-) -> Float[Array, "*N S"]:
+    mask: Mask | None = None,
+) -> Weights:
     """Clip the weights to [lower, upper], then map that interval onto [new_lower, new_upper]."""
     values = at_least_float32(weights)
     share = (jnp.clip(values, lower, upper) - lower) / (upper - lower)
     return jnp.where(mask_or_all(mask, values.shape), new_lower + share * (new_upper - new_lower), 0)
 
 
-def rank_weights(
-    weights: Real[ArrayLike, "*N S"],
-    lowest: Number = 0.6,
-    highest: Number = 2.0,
-    mask: Shaped[ArrayLike, "*N S"] | None = None,
-) -> Float[Array, "*N S"]:
+def rank_weights(weights: Spans, lowest: Number = 0.6, highest: Number = 2.0, mask: Mask | None = None) -> Weights:
     """lowest + (highest - lowest) * i / (n - 1), i = 0..n-1 the ascending rank of w among the response's n real spans.
 
     Equal weights share the mean of their ranks, because a clip makes many weights equal and their order in the text
     must not decide. A response of one span gets `lowest` (rank 0).
 
-    >>> rank_weights(jnp.array([0.5, 4.0, 4.0]), highest=1.6).round(2)
-    Array([0.6 , 1.35, 1.35], dtype=float32)
+    >>> rank_weights(jnp.array([0.5, 4.0, 4.0]), lowest=0, highest=2)
+    Array([0. , 1.5, 1.5], dtype=float32)
     """
     values = at_least_float32(weights)
     real = mask_or_all(mask, values.shape)
@@ -113,9 +104,7 @@ def rank_weights(
     return jnp.where(real, weight, 0)
 
 
-def binary_weights(
-    weights: Real[ArrayLike, "*N S"], percent: Number = 50.0, mask: Shaped[ArrayLike, "*N S"] | None = None
-) -> Float[Array, "*N S"]:
+def binary_weights(weights: Spans, percent: Number = 50.0, mask: Mask | None = None) -> Weights:
     """Give 1 to the top `percent` of the response's n real spans, 0 to the rest.
 
     Exactly ceil(percent / 100 * n) spans are kept, the largest weights first; among equal ones the earlier span.
@@ -134,14 +123,12 @@ def binary_weights(
     return jnp.where(real & (_by_row(descending_rank, values, real) < kept), 1, 0).astype(values.dtype)
 
 
-def uniform_weights(mask: Shaped[ArrayLike, "*N S"]) -> Float[Array, "*N S"]:
+def uniform_weights(mask: Mask) -> Weights:
     """Give 1 to each real span: the ablation without weights."""
     return jnp.asarray(mask, bool).astype(jnp.float32)
 
 
-def random_weights(
-    key: Key[Array, "*#N"], mask: Shaped[ArrayLike, "*#N S"], lower: Number = 0.7, upper: Number = 1.3
-) -> Float[Array, "*N S"]:
+def random_weights(key: Key[Array, "*#N"], mask: Mask, lower: Number = 0.7, upper: Number = 1.3) -> Weights:
     """Draw uniformly from [lower, upper): the ablation "random".
 
     One typed key (jax.random.key) for each response: fold the example's number and its side into one seed, so that a
@@ -158,12 +145,12 @@ def random_weights(
 
 
 def weight_diagnostics(
-    logp_positive: Real[ArrayLike, "*N S"],
-    logp_negative: Real[ArrayLike, "*N S"],
-    weights: Real[ArrayLike, "*N S"],
+    logp_positive: Spans,
+    logp_negative: Spans,
+    weights: Spans,
     lower: Number = -0.5,
     upper: Number = 1.5,
-    mask: Shaped[ArrayLike, "*N S"] | None = None,
+    mask: Mask | None = None,
 ) -> dict[str, SumAndCount]:
     """What to watch about weights, each as (sum, count): add over batches and hosts, divide once.
 
