@@ -17,7 +17,7 @@ from .errors import UserError
 from .models.decoder import apply, hidden_states, unembedding
 from .models.generate import generate
 from .models.hf import load_hf, save_hf
-from .schema import Aligned, PreferencePair
+from .schema import Aligned, Message, PreferencePair
 from .text.preferences import load_preferences
 from .text.prompts import load_text_model
 from .text.spans import align, align_batch
@@ -26,6 +26,7 @@ from .text.tokens import load_tokenizer
 __all__ = [
     "Aligned",
     "LossOutput",
+    "Message",
     "PreferencePair",
     "UserError",
     "__version__",
