@@ -260,7 +260,6 @@ def check_config(config: ConfigDict) -> None:
         require(settings.steps >= -1, f"{stage}.steps", "0 means as many as the epochs give, -1 leaves the stage out")
         require(0 <= settings.warmup <= 1, f"{stage}.warmup", "it is a share of the steps, from 0 to 1")
         if "beta" in settings:
-            require(settings.loss in ("sigmoid", "ipo", "hinge"), f"{stage}.loss", "choose one of sigmoid, ipo, hinge")
             require(settings.beta > 0, f"{stage}.beta", "it has to be positive")
             require(0 <= settings.label_smoothing < 0.5, f"{stage}.label_smoothing", "it lies in [0, 0.5)")
             smoothed = settings.loss == "sigmoid" or settings.label_smoothing == 0

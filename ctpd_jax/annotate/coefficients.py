@@ -2,7 +2,8 @@
 
 This happens when the store is read, so another mu, clip, transform or reference needs no new annotation.
 
-Letters: N responses, S spans of a response (padded to a few sizes, so that few programs are compiled).
+Letters: N responses; S spans of a response and T student tokens, padded to a few sizes, so that few programs are
+compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.core.arrays import masked_sum_and_count
 from ctpd_jax.core.losses import Normalize, reward_coefficients
+from ctpd_jax.core.projection import project_to_tokens
 from ctpd_jax.core.weights import (
     binary_weights,
     importance_weights,
@@ -40,12 +42,14 @@ def span_weights(
     positive: Array, negative: Array, mask: Array, mu: Array, keys: Array, weights: ConfigDict
 ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
     """Returns the weights float32 [N, S] of padded responses, and their diagnostics as (sum, count)."""
+    # 1. Where the weights come from.
     if weights.source == "uniform":
         values = uniform_weights(mask)
     elif weights.source == "random":
         values = random_weights(keys, mask)
     else:
         values = importance_weights(positive, negative, mu[:, None], weights.k, weights.lower, weights.upper, mask=mask)
+    # 2. The paper's transforms of them, one at most.
     if weights.transform == "threshold":
         values = threshold_weights(values, mask=mask)
     elif weights.transform == "scale":
@@ -57,29 +61,34 @@ def span_weights(
     return values, weight_diagnostics(positive, negative, values, weights.lower, weights.upper, mask=mask)
 
 
-def padded(rows: Sequence[np.ndarray], size: int, dtype: type = np.float32) -> np.ndarray:
-    """Stacks ragged rows: [N, size], zeros behind each."""
-    out: np.ndarray = np.zeros((len(rows), size), dtype)
+def padded(rows: Sequence[np.ndarray], size: int, dtype: type = np.float32, fill: int = 0) -> np.ndarray:
+    """Stacks ragged rows: [N, size], `fill` behind each."""
+    out: np.ndarray = np.full((len(rows), size), fill, dtype)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
 
 
-def by_size(counts: Sequence[int], smallest: int = 32) -> dict[int, list[int]]:
-    """Groups places by the power of two that their count is padded to."""
+def padded_size(count: int, smallest: int = 32) -> int:
+    """The power of two that a row is padded to."""
+    return max(smallest, 1 << (count - 1).bit_length())
+
+
+def by_size(counts: Sequence[int]) -> dict[int, list[int]]:
+    """Groups places by the size that their count is padded to."""
     groups: dict[int, list[int]] = {}
     for place, count in enumerate(counts):
-        groups.setdefault(max(smallest, 1 << (count - 1).bit_length()), []).append(place)
+        groups.setdefault(padded_size(count), []).append(place)
     return groups
 
 
 @dataclass(frozen=True)
 class SpanValues:
-    """What one response's spans count for: w_i, and the a_i, c of r = sum_t a_span(t) log pi(y_t) - c."""
+    """What one response's spans count for: w_i, and a, c of r = sum_t a_span(t) log pi(y_t) - c."""
 
-    weights: np.ndarray  # float32 [S]
-    coefficients: np.ndarray  # float32 [S]
-    constant: float
+    weights: np.ndarray  # float32 [S], w_i
+    token_weights: np.ndarray  # float32 [T], a_span(t) of the student's tokens
+    constant: float  # c
     start: float  # log pi_start of the response, every span counting one; NaN where the start was not measured
     reference: float  # log pi_ref, likewise; 0 without a reference
 
@@ -101,22 +110,28 @@ def span_values(
 
     @jax.jit
     def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, side: Array, keys: Array) -> tuple:
+        # `student` and `teacher` count the tokens of each span, `sizes` its bytes.
         mask, mu = student > 0, jnp.where(side == CHOSEN, weights.mu, -weights.mu)
         zeros = jnp.zeros(mask.shape)
         positive, negative = (scores["positive"], scores["negative"]) if contrastive else (zeros, zeros)
         w, diagnostics = span_weights(positive, negative, mask, mu, keys, weights)
 
+        # The method: core turns weights and reference into one number a token and one a response.
         summed, counts = scores[reference] if reference else None, teacher if reference == "reference" else student
         a, constant = reward_coefficients(w, student, summed, counts, sizes, train.span_logprob, normalize)
+
+        # What is logged beside it: whole responses, every token counting one.
         plain = jnp.zeros_like(constant) if summed is None else jnp.where(mask, summed, 0).sum(axis=-1)
         start = jnp.where(mask, scores["start"], 0).sum(axis=-1) if "start" in scores else jnp.full_like(plain, jnp.nan)
         for number, name in enumerate(SIDES):
             diagnostics[name] = masked_sum_and_count(w, mask & (side == number)[:, None])
         return (w, a, constant, start, plain), diagnostics
 
+    project = jax.jit(project_to_tokens)
     responses = [(pair.response(s), scores[name], s) for pair, scores in examples for s, name in enumerate(SIDES)]
     out: list[SpanValues | None] = [None] * len(responses)
     totals: dict[str, np.ndarray] = {}
+    # Ragged responses, padded to a few sizes; whatever was measured of them stands in one call of the program each.
     for size, places in by_size([aligned.num_spans for aligned, _, _ in responses]).items():
         part = [responses[i] for i in places]
         names = part[0][1].keys()
@@ -128,10 +143,18 @@ def span_values(
             np.array([side for _, _, side in part], np.int32),
             jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.array(places, jnp.uint32) + 2 * first),
         )
-        w, a, *sums = jax.device_get(found)
+        w, a, *sums = found
+        # A program of its own: in the one above it would change how XLA fuses, and so rounds, the constants.
+        longest = padded_size(max(len(aligned.student.ids) for aligned, _, _ in part))
+        span_ids = padded([aligned.student.span_ids for aligned, _, _ in part], longest, np.int32, fill=-1)
+        w, of_tokens, *sums = jax.device_get((w, project(a, span_ids), *sums))
         for row, place in enumerate(places):
-            spans = responses[place][0].num_spans
-            out[place] = SpanValues(w[row, :spans], a[row, :spans], *(float(values[row]) for values in sums))
+            aligned = responses[place][0]
+            weights_of_spans, weights_of_tokens = (
+                w[row, : aligned.num_spans],
+                of_tokens[row, : len(aligned.student.ids)],
+            )
+            out[place] = SpanValues(weights_of_spans, weights_of_tokens, *(float(values[row]) for values in sums))
         for name, (total, count) in jax.device_get(diagnostics).items():
             totals[name] = totals.get(name, 0) + np.array([total, count], np.float64)
     figures = {f"weights/{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}
@@ -146,9 +169,7 @@ def training_items(
     values, figures = span_values(examples, weights, train, seed)
 
     def response(aligned: Aligned, value: SpanValues) -> ScoredResponse:
-        student = aligned.student  # every token lies in a span: see AlignedPair
-        of_tokens = value.coefficients[student.span_ids]
-        return ScoredResponse(student.ids, of_tokens, value.constant, value.start, value.reference)
+        return ScoredResponse(aligned.student.ids, value.token_weights, value.constant, value.start, value.reference)
 
     items = [
         PairItem(pair.student_prompt, *(response(pair.response(side), both[side]) for side in (CHOSEN, REJECTED)))

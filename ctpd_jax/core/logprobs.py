@@ -2,11 +2,11 @@
 
 Letters: N scored positions, D width of the model, V vocabulary, G vocabulary groups, C = V / G rows of one group.
 
-The usual way is to walk over the positions, a few at a time, each against the whole vocabulary. Its gradient adds a
-[V, D] matrix to the gradient of the unembedding at every step: for a vocabulary of 262,144 and 64 positions a step that
-costs more than the matmuls. Here the loop runs over the vocabulary instead, all positions against one group of its
-rows: the log-sum-exp is kept online, every row of the unembedding's gradient is written once, and a block of logits has
-the same number of entries. Forward and backward each hold one such block; backward computes it anew.
+The usual way walks over the positions, a few at a time, each against the whole vocabulary, and its gradient adds a
+[V, D] matrix at every step: for a vocabulary of 262,144 and 64 positions a step that costs more than the matmuls. Here
+the loop runs over the vocabulary, all positions against one group of its rows. The log-sum-exp is kept online (arXiv
+1805.02867), every row of the unembedding's gradient is written once, and a block of logits has as many entries. Forward
+and backward each hold one such block; backward computes it anew (as in arXiv 2411.09009).
 
 Group g holds the rows g, g + G, g + 2G, ...: a view of the unembedding as [C, G, D]. A vocabulary that is sharded over
 devices then stays sharded inside every group, where consecutive rows would all lie on one device.
@@ -15,36 +15,46 @@ devices then stays sharded inside every group, where consecutive rows would all 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 BLOCK_BYTES = 64 * 2**20  # default size of one float32 block of logits
 
 Precision = Any  # None, a string or a jax.lax.Precision, as jnp.einsum takes it
-Forward = tuple[jax.Array, jax.Array, jax.Array]  # [N] each: largest logit, sum of exp(logit - largest), target's logit
-Gradients = tuple[jax.Array, jax.Array]  # of hidden [N, D] and of the grouped unembedding [C, G, D]
-Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # hidden, grouped, targets, log-sum-exp [N]
+
+
+class _Head(NamedTuple):
+    """What turns hidden states into logits, beside the matrix itself. Static: part of the compiled program."""
+
+    vocabulary: int  # V: rows of the grouped unembedding from here on are padding
+    softcap: float | None
+    precision: Precision
 
 
 def token_logprobs(
-    hidden: ArrayLike,
-    unembedding: ArrayLike,
-    targets: ArrayLike,
+    hidden: Float[ArrayLike, "*slots D"],
+    unembedding: Float[ArrayLike, "V D"],
+    targets: Int[ArrayLike, "*slots"],
     chunk: int | None = None,
     softcap: float | None = None,
     precision: Precision = None,
-) -> jax.Array:
+) -> Float[Array, "*slots"]:
     """log softmax(cap(hidden @ unembedding.T))[targets], with cap(z) = softcap * tanh(z / softcap).
 
+    bfloat16 operands are multiplied as they are and accumulated in float32. The gradient of the unembedding lives in
+    one buffer. Works under jit, grad, vmap, shard_map and pmap. Reverse mode only. Give a batch as leading axes rather
+    than through vmap: vmap of the gradient holds one [V, D] for each example.
+
     Args:
-        hidden: float [..., D], the states after the final norm. hidden[t] is scored against targets[t]: the caller
-            shifts. Must be finite also in padding, whose gradient is 0 * softmax.
-        unembedding: float [V, D].
-        targets: int [...], 0 <= targets < V; a value outside gives NaN.
+        hidden: the states after the final norm. hidden[t] is scored against targets[t]: the caller shifts. Must be
+            finite also in padding, whose gradient is 0 * softmax.
+        unembedding: one row for each token of the vocabulary.
+        targets: int, 0 <= targets < V; a value outside gives NaN.
         chunk: size of a block of logits, in positions: at most chunk * V logits are alive at once (never fewer than
             one for each position). By default as many as fit into 64 MB of float32.
         softcap: bound of the logits (Gemma 2), or None.
@@ -52,14 +62,13 @@ def token_logprobs(
             operands to bfloat16 and that error does not cancel between a policy and a reference of different models.
 
     Returns:
-        float32 [...] (float64 if an operand is), nats.
-
-    bfloat16 operands are multiplied as they are and accumulated in float32. The gradient of the unembedding lives in
-    one buffer. Works under jit, grad, vmap, shard_map and pmap. Reverse mode only. Give a batch as leading axes rather
-    than through vmap: vmap of the gradient holds one [V, D] for each example.
+        float32 (float64 if an operand is), nats.
 
     Raises:
         ValueError: shapes that do not fit, chunk < 1 or softcap <= 0.
+
+    >>> token_logprobs(jnp.ones((2, 3)), jnp.zeros((4, 3)), jnp.array([0, 3])).round(3)  # equal logits: -log 4
+    Array([-1.386, -1.386], dtype=float32)
     """
     hidden, unembedding, targets = jnp.asarray(hidden), jnp.asarray(unembedding), jnp.asarray(targets)
     _check(hidden, unembedding, targets, chunk, softcap)
@@ -76,12 +85,10 @@ def token_logprobs(
     grouped = padded.reshape(-1, groups, width)
     known = jnp.where((targets >= 0) & (targets < vocabulary), targets, -1)  # -1 lies in no group and stays NaN
     rows, grouped, flat_targets = _equally_varying(rows, grouped, known.reshape(-1))
-    return _score(rows, grouped, flat_targets, vocabulary, softcap, precision).reshape(targets.shape)
+    return _score(rows, grouped, flat_targets, _Head(vocabulary, softcap, precision)).reshape(targets.shape)
 
 
-def _check(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk: int | None, softcap: float | None
-) -> None:
+def _check(hidden: Array, unembedding: Array, targets: Array, chunk: int | None, softcap: float | None) -> None:
     if unembedding.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != unembedding.shape[1]:
         raise ValueError(
             f"token_logprobs needs hidden [..., D] and unembedding [V, D], got {hidden.shape} and {unembedding.shape}."
@@ -108,11 +115,11 @@ def _number_of_groups(positions: int, vocabulary: int, chunk: int | None) -> int
     return next(divisors, fewest)
 
 
-def _accumulator(hidden: jax.Array, unembedding: jax.Array) -> Any:
+def _accumulator(hidden: Array, unembedding: Array) -> Any:
     return jnp.promote_types(jnp.float32, jnp.promote_types(hidden.dtype, unembedding.dtype))
 
 
-def _equally_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _equally_varying(*arrays: Array) -> tuple[Array, ...]:
     """Under shard_map: let all arrays vary over the same mesh axes, so that loop carries and cotangents have one type.
 
     The cast's own transpose is what sums the gradient of a replicated unembedding over the devices.
@@ -122,71 +129,57 @@ def _equally_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing))
 
 
-def _varying_axes(array: jax.Array) -> frozenset[Any]:
+def _varying_axes(array: Array) -> frozenset[Any]:
     return jax.typeof(array).manual_axis_type.varying
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _score(
-    hidden: jax.Array,  # [N, D]
-    grouped: jax.Array,  # [C, G, D], row c of group g is vocabulary entry c * G + g
-    targets: jax.Array,  # [N]
-    vocabulary: int,  # V: entries from here on are padding
-    softcap: float | None,
-    precision: Precision,
-) -> jax.Array:
-    return _score_forward(hidden, grouped, targets, vocabulary, softcap, precision)[0]
-
-
-def _block_of_logits(
-    hidden: jax.Array,
-    grouped: jax.Array,
-    group: jax.Array,
-    vocabulary: int,
-    softcap: float | None,
-    precision: Precision,
-) -> tuple[jax.Array, jax.Array]:
+def _block_of_logits(hidden: Array, grouped: Array, group: Array, head: _Head) -> tuple[Array, Array]:
     """float32 [N, C] logits of one group, after the soft cap, and the group's rows [C, D]."""
     rows = lax.dynamic_index_in_dim(grouped, group, axis=1, keepdims=False)
     # This orientation is the fastest on CPU (no transposed operand to repack) and indifferent elsewhere.
-    logits = jnp.einsum(
-        "nd,cd->nc", hidden, rows, precision=precision, preferred_element_type=_accumulator(hidden, grouped)
-    )
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    matmul = partial(jnp.einsum, precision=head.precision, preferred_element_type=_accumulator(hidden, grouped))
+    logits = matmul("nd,cd->nc", hidden, rows)
+    if head.softcap is not None:
+        logits = head.softcap * jnp.tanh(logits / head.softcap)
     size, groups, _ = grouped.shape
-    if size * groups != vocabulary:
-        logits = jnp.where(jnp.arange(size) * groups + group < vocabulary, logits, -jnp.inf)
+    if size * groups != head.vocabulary:
+        logits = jnp.where(jnp.arange(size) * groups + group < head.vocabulary, logits, -jnp.inf)
     return logits, rows
 
 
-def _column(targets: jax.Array, group: jax.Array, groups: int) -> jax.Array:
+def _column(targets: Array, group: Array, groups: int) -> Array:
     """int [N]: the target's column in the block of this group, -1 if it lies in another group."""
     return jnp.where(targets % groups == group, targets // groups, -1)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _score(
+    hidden: Float[Array, "N D"], grouped: Float[Array, "C G D"], targets: Int[Array, " N"], head: _Head
+) -> Float[Array, " N"]:
+    """The log-probabilities; row c of group g is vocabulary entry c * G + g, and target -1 gives NaN."""
+    return _score_forward(hidden, grouped, targets, head)[0]
+
+
 def _score_forward(
-    hidden: jax.Array,
-    grouped: jax.Array,
-    targets: jax.Array,
-    vocabulary: int,
-    softcap: float | None,
-    precision: Precision,
-) -> tuple[jax.Array, Residuals]:
+    hidden: Array, grouped: Array, targets: Array, head: _Head
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    """Online log-sum-exp: largest logit, sum of exp(logit - largest) and the target's logit, group by group."""
     dtype = _accumulator(hidden, grouped)
     groups = grouped.shape[1]
 
-    def step(carry: Forward, group: jax.Array) -> tuple[Forward, None]:
+    def step(carry: tuple[Array, Array, Array], group: Array) -> tuple[tuple[Array, Array, Array], None]:
         top, total, at_target = carry
-        logits, _ = _block_of_logits(hidden, grouped, group, vocabulary, softcap, precision)
+        logits, _ = _block_of_logits(hidden, grouped, group, head)
         new_top = jnp.maximum(top, logits.max(axis=1))
+        # What was summed so far was relative to the old maximum.
         total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
         column = _column(targets, group, groups)
         picked = jnp.take_along_axis(logits, jnp.maximum(column, 0)[:, None], axis=1)[:, 0]
         return (new_top, total, jnp.where(column >= 0, picked, at_target)), None
 
-    def constant(value: float) -> jax.Array:
-        return jnp.full_like(hidden, value, dtype, targets.shape)  # like hidden: varies over the same mesh axes
+    def constant(value: float) -> Array:
+        # Like hidden, so that under shard_map it varies over the same mesh axes as what the loop returns.
+        return jnp.full_like(hidden, value, dtype, targets.shape)
 
     start = (constant(-jnp.inf), constant(0.0), constant(jnp.nan))
     (top, total, at_target), _ = lax.scan(step, start, jnp.arange(groups))
@@ -195,22 +188,25 @@ def _score_forward(
 
 
 def _score_backward(
-    vocabulary: int, softcap: float | None, precision: Precision, residuals: Residuals, cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
+    head: _Head, residuals: tuple[Array, Array, Array, Array], cotangent: Float[Array, " N"]
+) -> tuple[Array, Array, None]:
     """With p = softmax: d logit[n, v] = cotangent[n] * (1[v = target n] - p[n, v]), times the slope of the soft cap."""
     hidden, grouped, targets, normalizer = residuals
     size, groups, _ = grouped.shape
     dtype = _accumulator(hidden, grouped)
-    matmul = partial(jnp.einsum, precision=precision, preferred_element_type=dtype)
+    matmul = partial(jnp.einsum, precision=head.precision, preferred_element_type=dtype)
 
-    def step(carry: Gradients, group: jax.Array) -> tuple[Gradients, None]:
+    def step(carry: tuple[Array, Array], group: Array) -> tuple[tuple[Array, Array], None]:
         hidden_gradient, grouped_gradient = carry
-        logits, rows = _block_of_logits(hidden, grouped, group, vocabulary, softcap, precision)
+        # The same block as in the forward pass, computed anew rather than kept.
+        logits, rows = _block_of_logits(hidden, grouped, group, head)
         is_target = _column(targets, group, groups)[:, None] == jnp.arange(size)
         slope = cotangent[:, None] * (is_target - jnp.exp(logits - normalizer[:, None]))
-        if softcap is not None:
-            slope = jnp.where(jnp.isfinite(logits), slope * (1 - jnp.square(logits / softcap)), 0)
+        if head.softcap is not None:
+            # d cap / dz = 1 - (cap / softcap)^2; logits of padding are -inf.
+            slope = jnp.where(jnp.isfinite(logits), slope * (1 - jnp.square(logits / head.softcap)), 0)
         slope = slope.astype(hidden.dtype)
+        # This group's part of both products; its rows of the unembedding's gradient are written once.
         hidden_gradient = hidden_gradient + matmul("nc,cd->nd", slope, rows)
         rows_gradient = matmul("nc,nd->cd", slope, hidden).astype(grouped.dtype)
         return (hidden_gradient, lax.dynamic_update_index_in_dim(grouped_gradient, rows_gradient, group, 1)), None

@@ -1,98 +1,152 @@
-"""Preference losses: the link functions, CTPD over spans, TIS-DPO and DPO as its special cases, and SFT.
+"""Preference losses: the table of link functions, CTPD over spans, TIS-DPO and DPO as its special cases, and SFT.
 
-Letters: B pairs, T tokens of a response, S spans of a response, ... any leading axes.
+Letters: B pairs, S spans of a response (Sw of the chosen one, Sl of the rejected one), N responses of a batch.
 
-Every loss is a link function of the margin of two returns, and a return is linear in the policy's log-probabilities:
+Every loss is a link function of a margin of two returns, and a return is linear in the policy's log-probabilities:
 
-    r(x, y) = sum_i w_i (log pi_theta(p_i) - log pi_ref(p_i)) = sum_t a_span(t) log pi_theta(y_t) - c(y)
+    r(x, y) = sum_i w_i (log pi_theta(p_i) - log pi_ref(p_i))          span form: span_return, for ctpd_loss
+            = sum_t a_span(t) log pi_theta(y_t) - c(y)                 token form: response_returns, for training
 
-The span form is `ctpd_loss`; the token form is `response_return` with the a and c of `reward_coefficients`. Both agree
-in value and gradient for every option, and training uses the second: one number for each student token and one for each
-response.
+with a and c from `reward_coefficients`. Both agree in value and gradient for every option. The second needs one number
+for each student token and one for each response, which are frozen: so the teacher stays out of the training job.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Real, Shaped
 
-from ctpd_jax.core.arrays import Scalar, at_least_float32, mask_or_all, masked_sum_and_count, weighted_sum
+from ctpd_jax.core.arrays import (
+    Number,
+    Scalar,
+    SumAndCount,
+    at_least_float32,
+    mask_or_all,
+    masked_sum_and_count,
+    weighted,
+)
+from ctpd_jax.core.projection import response_sums
 
-Link = Literal["sigmoid", "ipo", "hinge"]
+PerPair = Real[ArrayLike, "*B"]
+Chosen = Real[ArrayLike, "*#B Sw"]  # the two responses of a pair differ in length
+Rejected = Real[ArrayLike, "*#B Sl"]
+PerSpan = Real[ArrayLike, "*#B S"]
 SpanLogprob = Literal["sum", "mean"]
 Normalize = Literal["none", "span", "byte"]
+
+
+# ------------------------------------------------------------------------------------------------ link functions
+
+
+def sigmoid_link(margin: Float[Array, "*B"], beta: Scalar, label_smoothing: Scalar = 0.0) -> Float[Array, "*B"]:
+    """-(1 - e) log s(beta h) - e log s(-beta h): DPO (arXiv 2305.18290, eq. 7), with e = label_smoothing > 0 cDPO.
+
+    e is the probability that the label is wrong: the loss is then least at a finite margin.
+    """
+    logit = beta * margin
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
+
+
+def ipo_link(margin: Float[Array, "*B"], beta: Scalar) -> Float[Array, "*B"]:
+    """(h - 1 / (2 beta))^2: IPO (arXiv 2310.12036, eq. 17), a regression of the margin onto a finite target."""
+    return jnp.square(margin - 1 / (2 * beta))
+
+
+def hinge_link(margin: Float[Array, "*B"], beta: Scalar) -> Float[Array, "*B"]:
+    """max(0, 1 - beta h): SLiC's calibration (arXiv 2305.10425); pairs beyond the margin 1 / beta are left alone."""
+    return jax.nn.relu(1 - beta * margin)
+
+
+# A new loss is a function above and a line here, whose key config.STAGE.loss then takes. It may take label_smoothing.
+LOSSES: dict[str, Callable[..., Array]] = {
+    "sigmoid": sigmoid_link,
+    "ipo": ipo_link,
+    "hinge": hinge_link,
+}
+
+
+# ------------------------------------------------------------------------------------------------ losses of pairs
 
 
 class LossOutput(NamedTuple):
     """One number for each pair, float32 [B]."""
 
-    loss: jax.Array
-    chosen_rewards: jax.Array  # beta * r(x, y_w)
-    rejected_rewards: jax.Array  # beta * r(x, y_l)
-    lam: jax.Array  # sigmoid(rejected - chosen): how strongly the sigmoid loss pulls on this pair
+    loss: Array
+    chosen_rewards: Array  # beta * r(x, y_w)
+    rejected_rewards: Array  # beta * r(x, y_l)
+    lam: Array  # sigmoid(rejected - chosen): how strongly the sigmoid loss pulls on this pair
 
 
 def preference_loss(
-    chosen_return: ArrayLike,
-    rejected_return: ArrayLike,
+    chosen_return: PerPair,
+    rejected_return: PerPair,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
-    loss: Link = "sigmoid",
+    loss: str = "sigmoid",
 ) -> LossOutput:
-    """The link functions, with h = r(x, y_w) - r(x, y_l):
-
-    sigmoid   -(1 - e) log s(beta h) - e log s(-beta h)     DPO (arXiv 2305.18290); e = label_smoothing > 0: cDPO
-    ipo       (h - 1 / (2 beta))^2                          IPO (arXiv 2310.12036)
-    hinge     max(0, 1 - beta h)                            SLiC (arXiv 2305.10425)
+    """Apply a link function to the margin h = r(x, y_w) - r(x, y_l). This is what every training step calls.
 
     Args:
-        chosen_return, rejected_return: float [B], r of the two responses, not yet times beta.
-        beta: > 0.
-        label_smoothing: the probability that the label is wrong, 0 <= e < 0.5; for the sigmoid only.
-        loss: the name of the link function.
+        chosen_return, rejected_return: [B], r of the two responses, not yet times beta.
+        beta: > 0, the strength of the KL term; rewards are beta * r.
+        label_smoothing: 0 <= e < 0.5, for link functions that take it.
+        loss: a key of LOSSES.
 
     Raises:
         ValueError: an unknown name, or numbers out of range (as far as they are known while tracing).
+
+    >>> out = preference_loss(jnp.array([20.0]), jnp.array([10.0]), beta=0.1)
+    >>> [round(float(part[0]), 4) for part in out]  # -log s(1), the two rewards, s(-1)
+    [0.3133, 2.0, 1.0, 0.2689]
     """
-    _check_link(beta, label_smoothing, loss)
+    # Options first: a wrong one should fail before it is traced into a program.
+    _check_choice("loss", loss, tuple(LOSSES))
+    link = LOSSES[loss]
+    smooths = "label_smoothing" in inspect.signature(link).parameters
+    if isinstance(beta, int | float) and not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}.")
+    if isinstance(label_smoothing, int | float):
+        if not 0 <= label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}.")
+        if label_smoothing and not smooths:
+            raise ValueError(f"label_smoothing is defined for the sigmoid loss only, not for {loss!r}.")
+
     chosen, rejected = at_least_float32(chosen_return), at_least_float32(rejected_return)
     margin = chosen - rejected
-    logit = beta * margin
-    if loss == "sigmoid":
-        value = -(1 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
-    elif loss == "ipo":
-        value = jnp.square(margin - 1 / (2 * beta))
-    else:
-        value = jax.nn.relu(1 - logit)
-    return LossOutput(value, beta * chosen, beta * rejected, jax.nn.sigmoid(-logit))
+    value = link(margin, beta, label_smoothing) if smooths else link(margin, beta)
+    return LossOutput(value, beta * chosen, beta * rejected, jax.nn.sigmoid(-(beta * margin)))
 
 
 def ctpd_loss(
-    policy_chosen: ArrayLike,
-    policy_rejected: ArrayLike,
-    reference_chosen: ArrayLike,
-    reference_rejected: ArrayLike,
-    weights_chosen: ArrayLike,
-    weights_rejected: ArrayLike,
+    policy_chosen: Chosen,
+    policy_rejected: Rejected,
+    reference_chosen: Chosen,
+    reference_rejected: Rejected,
+    weights_chosen: Chosen,
+    weights_rejected: Rejected,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
-    loss: Link = "sigmoid",
+    loss: str = "sigmoid",
 ) -> LossOutput:
     """CTPD in its span form (arXiv 2601.11865): preference_loss of r = sum_i w_i (policy_i - reference_i).
 
     Args:
-        policy_chosen, policy_rejected: float [B, S], log pi_theta(p_i): `span_sums` of the student's token
-            log-probabilities (or `span_means`, then of the reference too, each over its own tokens).
-        reference_chosen, reference_rejected: float [B, S], log pi_ref(p_i), the teacher's over the same spans; zeros
-            for no reference.
-        weights_chosen, weights_rejected: float [B, S], 0 in padding, where the other arrays do not matter, NaN
-            included. For a normalised reward divide them by `reward_normalizer`.
-        beta, label_smoothing, loss: see `preference_loss`.
+        policy_chosen, policy_rejected: log pi_theta(p_i), `span_sums` of the student's token log-probabilities (or
+            `span_means`, then of the reference too, each over its own tokens).
+        reference_chosen, reference_rejected: log pi_ref(p_i), the teacher's over the same spans; zeros for none.
+        weights_chosen, weights_rejected: 0 in padding, where the other arrays do not matter, NaN included. For a
+            normalised reward divide them by `reward_normalizer`. No gradient reaches a weight that is exactly 0.
+        beta, label_smoothing, loss: as in `preference_loss`, and so are the errors.
 
-    The numbers of spans of the two responses may differ. No gradient reaches a weight that is exactly 0.
+    >>> policy, reference, weights = jnp.array([[-1.0, -2.0]]), jnp.array([[-2.0, -2.0]]), jnp.array([[3.0, 1.0]])
+    >>> ctpd_loss(policy, policy, reference, policy, weights, weights, beta=1.0).chosen_rewards
+    Array([3.], dtype=float32)
     """
     return preference_loss(
         span_return(policy_chosen, reference_chosen, weights_chosen),
@@ -104,49 +158,45 @@ def ctpd_loss(
 
 
 def tis_dpo_loss(
-    policy_chosen: ArrayLike,
-    policy_rejected: ArrayLike,
-    reference_chosen: ArrayLike,
-    reference_rejected: ArrayLike,
-    weights_chosen: ArrayLike,
-    weights_rejected: ArrayLike,
-    mask_chosen: ArrayLike | None = None,
-    mask_rejected: ArrayLike | None = None,
+    policy_chosen: Chosen,
+    policy_rejected: Rejected,
+    reference_chosen: Chosen,
+    reference_rejected: Rejected,
+    weights_chosen: Chosen,
+    weights_rejected: Rejected,
+    mask_chosen: Shaped[ArrayLike, "*#B Sw"] | None = None,
+    mask_rejected: Shaped[ArrayLike, "*#B Sl"] | None = None,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
 ) -> LossOutput:
-    """TIS-DPO (arXiv 2410.04350) without its optional KL term: each token is a span, the reference the student's start.
+    """TIS-DPO (arXiv 2410.04350) without its optional KL term: `ctpd_loss` with every token a span.
 
-    All arrays [B, T]: token log-probabilities of policy and reference, token weights, and masks, True for the
-    response's tokens; without a mask, tokens of weight 0 are the padding.
+    All arrays [B, T]: token log-probabilities of policy and reference (the student's start), token weights, and masks,
+    True for the response's tokens. Without a mask, tokens of weight 0 are the padding.
     """
-
-    def masked(weights: ArrayLike, mask: ArrayLike | None) -> jax.Array:
-        values = at_least_float32(weights)
-        return jnp.where(mask_or_all(mask, values.shape), values, 0)
-
+    w_chosen, w_rejected = at_least_float32(weights_chosen), at_least_float32(weights_rejected)
     return ctpd_loss(
         policy_chosen,
         policy_rejected,
         reference_chosen,
         reference_rejected,
-        masked(weights_chosen, mask_chosen),
-        masked(weights_rejected, mask_rejected),
+        jnp.where(mask_or_all(mask_chosen, w_chosen.shape), w_chosen, 0),
+        jnp.where(mask_or_all(mask_rejected, w_rejected.shape), w_rejected, 0),
         beta,
         label_smoothing,
     )
 
 
 def dpo_loss(
-    policy_chosen: ArrayLike,
-    policy_rejected: ArrayLike,
-    reference_chosen: ArrayLike,
-    reference_rejected: ArrayLike,
+    policy_chosen: PerPair,
+    policy_rejected: PerPair,
+    reference_chosen: PerPair,
+    reference_rejected: PerPair,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
-    loss: Link = "sigmoid",
+    loss: str = "sigmoid",
 ) -> LossOutput:
-    """DPO (arXiv 2305.18290) and, by `loss`, IPO and hinge.
+    """DPO (arXiv 2305.18290) and, by `loss`, IPO and hinge: `ctpd_loss` with every response one span of weight 1.
 
     All arrays [B]: log-probabilities of whole responses, the sum over their tokens including the end of turn.
     """
@@ -159,64 +209,63 @@ def dpo_loss(
     )
 
 
-def sft_loss(token_logps: ArrayLike, mask: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood as (sum, count): add over batches and hosts, divide once.
+# ------------------------------------------------------------------------------------------------ SFT
 
-    Args:
-        token_logps: float [...], any shape.
-        mask: bool or 0/1 [...], True for the tokens that are trained on; others do not matter, NaN included.
 
-    Returns:
-        float32 scalars.
-    """
+def sft_loss(token_logps: Real[ArrayLike, "*slots"], mask: Shaped[ArrayLike, "*slots"]) -> SumAndCount:
+    """Negative log-likelihood as (sum, count), of the tokens where the mask is true; others may even be NaN."""
     total, count = masked_sum_and_count(token_logps, jnp.asarray(mask, bool))
     return -total, count
 
 
-def with_sft_term(output: LossOutput, chosen_logps: ArrayLike, mask: ArrayLike, weight: Scalar) -> LossOutput:
-    """Add weight times the chosen response's mean negative log-likelihood per token to the loss of its pair.
+def sft_term(response_logps: PerPair, token_counts: PerPair) -> Float[Array, "*B"]:
+    """Mean negative log-likelihood per token of each chosen response, to be added to its pair's loss times a weight.
 
-    Args:
-        output: a preference loss.
-        chosen_logps: float [B, T], the policy's token log-probabilities of the chosen responses.
-        mask: bool [B, T].
-        weight: of the term, 0 for none.
+    The "+ NLL" of iterative RPO (arXiv 2404.19733, eq. 1): it keeps the chosen response likely where the preference
+    loss alone is content with a larger margin. Counts of 0 are the padding of a batch.
     """
-    sums, counts = jax.vmap(sft_loss)(chosen_logps, jnp.asarray(mask))
-    return output._replace(loss=output.loss + weight * sums / jnp.maximum(counts, 1))
+    return -at_least_float32(response_logps) / jnp.maximum(at_least_float32(token_counts), 1)
 
 
 # ------------------------------------------------------------------------------------------------ returns
 
 
-def span_return(policy: ArrayLike, reference: ArrayLike, weights: ArrayLike) -> jax.Array:
-    """r = sum_i w_i (policy_i - reference_i): [..., S] each -> float32 [...]. Entries of weight 0 do not matter."""
-    return weighted_sum(at_least_float32(policy) - at_least_float32(reference), weights)
+def span_return(policy: PerSpan, reference: PerSpan, weights: PerSpan) -> Float[Array, "*B"]:
+    """r = sum_i w_i (policy_i - reference_i), the span form. Entries of weight 0 do not matter, NaN included."""
+    return weighted(at_least_float32(policy) - at_least_float32(reference), weights).sum(axis=-1)
 
 
-def response_return(token_logps: ArrayLike, token_weights: ArrayLike, constant: ArrayLike = 0.0) -> jax.Array:
-    """r = sum_t a_t log pi_theta(y_t) - c: the return in its token form.
+def response_returns(
+    token_logps: Real[ArrayLike, "*slots"],
+    token_weights: Real[ArrayLike, "*slots"],
+    response_ids: Int[ArrayLike, "*slots"],
+    constants: Real[ArrayLike, "*N"],
+) -> Float[Array, "*N"]:
+    """r_n = sum_{t: id(t) = n} a_t log pi_theta(y_t) - c_n, the token form, of all the responses of a batch.
 
     Args:
-        token_logps: float [..., T].
-        token_weights: float [..., T], `project_to_tokens` of the coefficients; tokens of weight 0 do not matter.
-        constant: float [...], c(y).
+        token_logps: any shape: rows may hold one response or several.
+        token_weights: `project_to_tokens` of the coefficients; tokens of weight 0 do not matter, NaN included.
+        response_ids: int, the place of the token's response among `constants`, flattened; -1 in padding.
+        constants: c of each response; its shape, such as [B, 2], is the result's.
 
-    Returns:
-        float32 [...].
+    >>> logps, weights, ids = jnp.array([-1.0, -2.0, -3.0]), jnp.array([1.0, 2.0, 1.0]), jnp.array([0, 0, 1])
+    >>> response_returns(logps, weights, ids, jnp.array([[-4.0, -4.0]]))
+    Array([[-1.,  1.]], dtype=float32)
     """
-    return weighted_sum(token_logps, token_weights) - jnp.asarray(constant)
+    c = at_least_float32(constants)
+    return response_sums(weighted(token_logps, token_weights), response_ids, c.size).reshape(c.shape) - c
 
 
 def reward_coefficients(
-    weights: ArrayLike,
-    student_counts: ArrayLike,
-    reference: ArrayLike | None = None,
-    reference_counts: ArrayLike | None = None,
-    byte_lengths: ArrayLike | None = None,
+    weights: PerSpan,
+    student_counts: PerSpan,
+    reference: PerSpan | None = None,
+    reference_counts: PerSpan | None = None,
+    byte_lengths: PerSpan | None = None,
     span_logprob: SpanLogprob = "sum",
     normalize: Normalize = "none",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "*B S"], Float[Array, "*B"]]:
     """The a_i and c that turn every option of the reward into r = sum_t a_span(t) log pi_theta(y_t) - c.
 
         a_i = w_i / (Z n_i),   c = sum_i w_i ref_i / (Z m_i)
@@ -225,78 +274,85 @@ def reward_coefficients(
     tokens in span i; for "sum" both are 1.
 
     Args:
-        weights: float [..., S], 0 in padding.
-        student_counts: [..., S], the student's tokens in each span (`span_counts`), 0 in padding.
-        reference: float [..., S], the reference's log-probability of each span, **summed** over its tokens; None for no
-            reference (c = 0). The teacher, or the student's start; a reward relative to the student's start is the same
-            thing as the start for reference, because the other reference cancels from it.
-        reference_counts: [..., S], the reference's tokens in each span; needed for "mean" with a reference.
-        byte_lengths: [..., S], bytes in each span (0 for an end of turn); needed for normalize="byte".
+        weights: 0 in padding.
+        student_counts: the student's tokens in each span (`span_counts`), 0 in padding.
+        reference: the reference's log-probability of each span, **summed** over its tokens; None for no reference
+            (c = 0). The teacher, or the student's start; a reward relative to the student's start is the same thing as
+            the start for reference, because the other reference cancels from it.
+        reference_counts: the reference's tokens in each span; needed for "mean" with a reference.
+        byte_lengths: bytes in each span (0 for an end of turn); needed for normalize="byte".
         span_logprob: "sum", or "mean" over the span's own tokens.
-        normalize: "none", "span" or "byte".
+        normalize: "none", "span" or "byte": see `reward_normalizer`.
 
     Returns:
-        a, float32 [..., S], 0 in padding, and c, float32 [...].
+        a [B, S], 0 in padding, and c [B].
 
     Raises:
         ValueError: an unknown option, or an option without the counts that it needs.
+
+    >>> a, c = reward_coefficients(jnp.array([3.0, 1.0]), jnp.array([2, 1]), jnp.array([-2.0, -5.0]))
+    >>> a.tolist(), float(c)
+    ([3.0, 1.0], -11.0)
     """
-    _check_choice("span_logprob", span_logprob, SpanLogprob)
+    _check_choice("span_logprob", span_logprob, get_args(SpanLogprob))
+    # The policy's side: what one of its tokens counts for.
     counts = at_least_float32(student_counts)
     scaled = at_least_float32(weights) / reward_normalizer(counts, byte_lengths, normalize)
     coefficients = scaled / jnp.maximum(counts, 1) if span_logprob == "mean" else scaled
     coefficients = jnp.where(counts > 0, coefficients, 0)
     if reference is None:
         return coefficients, jnp.zeros(coefficients.shape[:-1], coefficients.dtype)
+    # The reference's side: it is frozen, so its share of the return is one number.
     share = scaled
     if span_logprob == "mean":
         if reference_counts is None:
             raise ValueError('span_logprob="mean" needs reference_counts, the reference\'s tokens in each span.')
         share = scaled / jnp.maximum(at_least_float32(reference_counts), 1)
-    return coefficients, weighted_sum(reference, jnp.where(counts > 0, share, 0))
+    return coefficients, weighted(reference, jnp.where(counts > 0, share, 0)).sum(axis=-1)
 
 
 def reward_normalizer(
-    student_counts: ArrayLike, byte_lengths: ArrayLike | None = None, normalize: Normalize = "none"
-) -> jax.Array:
-    """Z of a response: 1 ("none"), its number of spans ("span") or its number of bytes ("byte").
+    student_counts: PerSpan, byte_lengths: PerSpan | None = None, normalize: Normalize = "none"
+) -> Float[Array, "*B 1"]:
+    """Z of a response, at least 1: 1 ("none"), its number of spans ("span") or its number of bytes ("byte").
 
-    Args:
-        student_counts: [..., S], 0 marks padding spans.
-        byte_lengths: [..., S], bytes in each span; padding does not matter.
-        normalize: the option. Rewards shrink by Z, so beta must grow by about as much.
-
-    Returns:
-        float32 [..., 1], at least 1.
+    Rewards shrink by Z, so beta must grow by about as much. Counts of 0 mark padding spans, whose bytes do not matter.
     """
-    _check_choice("normalize", normalize, Normalize)
+    _check_choice("normalize", normalize, get_args(Normalize))
     real = jnp.asarray(student_counts) > 0
     if normalize == "none":
         return jnp.ones((*real.shape[:-1], 1), jnp.float32)
     if normalize == "span":
         size = real.astype(jnp.float32)
+    elif byte_lengths is None:
+        raise ValueError('normalize="byte" needs byte_lengths, the bytes in each span.')
     else:
-        if byte_lengths is None:
-            raise ValueError('normalize="byte" needs byte_lengths, the bytes in each span.')
         size = jnp.where(real, at_least_float32(byte_lengths), 0)
     return jnp.maximum(size.sum(axis=-1, keepdims=True), 1)
 
 
+# ------------------------------------------------------------------------------------------------ what to log
+
+
+def reward_metrics(prefix: str, chosen: Array, rejected: Array) -> dict[str, Array]:
+    """What is logged of the rewards of pairs. Ties count one half: a policy that has learnt nothing is at 50 %."""
+    margin = chosen - rejected
+    return {
+        f"{prefix}chosen": chosen,
+        f"{prefix}rejected": rejected,
+        f"{prefix}margins": margin,
+        f"{prefix}accuracies": (margin > 0) + 0.5 * (margin == 0),
+    }
+
+
 def lambda_diagnostics(
-    lam: ArrayLike, mask: ArrayLike | None = None, low: float = 0.05, high: float = 0.95
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """How the anchor selects pairs, each as (sum, count): add over batches and hosts, divide once.
+    lam: PerPair, mask: Shaped[ArrayLike, "*B"] | None = None, low: Number = 0.05, high: Number = 0.95
+) -> dict[str, SumAndCount]:
+    """How the anchor selects pairs: the `mean` of lambda and how many lie `below_low` and `above_high`.
 
-    lambda = sigmoid(beta (r_l - r_w)) is the weight with which a pair enters the gradient. Near 0 the pair is ignored,
-    near 1 it is pulled as hard as possible; where the reference is another model, much of that is how differently the
-    two rate the text as language, rather than preference.
-
-    Args:
-        lam: float [B], from LossOutput.
-        mask: bool or 0/1 [B], pairs that count.
-
-    Returns:
-        `mean`, `below_low` and `above_high`, float32 scalars.
+    lambda = sigmoid(beta (r_l - r_w)), LossOutput's `lam`, is the weight with which a pair enters the gradient. Near 0
+    the pair is ignored, near 1 it is pulled as hard as possible; where the reference is another model, much of that is
+    how differently the two rate the text as language, rather than preference. `mask` says which pairs count.
     """
     values = at_least_float32(lam)
     real = mask_or_all(mask, values.shape)
@@ -307,17 +363,6 @@ def lambda_diagnostics(
     }
 
 
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}.")
-
-
-def _check_link(beta: Scalar, label_smoothing: Scalar, loss: str) -> None:
-    _check_choice("loss", loss, Link)
-    if isinstance(beta, int | float) and not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}.")
-    if isinstance(label_smoothing, int | float):
-        if not 0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}.")
-        if label_smoothing and loss != "sigmoid":
-            raise ValueError(f"label_smoothing is defined for the sigmoid loss only, not for {loss!r}.")
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

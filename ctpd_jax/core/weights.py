@@ -1,11 +1,10 @@
 """Importance weights of spans (or tokens), their transforms, and what to report about them.
 
-Letters: S spans of one response, ... any leading axes (responses of a batch).
+Letters: S spans of one response, N responses.
 
-All functions take [..., S] and a `mask` bool [..., S], True for real spans; a missing mask means that all are real.
-Padding gets weight 0, and its inputs do not matter, NaN included. On the host, where responses are ragged, pad S to a
-few sizes and pass the mask: results for the real spans do not depend on the padding, and JAX compiles once per size
-instead of once per length. Weights are data: take their gradient only if you mean to.
+Every function takes [*N, S] and a `mask`, True for real spans; without one all are real. Padding gets weight 0, and its
+inputs do not matter, NaN included: pad ragged responses to a few sizes, and JAX compiles once for each. Results are
+float32 (float64 for float64). Weights are data: take their gradient only if you mean to.
 """
 
 from __future__ import annotations
@@ -15,88 +14,86 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, Real, Shaped
 
-from ctpd_jax.core.arrays import at_least_float32, mask_or_all, masked_sum_and_count
+from ctpd_jax.core.arrays import Number, SumAndCount, at_least_float32, mask_or_all, masked_sum_and_count
+
+Spans = Real[ArrayLike, "*#N S"]
+Mask = Shaped[ArrayLike, "*#N S"]  # bool or 0/1
+Weights = Float[Array, "*N S"]
 
 
 def importance_weights(
-    logp_positive: ArrayLike,
-    logp_negative: ArrayLike,
-    mu: ArrayLike = 1.0,
-    k: ArrayLike = 1.0,
-    lower: float = -0.5,
-    upper: float = 1.5,
-    mask: ArrayLike | None = None,
-) -> jax.Array:
+    logp_positive: Spans,
+    logp_negative: Spans,
+    mu: Real[ArrayLike, "*mu"] = 1.0,
+    k: Real[ArrayLike, "*k"] = 1.0,
+    lower: Number = -0.5,
+    upper: Number = 1.5,
+    mask: Mask | None = None,
+) -> Weights:
     """w_i = k * exp(mu * clip(d_i, lower, upper)), d_i = log pi+(p_i) - log pi-(p_i) (arXiv 2601.11865; 2410.04350).
 
     The clip comes before the sign: with the defaults chosen weights (mu = 1) lie in [0.61, 4.48] and rejected ones
     (mu = -1) in [0.22, 1.65].
 
+    E_D[w f] = E_D*[f] holds exactly, for D* proportional to w D, only if E_D[w] = 1: data from pi- with mu = 1 and no
+    clip (D* = pi+), data from pi+ with mu = -1 (D* = pi-), or with a clip k = 1 / E_D[exp(mu * clip(d))].
+
     Args:
-        logp_positive, logp_negative: float [..., S], log-probabilities of each span under the two contrastive models,
-            nats.
-        mu: +1 for chosen, -1 for rejected responses; a number, or an array that broadcasts, such as [..., 1].
+        logp_positive, logp_negative: log-probabilities of each span under the two contrastive models, nats.
+        mu: +1 for chosen, -1 for rejected responses; a number, or an array that broadcasts, such as [N, 1].
         k: scale, likewise.
         lower, upper: bounds of d; -inf and inf switch the clip off.
-        mask: bool [..., S].
 
-    Returns:
-        float32 [..., S], 0 in padding.
-
-    With these weights E_D[w f] = E_D*[f] holds exactly, for D* proportional to w D, only if E_D[w] = 1: data from pi-
-    with mu = 1 and no clip (D* = pi+), data from pi+ with mu = -1 (D* = pi-), or with a clip
-    k = 1 / E_D[exp(mu * clip(d))]. For any other D the weights do not normalise.
+    >>> importance_weights(jnp.array([-1.0, -1.0]), jnp.array([-1.0, -3.0])).round(2)  # d = 0, and 2 clipped to 1.5
+    Array([1.  , 4.48], dtype=float32)
     """
     positive, negative = at_least_float32(logp_positive), at_least_float32(logp_negative)
     positive, negative = jnp.broadcast_arrays(positive, negative)
     real = mask_or_all(mask, positive.shape)
+    # Padding is replaced before the exponential: its NaN or infinity would reach the gradient otherwise.
     ratio = jnp.where(real, positive, 0) - jnp.where(real, negative, 0)
     weights = k * jnp.exp(mu * jnp.clip(ratio, lower, upper))
     return jnp.where(real, weights, 0)
 
 
-def threshold_weights(
-    weights: ArrayLike, lower: float = 0.3, upper: float = 1.6, mask: ArrayLike | None = None
-) -> jax.Array:
-    """clip(w, lower, upper). float [..., S] -> float32 [..., S], 0 in padding."""
+def threshold_weights(weights: Spans, lower: Number = 0.3, upper: Number = 1.6, mask: Mask | None = None) -> Weights:
+    """Clip the weights: clip(w, lower, upper)."""
     values = at_least_float32(weights)
     return jnp.where(mask_or_all(mask, values.shape), jnp.clip(values, lower, upper), 0)
 
 
 def scale_weights(
-    weights: ArrayLike,
-    lower: float = 0.2,
-    upper: float = 1.8,
-    new_lower: float = 0.3,
-    new_upper: float = 1.7,
-    mask: ArrayLike | None = None,
-) -> jax.Array:
-    """clip(w, lower, upper), then the affine map of [lower, upper] onto [new_lower, new_upper].
-
-    float [..., S] -> float32 [..., S], 0 in padding.
-    """
+    weights: Spans,
+    lower: Number = 0.2,
+    upper: Number = 1.8,
+    new_lower: Number = 0.3,
+    new_upper: Number = 1.7,
+    mask: Mask | None = None,
+) -> Weights:
+    """Clip the weights to [lower, upper], then map that interval onto [new_lower, new_upper]."""
     values = at_least_float32(weights)
     share = (jnp.clip(values, lower, upper) - lower) / (upper - lower)
     return jnp.where(mask_or_all(mask, values.shape), new_lower + share * (new_upper - new_lower), 0)
 
 
-def rank_weights(
-    weights: ArrayLike, lowest: float = 0.6, highest: float = 2.0, mask: ArrayLike | None = None
-) -> jax.Array:
+def rank_weights(weights: Spans, lowest: Number = 0.6, highest: Number = 2.0, mask: Mask | None = None) -> Weights:
     """lowest + (highest - lowest) * i / (n - 1), i = 0..n-1 the ascending rank of w among the response's n real spans.
 
     Equal weights share the mean of their ranks, because a clip makes many weights equal and their order in the text
     must not decide. A response of one span gets `lowest` (rank 0).
 
-    float [..., S] -> float32 [..., S], 0 in padding.
+    >>> rank_weights(jnp.array([0.5, 4.0, 4.0]), lowest=0, highest=2)
+    Array([0. , 1.5, 1.5], dtype=float32)
     """
     values = at_least_float32(weights)
     real = mask_or_all(mask, values.shape)
 
-    def mean_rank(row: jax.Array, real_row: jax.Array) -> jax.Array:
+    def mean_rank(row: Array, real_row: Array) -> Array:
         row = jnp.where(real_row, row, jnp.inf)  # padding ranks last, behind every real span
         ordered = jnp.sort(row)
+        # A run of equal weights fills the places below..up_to-1; its mean is shared.
         below = jnp.searchsorted(ordered, row, side="left")
         up_to = jnp.searchsorted(ordered, row, side="right")
         return (below + up_to - 1) / 2
@@ -107,17 +104,16 @@ def rank_weights(
     return jnp.where(real, weight, 0)
 
 
-def binary_weights(weights: ArrayLike, percent: float = 50.0, mask: ArrayLike | None = None) -> jax.Array:
-    """1 for the top `percent` of the response's n real spans, 0 for the rest.
+def binary_weights(weights: Spans, percent: Number = 50.0, mask: Mask | None = None) -> Weights:
+    """Give 1 to the top `percent` of the response's n real spans, 0 to the rest.
 
     Exactly ceil(percent / 100 * n) spans are kept, the largest weights first; among equal ones the earlier span.
-
-    float [..., S] -> float32 [..., S], 0 in padding.
     """
     values = at_least_float32(weights)
     real = mask_or_all(mask, values.shape)
 
-    def descending_rank(row: jax.Array, real_row: jax.Array) -> jax.Array:
+    def descending_rank(row: Array, real_row: Array) -> Array:
+        # Stable, so that the earlier of two equal spans is kept; padding sorts behind every real span.
         order = jnp.argsort(jnp.where(real_row, -row, jnp.inf), stable=True)
         return jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
 
@@ -127,21 +123,16 @@ def binary_weights(weights: ArrayLike, percent: float = 50.0, mask: ArrayLike | 
     return jnp.where(real & (_by_row(descending_rank, values, real) < kept), 1, 0).astype(values.dtype)
 
 
-def uniform_weights(mask: ArrayLike) -> jax.Array:
-    """1 for each real span: bool [..., S] -> float32 [..., S]."""
+def uniform_weights(mask: Mask) -> Weights:
+    """Give 1 to each real span: the ablation without weights."""
     return jnp.asarray(mask, bool).astype(jnp.float32)
 
 
-def random_weights(key: jax.Array, mask: ArrayLike, lower: float = 0.7, upper: float = 1.3) -> jax.Array:
-    """Uniform in [lower, upper): the ablation "random".
+def random_weights(key: Key[Array, "*#N"], mask: Mask, lower: Number = 0.7, upper: Number = 1.3) -> Weights:
+    """Draw uniformly from [lower, upper): the ablation "random".
 
-    Args:
-        key: one typed PRNG key for each response (jax.random.key), shape [...]; fold the example's number and its side
-            into one seed so that a response keeps its weights wherever it turns up.
-        mask: bool [..., S].
-
-    Returns:
-        float32 [..., S], 0 in padding. A span's weight does not depend on how far its response is padded.
+    One typed key (jax.random.key) for each response: fold the example's number and its side into one seed, so that a
+    response keeps its weights wherever it turns up. A span's weight does not depend on how far its response is padded.
     """
     real = jnp.asarray(mask, bool)
     keys = jnp.broadcast_to(key, real.shape[:-1])
@@ -154,20 +145,18 @@ def random_weights(key: jax.Array, mask: ArrayLike, lower: float = 0.7, upper: f
 
 
 def weight_diagnostics(
-    logp_positive: ArrayLike,
-    logp_negative: ArrayLike,
-    weights: ArrayLike,
-    lower: float = -0.5,
-    upper: float = 1.5,
-    mask: ArrayLike | None = None,
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+    logp_positive: Spans,
+    logp_negative: Spans,
+    weights: Spans,
+    lower: Number = -0.5,
+    upper: Number = 1.5,
+    mask: Mask | None = None,
+) -> dict[str, SumAndCount]:
     """What to watch about weights, each as (sum, count): add over batches and hosts, divide once.
 
     Keys: `clipped_low` and `clipped_high`, the shares of spans whose d lies beyond a bound; `log_ratio`, the mean of d,
     and `log_ratio_square`, of d * d (large swings inside one response mean noise in the label: Theorem 1 of arXiv
     2601.11865); `weight` and `weight_square`, whose ratio mean(w)^2 / mean(w^2) is the effective share of spans.
-
-    All arguments [..., S]; all results float32 scalars.
     """
     weight = at_least_float32(weights)
     real = mask_or_all(mask, weight.shape)
@@ -182,7 +171,7 @@ def weight_diagnostics(
     }
 
 
-def _by_row(function: Callable[[jax.Array, jax.Array], jax.Array], values: jax.Array, real: jax.Array) -> jax.Array:
-    """A function of one response, ([S], [S]) -> [S], over all leading axes."""
+def _by_row(function: Callable[[Array, Array], Array], values: Array, real: Array) -> Array:
+    """Map a function of one response, ([S], [S]) -> [S], over all leading axes."""
     size = values.shape[-1]
     return jax.vmap(function)(values.reshape(-1, size), real.reshape(-1, size)).reshape(values.shape)

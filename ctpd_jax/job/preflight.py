@@ -8,7 +8,7 @@ from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.job.job import Job, in_turn
 from ctpd_jax.job.models import MODELS, check_sizes, compute_on, decoder_of, folder, weights_digest
 from ctpd_jax.job.pairs import load_pairs, overlap_of
-from ctpd_jax.job.recipe import recipe
+from ctpd_jax.job.recipe import check_loss, recipe
 from ctpd_jax.job.table import TRAINED, left_out, trained_model
 from ctpd_jax.models.hf import check_weights
 from ctpd_jax.processes import preempt
@@ -20,13 +20,17 @@ def preflight(job: Job, command: str) -> None:
     Raises:
         UserError: what the user can mend.
     """
-    # 1. The models: not swapped, and such that the mesh and the attention back end take them.
+    # 1. Names of losses: settings.py does not know them, as it is read before JAX is there.
+    for stage in TRAINED:
+        check_loss(job.config, stage)
+
+    # 2. The models: not swapped, and such that the mesh and the attention back end take them.
     if command in ("run", "sft", "dpo", "annotate"):
         in_turn(lambda: check_sizes(job), "models")
         for model in MODELS:
             compute_on(job.mesh, job.config, model, decoder_of(job, model))
 
-    # 2. The data. `train` reads the store alone.
+    # 3. The data. `train` reads the store alone.
     if command == "run":
         in_turn(lambda: check_everything(job), "data")
     elif jax.process_count() > 1 and command != "train":

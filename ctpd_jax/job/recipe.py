@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.scorer import make_scorer
+from ctpd_jax.core.losses import LOSSES
 from ctpd_jax.data.packing import Rows
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
@@ -51,6 +52,7 @@ def recipe(
             f"{stage}: the {model} {config[model].path} is a mixture of experts; those can score, but are not trained. "
             f"Set config.{stage}.steps=-1, or for the contrastive pair config.weights.source=prompts."
         )
+    check_loss(config, stage)
     compute = compute_on(mesh, config, model, decoder, platform)
 
     # What the stage begins with; under adapters that lies still, and only they are trained.
@@ -75,6 +77,13 @@ def recipe(
         shard_shapes(mesh, frozen),
         mesh,
     )
+
+
+def check_loss(config: ConfigDict, stage: str) -> None:
+    """Refuses a loss that is not in the table."""
+    loss = config[stage].get("loss", "sigmoid")
+    if loss not in LOSSES:
+        raise UserError(f"config.{stage}.loss is {loss!r}; choose one of {', '.join(LOSSES)}.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ctpd_jax.core.losses import Link, lambda_diagnostics, preference_loss, sft_loss
+from ctpd_jax.core.losses import (
+    lambda_diagnostics,
+    preference_loss,
+    response_returns,
+    reward_metrics,
+    sft_loss,
+    sft_term,
+)
+from ctpd_jax.core.projection import response_sums
 from ctpd_jax.models.compute import Compute, scored_logprobs
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
@@ -35,7 +43,7 @@ class Objective:
 
     beta: float
     label_smoothing: float = 0.0
-    loss: Link = "sigmoid"
+    loss: str = "sigmoid"
     sft_weight: float = 0.0
 
 
@@ -68,14 +76,9 @@ def state_shapes(mesh: Mesh, optimizer: optax.GradientTransformation, params: Pa
     return TrainState(placed(shapes.step, replicated(mesh)), params, opt_state)
 
 
-def per_response(values: Array, batch: Batch) -> Array:
-    """Sums slot values [R, K] into their responses: [P, 2], chosen and rejected.
-
-    This is core.losses.response_return where a batch's responses lie in rows of any layout.
-    """
-    pairs = batch.real.shape[0]
-    place = jnp.where(batch.pair >= 0, 2 * batch.pair + batch.side, 2 * pairs)  # padding falls into one slot too many
-    return jax.ops.segment_sum(values.ravel(), place.ravel(), 2 * pairs + 1)[:-1].reshape(pairs, 2)
+def response_ids(batch: Batch) -> Array:
+    """Returns the place of each slot's response among [P, 2], flattened: int32 [R, K], -1 in padding."""
+    return jnp.where(batch.pair >= 0, 2 * batch.pair + batch.side, -1)
 
 
 def preference_sums(
@@ -86,11 +89,14 @@ def preference_sums(
     The return of a response is sum_t w_t log pi(y_t) - c: the identity of section 2 of the method (arXiv 2601.11865),
     which is what keeps the teacher out of the training job.
     """
+    # 1. What the policy gives each scored token, and which response that token belongs to.
     logps = scored_logprobs(config, params, batch, compute)
-    weighted = per_response(logps * batch.weight, batch)
-    plain = per_response(logps, batch)
-    counts = per_response(jnp.ones_like(logps), batch)
-    returns = weighted - batch.constant
+    ids, shape = response_ids(batch), batch.constant.shape
+    plain = response_sums(logps, ids, batch.constant.size).reshape(shape)  # [P, 2]
+    counts = response_sums(jnp.ones_like(logps), ids, batch.constant.size).reshape(shape)
+
+    # 2. The loss of each pair.
+    returns = response_returns(logps, batch.weight, ids, batch.constant)
     out = preference_loss(
         returns[:, CHOSEN],
         returns[:, REJECTED],
@@ -98,37 +104,27 @@ def preference_sums(
         label_smoothing=objective.label_smoothing,
         loss=objective.loss,
     )
-    nll = -plain[:, CHOSEN] / jnp.maximum(counts[:, CHOSEN], 1)
+    loss = out.loss + objective.sft_weight * sft_term(plain[:, CHOSEN], counts[:, CHOSEN])
     real = batch.real
-    total = jnp.sum((out.loss + objective.sft_weight * nll) * real)
+    total = jnp.sum(loss * real)
 
-    pairs = jnp.sum(real)
+    # 3. What is logged. Rewards with weights of one: annotated weights know the label, and a policy that has learnt
+    # nothing would seem to agree with it.
     moved = objective.beta * (plain - batch.start)
-    # With weights of one: annotated ones know the label, and a policy that has learnt nothing would seem to agree.
     means = {
-        "loss": out.loss + objective.sft_weight * nll,
+        "loss": loss,
         **reward_metrics("rewards/", *(objective.beta * (plain - batch.reference)).T),
         **reward_metrics("rewards/weighted_", out.chosen_rewards, out.rejected_rewards),
         "rewards/margin_from_start": moved[:, CHOSEN] - moved[:, REJECTED],
         "logps/chosen": plain[:, CHOSEN],
         "logps/rejected": plain[:, REJECTED],
     }
+    pairs = jnp.sum(real)
     sums = {name: jnp.stack([jnp.sum(jnp.where(real > 0, value, 0.0)), pairs]) for name, value in means.items()}
     if objective.loss == "sigmoid":  # of the other links it is not the pair's weight in the gradient
         weights = out.lam - objective.label_smoothing
         sums |= {f"lambda/{name}": jnp.stack(part) for name, part in lambda_diagnostics(weights, real > 0).items()}
     return total, sums | token_sums(batch)
-
-
-def reward_metrics(prefix: str, chosen: Array, rejected: Array) -> dict[str, Array]:
-    """What is logged of the rewards of pairs, each [P]; ties count one half."""
-    margin = chosen - rejected
-    return {
-        f"{prefix}chosen": chosen,
-        f"{prefix}rejected": rejected,
-        f"{prefix}margins": margin,
-        f"{prefix}accuracies": (margin > 0) + 0.5 * (margin == 0),
-    }
 
 
 def sft_sums(config: DecoderConfig, compute: Compute, params: Params, batch: Batch) -> tuple[Array, Sums]:

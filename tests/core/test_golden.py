@@ -150,7 +150,9 @@ def token_form(policy: jax.Array, a: dict[str, np.ndarray], w: jax.Array, option
         options["span_logprob"],
         options["normalize"],
     )
-    return losses.response_return(policy, project_to_tokens(coefficients, a["student_span_ids"]), constant)
+    token_weights = project_to_tokens(coefficients, a["student_span_ids"])
+    rows = np.broadcast_to(np.arange(len(policy))[:, None], policy.shape)  # one response a row
+    return losses.response_returns(policy, token_weights, rows, constant)
 
 
 @pytest.mark.parametrize("form", [span_form, token_form])
@@ -168,7 +170,9 @@ def test_losses(golden: dict[str, Any], dtype: str, form: Any) -> None:
             out = losses.preference_loss(*returns, GOLDEN["beta"], options["label_smoothing"], options["loss"])
             if options["sft"]:
                 covered = sides["chosen"]["student_span_ids"] >= 0
-                out = losses.with_sft_term(out, policy["chosen"], covered, GOLDEN["sft_weight"])
+                logps = jnp.where(covered, policy["chosen"], 0).sum(axis=-1)
+                term = losses.sft_term(logps, covered.sum(axis=-1))
+                out = out._replace(loss=out.loss + GOLDEN["sft_weight"] * term)
             return out.loss.sum(), out
 
         policy = {side: jnp.asarray(sides[side]["policy"]) for side, _ in SIDES}

@@ -152,13 +152,13 @@ def test_precision_is_explicit() -> None:
         (((4, 8), (10, 8), (5,)), "one target"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(arguments, message) -> None:
+def test_shapes_that_do_not_fit_are_refused(arguments, message, unchecked) -> None:
     h, w, t = arguments
     with pytest.raises(ValueError, match=message):
         token_logprobs(jnp.zeros(h), jnp.zeros(w), jnp.zeros(t, int))
 
 
-def test_options_that_make_no_sense_are_refused() -> None:
+def test_options_that_make_no_sense_are_refused(unchecked) -> None:
     hidden, unembedding, targets, _ = case((4,), 8, 10)
     with pytest.raises(ValueError, match="chunk >= 1"):
         token_logprobs(hidden, unembedding, targets, chunk=0)

@@ -58,6 +58,12 @@ def same_values_and_gradients(ours: Callable, theirs: Callable, parameters: jax.
         np.testing.assert_allclose(found, expected, **tolerance)
 
 
+def returns_of_rows(token_logps: jax.Array, token_weights: jax.Array, constants: np.ndarray) -> jax.Array:
+    """response_returns of [B, T], one response a row."""
+    rows = np.broadcast_to(np.arange(len(token_logps))[:, None], token_logps.shape)
+    return losses.response_returns(token_logps, token_weights, rows, constants)
+
+
 @pytest.fixture
 def double() -> Iterator[None]:
     with jax.enable_x64(True):
@@ -79,7 +85,7 @@ def test_one_tokenizer_without_weights_is_dpo(loss: str, double: None) -> None:
             for side in LENGTHS:
                 ids = np.where(model.mask[side], np.arange(TOKENS) // 2, -1)  # any cut into spans will do
                 arguments.append(span_sums(model.logps(p, side), ids, TOKENS))
-        ones = [np.arange(TOKENS) < (n[:, None] + 1) // 2 for n in LENGTHS.values()]
+        ones = [1.0 * (np.arange(TOKENS) < (n[:, None] + 1) // 2) for n in LENGTHS.values()]
         return losses.ctpd_loss(*arguments, *ones, BETA, smoothing, link).loss
 
     def dpo(parameters: jax.Array) -> jax.Array:
@@ -149,7 +155,7 @@ def test_the_gradient_is_the_formula(double: None) -> None:
     constants = {side: rng.uniform(-60, -20, PAIRS) for side in LENGTHS}  # the share of any reference at all
 
     def out(parameters: jax.Array) -> losses.LossOutput:
-        returns = [losses.response_return(model.logps(parameters, s), weights[s], constants[s]) for s in LENGTHS]
+        returns = [returns_of_rows(model.logps(parameters, s), weights[s], constants[s]) for s in LENGTHS]
         return losses.preference_loss(*returns, BETA)
 
     found = jax.jit(jax.grad(lambda p: out(p).loss.sum()))(model.now)
@@ -188,8 +194,8 @@ def test_relative_to_the_start_is_the_start_for_reference() -> None:
     a, c_teacher = losses.reward_coefficients(w, counts, rng.uniform(-3, 0, (1, 3)))
     _, c_start = losses.reward_coefficients(w, counts, span_sums(start, ids, 3))
     a = project_to_tokens(a, ids)
-    relative = losses.response_return(now, a, c_teacher) - losses.response_return(start, a, c_teacher)
-    np.testing.assert_allclose(relative, losses.response_return(now, a, c_start), rtol=1e-5)
+    relative = returns_of_rows(now, a, c_teacher) - returns_of_rows(start, a, c_teacher)
+    np.testing.assert_allclose(relative, returns_of_rows(now, a, c_start), rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ every loss
@@ -247,7 +253,7 @@ def test_responses_of_different_numbers_of_spans() -> None:
 
 def test_bfloat16_log_probs_are_added_in_float32() -> None:
     ones = jnp.ones((1, 1000), jnp.bfloat16)
-    assert losses.response_return(ones, ones) == 1000
+    assert returns_of_rows(ones, ones, np.zeros(1, np.float32)) == 1000
 
 
 def test_sft_loss_is_a_sum_and_a_count() -> None:
@@ -259,9 +265,9 @@ def test_sft_loss_is_a_sum_and_a_count() -> None:
 
 def test_sft_term_is_per_token_of_the_pair() -> None:
     out = losses.preference_loss(jnp.zeros(2), jnp.zeros(2))
-    with_term = losses.with_sft_term(out, np.array([[-1.0, -3.0], [-4.0, np.nan]]), np.array([[1, 1], [1, 0]]), 0.5)
-    np.testing.assert_allclose(with_term.loss - out.loss, [0.5 * 2, 0.5 * 4], rtol=1e-6)
-    np.testing.assert_array_equal(with_term.chosen_rewards, out.chosen_rewards)
+    with_term = out.loss + 0.5 * losses.sft_term(np.array([-4.0, -4.0]), np.array([2, 1]))
+    np.testing.assert_allclose(with_term - out.loss, [0.5 * 2, 0.5 * 4], rtol=1e-6)
+    assert losses.sft_term(np.zeros(1), np.zeros(1)) == 0  # padding of a batch
 
 
 def test_lambda_diagnostics_add_up_over_batches() -> None:
@@ -277,6 +283,17 @@ def test_lambda_diagnostics_add_up_over_batches() -> None:
     jax.tree.map(lambda whole, a, b: np.testing.assert_allclose(whole, a + b, rtol=1e-6), found, *halves)
 
 
+def test_a_loss_is_one_function_and_one_line_of_the_table(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
+    """A new link function gets every caller's arguments, and label smoothing where its signature has it."""
+
+    def squared_hinge(margin: jax.Array, beta: float, label_smoothing: float = 0.0) -> jax.Array:
+        return (1 - label_smoothing) * jnp.square(jax.nn.relu(1 - beta * margin))
+
+    monkeypatch.setitem(losses.LOSSES, "squared_hinge", squared_hinge)
+    out = losses.preference_loss(jnp.ones(1), jnp.zeros(1), 0.5, 0.25, loss="squared_hinge")
+    np.testing.assert_allclose(out.loss, 0.75 * 0.25)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -290,6 +307,6 @@ def test_lambda_diagnostics_add_up_over_batches() -> None:
         (lambda z: losses.reward_coefficients(z, z, z, span_logprob="mean"), "needs reference_counts"),
     ],
 )
-def test_options_that_do_not_exist_are_refused_by_name(call: Callable, message: str) -> None:
+def test_options_that_do_not_exist_are_refused_by_name(call: Callable, message: str, unchecked: None) -> None:
     with pytest.raises(ValueError, match=message):
         call(jnp.ones(3))

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctpd_jax.core.projection import project_to_tokens, span_counts, span_mask, span_means, span_sums
+from ctpd_jax.core.projection import project_to_tokens, response_sums, span_counts, span_means, span_sums
 
 IDS = np.array([[0, 0, 1, 2, 2, 2, -1, -1], [0, 1, 1, 1, 1, 3, 3, -1]])
 VALUES = np.arange(16, dtype=np.float32).reshape(2, 8)
@@ -53,8 +53,11 @@ def test_low_precision_values_are_added_in_float32() -> None:
     assert total.dtype == jnp.float32 and total[0] == 1000  # bfloat16 would stop at 256
 
 
-def test_span_mask() -> None:
-    np.testing.assert_array_equal(span_mask(np.array([2, 0]), 3), [[1, 1, 0], [0, 0, 0]])
+def test_responses_lie_anywhere_in_a_batch() -> None:
+    """Of rows that hold several responses, and of padding of any content."""
+    np.testing.assert_array_equal(response_sums(VALUES, IDS, 4), [9, 44, 12, 27])
+    np.testing.assert_array_equal(response_sums(jnp.where(IDS < 0, jnp.nan, VALUES), IDS, 4), [9, 44, 12, 27])
+    np.testing.assert_array_equal(response_sums(VALUES, IDS, 2), [9, 44])  # ids outside
 
 
 @st.composite

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctpd_jax.core import weights
-from ctpd_jax.core.projection import span_mask
 
 TRANSFORMS = {
     "threshold": jax.jit(weights.threshold_weights),
@@ -18,6 +17,11 @@ TRANSFORMS = {
     "rank": jax.jit(weights.rank_weights),
     "binary": jax.jit(weights.binary_weights),
 }
+
+
+def span_mask(num_spans: np.ndarray, size: int) -> np.ndarray:
+    """Which of `size` padded spans are real."""
+    return np.arange(size) < np.asarray(num_spans)[..., None]
 
 
 def test_bounds_of_chosen_and_rejected_weights() -> None:

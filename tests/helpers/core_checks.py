@@ -66,7 +66,8 @@ def all_of_core(unembedding: jax.Array, batch: Batch) -> Result:
         sides = (x[..., side, :] for x in (policy, batch["reference"], w) for side in (0, 1))
         result[f"span form {number}"] = losses.ctpd_loss(*sides, BETA).loss
         a, c = losses.reward_coefficients(w, counts, batch["reference"], counts, counts, "mean", "byte")
-        returns = losses.response_return(logps, project_to_tokens(a, batch["span_ids"]), c)
+        places = jnp.broadcast_to(jnp.arange(c.size).reshape(c.shape)[..., None], logps.shape)
+        returns = losses.response_returns(logps, project_to_tokens(a, batch["span_ids"]), places, c)
         link = ("sigmoid", "ipo", "hinge")[number % 3]
         result[f"token form {number}"] = losses.preference_loss(returns[..., 0], returns[..., 1], BETA, loss=link).loss
     return result
