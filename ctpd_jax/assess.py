@@ -19,7 +19,7 @@ from ctpd_jax import preempt
 from ctpd_jax.annotate.coefficients import span_values
 from ctpd_jax.annotate.store import MANIFEST, open_store
 from ctpd_jax.errors import UserError
-from ctpd_jax.evaluate.preferences import compare
+from ctpd_jax.evaluate.accuracy import compare
 from ctpd_jax.files import canonical_json, write_json
 from ctpd_jax.measure import Measured, score_column
 from ctpd_jax.models.config import DecoderConfig
@@ -27,9 +27,10 @@ from ctpd_jax.models.generate import cut_at_stop, generate
 from ctpd_jax.models.hf import load_hf, model_directory, save_hf
 from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.models.lora import join, save_peft
-from ctpd_jax.report import show
+from ctpd_jax.report import terminal
 from ctpd_jax.report.card import model_card
-from ctpd_jax.report.html import write_report
+from ctpd_jax.report.format import pieces
+from ctpd_jax.report.page import write_report
 from ctpd_jax.run import Run, dtype_of
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Message, Model
 from ctpd_jax.settings import TRAINED
@@ -118,8 +119,8 @@ def write_evaluation(run: Run, columns: Mapping[str, Measured]) -> None:
     plain = as_plain(result)
     write_json(run.workdir / "evaluation.json", plain)
     write_report(run.workdir)
-    run.say(show.example_text(plain["example"]))
-    run.say(show.table(plain))
+    run.say(terminal.example_text(plain["example"]))
+    run.say(terminal.evaluation_text(plain))
     run.say(f"{run.workdir / 'evaluation.json'}, {run.workdir / 'report.html'}")
 
 
@@ -245,8 +246,8 @@ def example(run: Run, number: int) -> dict[str, Any]:
             spans.append(
                 {
                     "text": text[aligned.bounds[i] : aligned.bounds[i + 1]].decode("utf-8", errors="replace"),
-                    "teacher": show.pieces(run.text("teacher").tokenizer, aligned.teacher, i),
-                    "student": show.pieces(run.text("student").tokenizer, aligned.student, i),
+                    "teacher": pieces(run.text("teacher").tokenizer, aligned.teacher, i),
+                    "student": pieces(run.text("student").tokenizer, aligned.student, i),
                     "weight": None if weights is None else float(weights[side].weights[i]),
                 }
             )
@@ -255,7 +256,7 @@ def example(run: Run, number: int) -> dict[str, Any]:
 
 
 def inspect(run: Run, number: int) -> None:
-    run.say(show.example_text(as_plain(example(run, number))))
+    run.say(terminal.example_text(as_plain(example(run, number))))
 
 
 def sampling_of(arguments: argparse.Namespace, seed: int) -> Sampling:

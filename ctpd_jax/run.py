@@ -26,7 +26,8 @@ from ctpd_jax.models.hf import load_hf, model_directory
 from ctpd_jax.models.hf_config import read_config
 from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, split, with_lora
 from ctpd_jax.models.support import choose_backend, platform_of
-from ctpd_jax.report import show
+from ctpd_jax.report import terminal
+from ctpd_jax.report.format import overlap_line
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
 from ctpd_jax.settings import left_out, sft_stays_apart
 from ctpd_jax.sharding import (
@@ -267,7 +268,7 @@ class Run:
                 self._check_ids(split, model, aligned)
             self._loaded[split] = raw, aligned
             if len(self._loaded) == 2:
-                self.say(show.overlap_line(self.overlap))
+                self.say(overlap_line(self.overlap))
         return self._loaded[split]
 
     def _check_ids(self, split: Split, model: Model, pairs: list[AlignedPair]) -> None:
@@ -292,7 +293,7 @@ class Run:
         if first_process():
             first = {"first": counters.notes} if counters.notes else {}
             write_json(self.workdir / f"data_{split}.json", {"source": spec, **counters.counts, **first})
-        self.say(f"{split}: {spec}\n  {show.counts(counters)}")
+        self.say(f"{split}: {spec}\n  {terminal.counts(counters)}")
 
     @property
     def overlap(self) -> dict[str, float]:
