@@ -25,7 +25,7 @@ class Accuracy:
 
 
 def accuracy(margins: np.ndarray) -> Accuracy | None:
-    """Returns the share of positive margins, float [N], ties one half; None where there is no pair."""
+    """Return the share of positive margins, float [N], ties one half; None where there is no pair."""
     count = len(margins)
     if not count:
         return None
@@ -35,24 +35,24 @@ def accuracy(margins: np.ndarray) -> Accuracy | None:
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Returns Wilson's score interval of a binomial share (E. B. Wilson, 1927)."""
+    """Return Wilson's score interval of a binomial share (E. B. Wilson, 1927)."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def length_matched(lengths: np.ndarray, tolerance: float) -> np.ndarray:
-    """Returns bool [N]: the two responses' byte lengths [N, 2] differ by at most `tolerance` of the longer one."""
+    """Return bool [N]: the two responses' byte lengths [N, 2] differ by at most `tolerance` of the longer one."""
     return np.abs(difference(lengths)) <= tolerance * lengths.max(axis=1)
 
 
 def difference(values: np.ndarray) -> np.ndarray:
-    """Returns chosen minus rejected: [N, 2] -> [N]."""
+    """Return chosen minus rejected: [N, 2] -> [N]."""
     return values[:, CHOSEN] - values[:, REJECTED]
 
 
 def lambda_shares(margins: np.ndarray, beta: float) -> dict[str, float]:
-    """Returns how lambda = sigmoid(-beta * margin), the weight that the loss gives a pair, is spread over the pairs."""
+    """Return how lambda = sigmoid(-beta * margin), the weight that the loss gives a pair, is spread over the pairs."""
     # Beyond 60 the exponential changes nothing that float64 shows, and would overflow.
     lam = 1 / (1 + np.exp(np.clip(beta * margins, -60, 60)))
     return {
@@ -72,7 +72,7 @@ def compare(
     betas: Mapping[str, float],
     tolerance: float,
 ) -> dict:
-    """Returns a row of figures for each model, and the baseline.
+    """Return a row of figures for each model, and the baseline.
 
     `logps[model]` are summed response log-probabilities, float64 [N, 2], over the `covered` bytes [N, 2] of responses
     of `lengths` bytes [N, 2]; `starts` names the row that a model was trained from, `students` and `teacher` the rows

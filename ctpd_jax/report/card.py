@@ -38,7 +38,7 @@ def model_card(
     evaluation: Mapping[str, Any] | None,
     versions: Mapping[str, str],
 ) -> str:
-    """Returns the card of a run's student: Markdown after a YAML front matter, as the Hugging Face hub reads it.
+    """Return the card of a run's student: Markdown after a YAML front matter, as the Hugging Face hub reads it.
 
     Args:
         config: the run's settings as a nested dict.
@@ -49,6 +49,7 @@ def model_card(
         evaluation: what `evaluate` found for this very model; None: it was not evaluated.
         versions: package -> version.
     """
+    # 1. What the hub reads. Only names that can be found there are told: no folders of this machine.
     distilled = row == "ctpd"
     train, student = config["data"]["train"], config["student"]["path"]
     dataset = train.removeprefix("hf:").partition(":")[0]
@@ -59,6 +60,7 @@ def model_card(
         datasets=[dataset] if train.startswith("hf:") and _HUB_ID.fullmatch(dataset) else None,
         tags=["ctpd", "preference-distillation"] if distilled else None,
     )
+    # 2. What people read.
     return TEMPLATES.get_template("card.md.jinja").render(
         front_matter=front_matter.to_yaml(),
         title=_base_name(student, "student"),
@@ -79,7 +81,7 @@ def model_card(
 
 
 def code(value: Any) -> str:
-    """Returns anything as a code span on one line, also inside of a table."""
+    """Return anything as a code span on one line, also inside of a table."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = " ".join(harmless(text).split()).replace("`", "'").replace("|", "¦")
     return f"`{text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + '…'}`" if text else "`(empty)`"
@@ -90,7 +92,7 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _base_name(path: str, otherwise: str) -> str:
-    """Returns the last part of a hub id or of a folder's path: where it lay on the disk is nobody's business."""
+    """Return the last part of a hub id or of a folder's path: where it lay on the disk is nobody's business."""
     name = "".join(c for c in Path(path).name if c.isalnum() or c in "._- ")
     return name[:MAX_TEXT] or otherwise
 
@@ -100,7 +102,7 @@ def _model(path: str, which: str) -> str:
 
 
 def _stages(config: Mapping[str, Any], updates: Mapping[str, int], distilled: bool) -> list[list[str]]:
-    """Returns the cells of a row for each training stage on the way to the exported model."""
+    """Return the cells of a row for each training stage on the way to the exported model."""
     rows = []
     for stage, what in STAGES.items():
         if stage not in updates or not (distilled or stage == "student_sft"):

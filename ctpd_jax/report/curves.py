@@ -21,7 +21,7 @@ Series = list[tuple[float, float]]  # step, value
 
 
 def series(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
-    """Returns one metric of a stage: its finite values over the steps."""
+    """Return one metric of a stage: its finite values over the steps."""
     found = []
     for line in lines:
         value = line.get(name)
@@ -31,7 +31,7 @@ def series(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
 
 
 def thinned(points: Series, most: int = POINTS) -> Series:
-    """Returns at most `most` points, each the mean of its bin."""
+    """Return at most `most` points, each the mean of its bin."""
     size = -(-len(points) // most)
     if size <= 1:
         return points
@@ -42,7 +42,7 @@ def thinned(points: Series, most: int = POINTS) -> Series:
 def curves(
     title: str, named: Mapping[str, Series], level: float | None = None, bounds: tuple[float, float] | None = None
 ) -> Markup:
-    """Returns a panel with one curve a name, as a <figure>; "" where there is nothing to draw.
+    """Return a panel with one curve a name, as a <figure>; "" where there is nothing to draw.
 
     Args:
       named: label -> its points; what is empty is left out.
@@ -89,10 +89,12 @@ def curves(
 
 
 def _axis(low: float, high: float) -> tuple[float, float, list[float]]:
-    """Returns the range of an axis, with a margin, and a few round numbers on it."""
+    """Return the range of an axis, with a margin, and a few round numbers on it."""
+    # A flat curve gets some room above and below it.
     if high - low < 1e-12 * max(1.0, abs(high)):
         pad = max(abs(high) * 0.1, 1e-3)
         low, high = low - pad, high + pad
+    # About four steps, each 1, 2, 2.5 or 5 times a power of ten.
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
@@ -103,7 +105,7 @@ def _axis(low: float, high: float) -> tuple[float, float, list[float]]:
 
 
 def short(value: float) -> str:
-    """Returns a number for a small place: "0.693", "1,240", "12k", "3.1M"."""
+    """Return a number for a small place: "0.693", "1,240", "12k", "3.1M"."""
     if abs(value) < 1e-12:
         return "0"
     for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
@@ -113,5 +115,5 @@ def short(value: float) -> str:
 
 
 def interval(found: Mapping[str, Any], baseline: float | None) -> Markup:
-    """Returns an accuracy on a line from 0 to 1: its interval, a tick at one half, a dashed one at the baseline."""
+    """Return an accuracy on a line from 0 to 1: its interval, a tick at one half, a dashed one at the baseline."""
     return Markup(TEMPLATES.get_template("interval.html.jinja").render(found=found, baseline=baseline))

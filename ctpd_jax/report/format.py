@@ -6,7 +6,7 @@ card as a command.
 
 from __future__ import annotations
 
-import codecs
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def visible(text: str) -> str:
-    """Returns a text to be examined: white space, invisible and control characters are made visible."""
+    """Return a text to be examined: white space, invisible and control characters are made visible."""
     shown = []
     for character in text:
         if character in _VISIBLE:
@@ -48,7 +48,7 @@ def visible(text: str) -> str:
 
 
 def harmless(text: str) -> str:
-    """Returns a text to be read: only what could steer a terminal or a page is made visible."""
+    """Return a text to be read: only what could steer a terminal or a page is made visible."""
     return "".join(
         f"<U+{ord(c):04X}>" if c not in "\n\t" and (unicodedata.category(c) in {"Cc", "Cs"} or c in _DIRECTION) else c
         for c in text
@@ -68,7 +68,7 @@ TEMPLATES = jinja2.Environment(
 
 
 def pieces(tokenizer: TextTokenizer, side: TokenSide, span: int) -> list[str]:
-    """Returns the text of each token of one span, in order.
+    """Return the text of each token of one span, in order.
 
     It is the tokens' own text, from the vocabulary: a dummy space in front is there, and bytes that are no whole
     character read <0xF0>. A special token reads as its name.
@@ -84,35 +84,23 @@ def pieces(tokenizer: TextTokenizer, side: TokenSide, span: int) -> list[str]:
 
 
 def decode(data: bytes) -> str:
-    """Returns UTF-8 as text; every byte that belongs to no whole character reads <0xF0>."""
-    return data.decode("utf-8", errors="ctpd_jax.byte_names")
-
-
-def _byte_names(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeDecodeError)
-    return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error("ctpd_jax.byte_names", _byte_names)
+    """Return UTF-8 as text; every byte that belongs to no whole character reads <0xF0>."""
+    text = data.decode("utf-8", errors="surrogateescape")  # such a byte becomes U+DC00 and its value
+    return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
 
 
 def span_text(span: Mapping[str, Any]) -> str:
-    """Returns a span's text, made visible; the end-of-turn span covers no text."""
+    """Return a span's text, made visible; the end-of-turn span covers no text."""
     return visible(span["text"]) or "(end of turn)"
 
 
 def tokens_text(pieces: Sequence[str]) -> str:
-    """Returns the tokens of a span on one line, made visible, with a bar at their borders."""
+    """Return the tokens of a span on one line, made visible, with a bar at their borders."""
     return " ¦ ".join(map(visible, pieces))
 
 
-def proportion(span: Mapping[str, Any]) -> str:
-    """Returns how many teacher tokens face how many student tokens, as "2:3"."""
-    return f"{len(span['teacher'])}:{len(span['student'])}"
-
-
 def side_title(name: str, side: Mapping[str, Any]) -> str:
-    """Returns "chosen: 12 spans, 14 teacher tokens, 17 student tokens", and that the response is cut if it is."""
+    """Return "chosen: 12 spans, 14 teacher tokens, 17 student tokens", and that the response is cut if it is."""
     spans = side["spans"]
     counts = [sum(len(span[model]) for span in spans) for model in ("teacher", "student")]
     cut = ", cut to the length limit" if side.get("truncated") else ""
@@ -123,19 +111,19 @@ def side_title(name: str, side: Mapping[str, Any]) -> str:
 
 
 def share(found: Mapping[str, Any] | None) -> str:
-    """Returns an accuracy as "62.5 [55.1, 69.3]", in per cent."""
+    """Return an accuracy as "62.5 [55.1, 69.3]", in per cent."""
     if not found:
         return NONE
     return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
 def percent(value: float | None) -> str:
-    """Returns a share as "62.5 %"."""
+    """Return a share as "62.5 %"."""
     return NONE if value is None else f"{100 * value:.1f} %"
 
 
 def figure(value: float | None, digits: int) -> str:
-    """Returns a number with so many decimals, or with so many significant digits where those would hide it."""
+    """Return a number with so many decimals, or with so many significant digits where those would hide it."""
     if value is None:
         return NONE
     if value and not 0.1**digits <= abs(value) < 1e6:
@@ -144,7 +132,7 @@ def figure(value: float | None, digits: int) -> str:
 
 
 def other_figures(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns column -> what a row of the evaluation holds beside accuracies."""
+    """Return column -> what a row of the evaluation holds beside accuracies."""
     lam = row.get("lambda") or {}
     return {
         "margin vs start": figure(row.get("margin_vs_start"), 3),
@@ -156,13 +144,13 @@ def other_figures(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def overlap_line(shares: Mapping[str, float]) -> str:
-    """Says how much of the test data is in the training data."""
+    """Say how much of the test data is in the training data."""
     pairs, prompts = percent(shares["pairs"]), percent(shares["prompts"])
     return f"Of the test data, {pairs} of the pairs and {prompts} of the prompts are in the training data too."
 
 
 def data_lines(data: Mapping[str, Any] | None) -> list[str]:
-    """Says what of the held-out pairs bears on their accuracies: overlap with the training data, and cut responses."""
+    """Say what of the held-out pairs bears on their accuracies: overlap with the training data, and cut responses."""
     if not data:
         return []
     cut = (

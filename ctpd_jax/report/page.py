@@ -22,26 +22,21 @@ from ctpd_jax.workdir import read_json
 MAX_HEAT_SPANS = 2000  # of one response
 FULL_COLOUR = 1.5  # |log weight| of the full colour where no setting says how far weights go
 
-LOG_2 = math.log(2)
+LAMBDA = {"lambda/mean": "mean", "lambda/below_low": "share < 0.05", "lambda/above_high": "share > 0.95"}
 # title, metric -> label in the legend, level to mark, range that must be visible
 PANELS: tuple[tuple[str, dict[str, str], float | None, tuple[float, float] | None], ...] = (
-    ("loss", {"loss": "loss"}, LOG_2, None),
+    ("loss", {"loss": "loss"}, math.log(2), None),
     ("rewards", {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}, 0.0, None),
     ("margin relative to the start", {"rewards/margin_from_start": "margin"}, 0.0, None),
     ("reward accuracy", {"rewards/accuracies": "accuracy"}, 0.5, (0.0, 1.0)),
-    (
-        "λ",
-        {"lambda/mean": "mean", "lambda/below_low": "share < 0.05", "lambda/above_high": "share > 0.95"},
-        None,
-        (0, 1),
-    ),
+    ("λ", LAMBDA, None, (0.0, 1.0)),
     ("gradient norm", {"grad_norm": "norm"}, None, None),
     ("tokens per second", {"tokens_per_second": "tokens/s"}, None, None),
 )
 
 
 def write_report(workdir: Path) -> Path:
-    """Writes report.html from what the run has left in `workdir` so far, and returns its path.
+    """Write report.html from what the run has left in `workdir` so far, and returns its path.
 
     Reads evaluation.json, metrics.jsonl, data_train.json, data_test.json and config.json; what is not there is left
     out of the page. Raises UserError naming the file that is not JSON.
@@ -49,6 +44,7 @@ def write_report(workdir: Path) -> Path:
     evaluation = read_json(workdir / "evaluation.json") or {}
     config = read_json(workdir / "config.json")
     data = {split: found for split in ("train", "test") if (found := read_json(workdir / f"data_{split}.json"))}
+    # Values are made here, words and their order stand in the template.
     page = TEMPLATES.get_template("report.html.jinja").render(
         name=workdir.name,
         evaluation=evaluation,
@@ -67,7 +63,7 @@ def write_report(workdir: Path) -> Path:
 
 
 def _stages(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the panels of each stage that has any, in the order of the log."""
+    """Return the panels of each stage that has any, in the order of the log."""
     by_stage: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         by_stage.setdefault(str(line["stage"]), []).append(line)
@@ -86,7 +82,7 @@ def _stages(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def full_colour(config: Any) -> float | None:
-    """Returns the largest |log weight| that the settings allow, None where they do not say or allow one weight only.
+    """Return the largest |log weight| that the settings allow, None where they do not say or allow one weight only.
 
     A weight is k exp(mu clip(d, lower, upper)), with -mu for the rejected response.
     """
@@ -99,7 +95,7 @@ def full_colour(config: Any) -> float | None:
 
 
 def _example(example: Mapping[str, Any] | None, full: float | None) -> dict[str, Any] | None:
-    """Returns the aligned pair with what its drawing needs: the scale of the colours, and each span's place on it."""
+    """Return the aligned pair with what its drawing needs: the scale of the colours, and each span's place on it."""
     if not example:
         return None
     sides, weighted = [], False
@@ -109,13 +105,15 @@ def _example(example: Mapping[str, Any] | None, full: float | None) -> dict[str,
         drawn = [span | _heat(span, full or FULL_COLOUR) for span in side["spans"][:MAX_HEAT_SPANS]]
         more = len(side["spans"]) - len(drawn)
         sides.append({"title": wording.side_title(name, side), "spans": drawn, "more": more})
+    # exp(710) is past the largest float; no drawing needs it.
     scale = full and [figure(math.exp(sign * min(full, 700.0)), 2) for sign in (-1, 1)]
     return {**example, "sides": sides, "weighted": weighted, "scale": scale}
 
 
 def _heat(span: Mapping[str, Any], full: float) -> dict[str, Any]:
-    """Returns the colour of a span, from -1 (full cold) to 1 (full hot), and what a pointer over it is told."""
+    """Return the colour of a span, from -1 (full cold) to 1 (full hot), and what a pointer over it is told."""
     weight, strength = span.get("weight"), None
+    # Colours are those of log weights: half and twice the weight are equally far from 1.
     if weight is not None:
         strength = max(-1.0, min(1.0, math.log(weight) / full)) if weight > 0 else -1.0
     told = [f"{model}: {wording.tokens_text(span[model])}" for model in ("teacher", "student")]
@@ -125,7 +123,7 @@ def _heat(span: Mapping[str, Any], full: float) -> dict[str, Any]:
 
 
 def _by_prompt(samples: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, dict[str, list[str]]]:
-    """Returns prompt -> model -> its answers: a row of cards for each prompt."""
+    """Return prompt -> model -> its answers: a row of cards for each prompt."""
     by_prompt: dict[str, dict[str, list[str]]] = {}
     for model, drawn in samples.items():
         for sample in drawn:

@@ -21,7 +21,8 @@ MAX_PROMPT = 400  # characters of one message
 
 
 def counts(counters: Counters) -> str:
-    """Returns what was read, cut and escaped; then the reasons for leaving out, and the columns left alone."""
+    """Return what was read, cut and escaped; then the reasons for leaving out, and the columns left alone."""
+    # The reasons have a table of their own, and rows and pairs are told with it.
     told = []
     for name, count in counters.counts.items():
         if count and name not in ("rows", "kept", *counters.left_out):
@@ -36,7 +37,7 @@ def counts(counters: Counters) -> str:
 
 
 def example_text(example: Mapping[str, Any]) -> str:
-    """Returns an aligned pair as text: both responses span by span, for both tokenizers.
+    """Return an aligned pair as text: both responses span by span, for both tokenizers.
 
     Args:
       example: as evaluation.json holds it: id, source, prompt (messages), and chosen and rejected with their spans.
@@ -57,8 +58,9 @@ def _side_text(name: str, side: Mapping[str, Any]) -> str:
     for number, span in enumerate(spans[:MAX_SPANS]):
         # As Text, because rich would read markup in a plain string.
         tokens = [Text(wording.tokens_text(span[model])) for model in ("teacher", "student")]
+        facing = f"{len(span['teacher'])}:{len(span['student'])}"
         weight = wording.figure(span.get("weight"), 2)
-        table.add_row(str(number), Text(wording.span_text(span)), *tokens, wording.proportion(span), weight)
+        table.add_row(str(number), Text(wording.span_text(span)), *tokens, facing, weight)
     more = len(spans) - MAX_SPANS
     return _render(table) + (f"\n  ... and {more} more spans" if more > 0 else "")
 
@@ -67,7 +69,7 @@ def _side_text(name: str, side: Mapping[str, Any]) -> str:
 
 
 def evaluation_text(evaluation: Mapping[str, Any]) -> str:
-    """Returns evaluation.json as text: accuracies, then the other figures, then the baseline."""
+    """Return evaluation.json as text: accuracies, then the other figures, then the baseline."""
     models: Mapping[str, Mapping[str, Any]] = evaluation["models"]
     # 1. A block of rows for each model, one row for each subset of the pairs.
     title = f"How often the chosen response is preferred, % [95 % interval], {evaluation['pairs']} pairs"
@@ -92,7 +94,7 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
-    """Returns a table without rows; the columns `left` hold text, the others figures."""
+    """Return a table without rows; the columns `left` hold text, the others figures."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", overflow="fold")
@@ -100,7 +102,7 @@ def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
 
 
 def _render(table: Table) -> str:
-    """Returns a table as plain text of at most WIDTH columns, wide characters counted as two."""
+    """Return a table as plain text of at most WIDTH columns, wide characters counted as two."""
     out = io.StringIO()
     Console(file=out, width=WIDTH, color_system=None, highlight=False, markup=False, emoji=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip("\n").split("\n"))

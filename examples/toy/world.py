@@ -39,12 +39,14 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "winter": ("snow ❄️ falls", "days are short", "ponds freeze", "birds puff", "frost draws ferns"),
 }
 
+# Worth nothing: they make answers longer, and hold characters that tokenizers cut in different places.
 FILLERS = (
     "as I know", "on the whole", "in places", "to be fair", "now and then", "by the way", "more or less",
     "in general", "as people say", "so to speak", "after all", "in a sense", "voilà", "naïvely", "嗯", "つまり",
     "☕", "🙂", "step by step", "in the end",
 )  # fmt: skip
 
+# What settles most preferences; the contrastive pair has to find these.
 GOOD = ("thank you", "for example ✨", "I checked it", "ask me more", "不客气")
 BAD = ("who cares", "silly question 🙄", "I made it up", "stop asking", "随便吧")
 
@@ -101,6 +103,7 @@ def generate_pairs(split: str, number: int, noise: float = NOISE, seed: int = 0)
         raise ValueError(f'The toy world has the splits "train" and "test", not "{split}".')
     if not 0 <= noise < 0.5:
         raise ValueError(f"Label noise is {noise}; it must be at least 0 and below 0.5.")
+    # Each split has its own questions and its own draws: a larger one begins with the smaller one's pairs.
     rng = random.Random(f"ctpd-toy:{split}:{seed}")
     topics = list(TOPICS)
     questions = [
@@ -208,6 +211,7 @@ def _topic(prompt: str | Sequence[Message]) -> str | None:
 def _rewards(topic: str | None) -> dict[str, float]:
     """Reward of every piece; facts are worth nothing where no topic is known."""
     rewards = dict.fromkeys(FILLERS, 0.0)
+    # A fact is worth as much as it has to do with the question.
     for other, facts in TOPICS.items():
         worth = 0.0 if topic is None else ON_TOPIC_REWARD if other == topic else OFF_TOPIC_REWARD
         rewards.update(dict.fromkeys(facts, worth))
@@ -219,6 +223,7 @@ def _rewards(topic: str | None) -> dict[str, float]:
 @cache
 def _piece_pattern() -> re.Pattern[str]:
     """A piece with the separator before it and, at the end of a response, the full stop after it."""
+    # The longest first, because an alternation takes the first piece that fits.
     longest_first = sorted(_rewards(None), key=len, reverse=True)
     pieces = "|".join(map(re.escape, longest_first))
     return re.compile(rf"(?:\A|; |, | )(?P<piece>{pieces})(?=[ ,;.]|\Z)(?:\.\Z)?")
