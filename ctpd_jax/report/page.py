@@ -36,7 +36,7 @@ PANELS: tuple[tuple[str, dict[str, str], float | None, tuple[float, float] | Non
 
 
 def write_report(workdir: Path) -> Path:
-    """Write report.html from what the run has left in `workdir` so far, and returns its path.
+    """Write report.html from what the run has left in `workdir` so far, and return its path.
 
     Reads evaluation.json, metrics.jsonl, data_train.json, data_test.json and config.json; what is not there is left
     out of the page. Raises UserError naming the file that is not JSON.

@@ -39,7 +39,7 @@ class World:
 
 
 def world_on_disk(pairs: int = 2000, test_pairs: int = 300, noise: float = NOISE, seed: int = 0) -> World:
-    """Make what is not there yet, and returns where it lies.
+    """Make what is not there yet, and return where it lies.
 
     Args:
       pairs, test_pairs: numbers of training and of held-out pairs.
