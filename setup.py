@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ctpd_jax", "ctpd_jax.*"]),
-    package_data={"ctpd_jax": ["py.typed", "*.pyi", "plan/*.json"]},
+    package_data={"ctpd_jax": ["py.typed", "*.pyi", "plan/*.json", "report/templates/*"]},
     entry_points={"console_scripts": ["ctpd = ctpd_jax.cli:main"]},
     install_requires=[
         # jax and flax are a pair: flax up to 0.12.8 breaks with jax 0.11.1. Both ranges move together, after the tests.
@@ -23,7 +23,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
-        "jinja2>=3.1.6",  # chat templates
+        "jinja2>=3.1.6",  # chat templates, and those of report/
         "tensorflow-datasets>=4.9.10,<5",
         "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
         "array_record>=0.8",

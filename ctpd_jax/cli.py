@@ -158,6 +158,11 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ConfigDict:
     except (AttributeError, KeyError) as error:
         raise UserError(f"{path}: {str(error).strip(chr(34))} All keys stand in ctpd_jax/settings.py.") from error
     except Exception as error:  # a config file is code: whatever it raises is told, not traced
+        first: BaseException = error  # config_flags wraps it in a text with a traceback, and absl once more
+        while before := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
+            first = before
+        if isinstance(first, UserError):
+            raise first from None
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
 
 

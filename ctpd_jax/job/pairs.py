@@ -11,7 +11,8 @@ from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import MODELS, decoder_of, folder, text_digest, text_of
-from ctpd_jax.report import show
+from ctpd_jax.report import terminal
+from ctpd_jax.report.format import overlap_line
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Model, PreferencePair
 from ctpd_jax.sharding import first_process
 from ctpd_jax.text.columns import Reading
@@ -55,7 +56,7 @@ def load_pairs(job: Job, split: Split) -> Pairs:
     if first_process():
         first = {"first": report.notes} if report.notes else {}
         write_json(job.workdir / f"data_{split}.json", {"source": spec, **report.counts, **first})
-    job.say(f"{split}: {spec}\n  {show.counts(report)}")
+    job.say(f"{split}: {spec}\n  {terminal.counts(report)}")
     require_kept(report, len(aligned), f"{split}: {spec}", data.min_kept)
     for model in MODELS:
         _check_ids(job, split, model, aligned)
@@ -102,5 +103,5 @@ def _identity(job: Job, aligned: list[AlignedPair], limits: Limits) -> dict[str,
 def overlap_of(job: Job) -> dict[str, float]:
     """Which shares of the test pairs and of their prompts are in the training data too; told once."""
     found = overlap(list(load_pairs(job, "train").raw.values()), list(load_pairs(job, "test").raw.values()))
-    job.say(show.overlap_line(found))
+    job.say(overlap_line(found))
     return found

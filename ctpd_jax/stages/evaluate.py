@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ctpd_jax.artifacts import kept, read_json, write_json
-from ctpd_jax.evaluate.preferences import compare
+from ctpd_jax.evaluate.accuracy import compare
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import dtype_of, text_of
@@ -18,8 +18,8 @@ from ctpd_jax.job.pairs import Pairs, load_pairs, overlap_of
 from ctpd_jax.job.score import Measured, score
 from ctpd_jax.job.table import TRAINED, reading_dtype, row_starts, rows
 from ctpd_jax.processes import preempt
-from ctpd_jax.report import show
-from ctpd_jax.report.html import write_report
+from ctpd_jax.report import terminal
+from ctpd_jax.report.page import write_report
 from ctpd_jax.schema import CHOSEN, REJECTED, Message
 from ctpd_jax.sharding import first_process
 from ctpd_jax.stages.generate import Sampling, reading_model, sample
@@ -86,8 +86,8 @@ def write(job: Job, pairs: Pairs, columns: Mapping[str, Measured]) -> None:
     plain = as_plain(found)
     write_json(job.workdir / "evaluation.json", plain)
     write_report(job.workdir)
-    job.say(show.example_text(plain["example"]))
-    job.say(show.table(plain))
+    job.say(terminal.example_text(plain["example"]))
+    job.say(terminal.evaluation_text(plain))
     job.say(f"{job.workdir / 'evaluation.json'}, {job.workdir / 'report.html'}")
 
 

@@ -11,12 +11,13 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import text_of
 from ctpd_jax.job.pairs import load_pairs
-from ctpd_jax.report import show
+from ctpd_jax.report import terminal
+from ctpd_jax.report.format import pieces
 from ctpd_jax.schema import SIDES
 
 
 def inspect(job: Job, number: int) -> None:
-    job.say(show.example_text(example(job, number)))
+    job.say(terminal.example_text(example(job, number)))
 
 
 def example(job: Job, number: int) -> dict[str, Any]:
@@ -41,8 +42,8 @@ def example(job: Job, number: int) -> dict[str, Any]:
             spans.append(
                 {
                     "text": text[aligned.bounds[i] : aligned.bounds[i + 1]].decode("utf-8", errors="replace"),
-                    "teacher": show.pieces(text_of(job, "teacher").tokenizer, aligned.teacher, i),
-                    "student": show.pieces(text_of(job, "student").tokenizer, aligned.student, i),
+                    "teacher": pieces(text_of(job, "teacher").tokenizer, aligned.teacher, i),
+                    "student": pieces(text_of(job, "student").tokenizer, aligned.student, i),
                     "weight": None if weights is None else float(weights[side].weights[i]),
                 }
             )

@@ -46,7 +46,7 @@ STUDENT_TEMPLATE = (
 
 
 def make_toy_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[Path, Path]:
-    """Writes the two model folders.
+    """Write the two model folders.
 
     Args:
       directory: gets "teacher" and "student", in Hugging Face's format with tokenizer and chat template.
@@ -118,7 +118,7 @@ def student_config() -> dict[str, Any]:
 
 
 def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE: a space is "▁", one is put in front of the text, rare characters are `<0xNN>` bytes."""
+    """Return SentencePiece-like BPE: a space is "▁", a text gets one in front, rare characters are `<0xNN>` bytes."""
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     # Rare letters beyond ASCII stay out of the vocabulary: they are what the two tokenizers cut differently.
     texts = list(texts)
@@ -161,9 +161,10 @@ def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def student_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with ChatML's markers; like SmolLM2's, its end of turn is its EOS and its padding."""
+    """Return byte-level BPE with ChatML's markers; like SmolLM2's, its end of turn is its EOS and its padding."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(token_models.BPE())
+    # Its merges never cross the border between a word and the space before the next.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -184,7 +185,7 @@ def student_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def _without_added_tokens(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
-    """Returns the same BPE with `specials` alone as special tokens: training made the byte tokens special too."""
+    """Return the same BPE with `specials` alone as special tokens: training made the byte tokens special too."""
     raw = json.loads(tokenizer.to_str())
     raw["added_tokens"] = []
     raw["pre_tokenizer"] = None

@@ -39,7 +39,7 @@ class World:
 
 
 def world_on_disk(pairs: int = 2000, test_pairs: int = 300, noise: float = NOISE, seed: int = 0) -> World:
-    """Makes what is not there yet, and returns where it lies.
+    """Make what is not there yet, and return where it lies.
 
     Args:
       pairs, test_pairs: numbers of training and of held-out pairs.
@@ -72,7 +72,7 @@ def world_on_disk(pairs: int = 2000, test_pairs: int = 300, noise: float = NOISE
 
 
 def settings_in(text: str, **defaults: Any) -> dict[str, Any]:
-    """Reads what stands behind the colon in `--config=configs/demo.py:pairs=100,noise=0.3`.
+    """Read what stands behind the colon in `--config=configs/demo.py:pairs=100,noise=0.3`.
 
     Args:
       text: name=value, with commas between; empty for the defaults alone.
@@ -93,13 +93,14 @@ def settings_in(text: str, **defaults: Any) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Returns the folder that holds every toy world."""
+    """Return the folder that holds every toy world."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctpd_jax" / "toy"
 
 
 def _made(name: str, fill: Callable[[Path], None]) -> Path:
-    """Returns the folder `name` of the cache, after `fill` has written it where it was not there."""
+    """Return the folder `name` of the cache, after `fill` has written it where it was not there."""
     folder = cache_folder() / name
+    # A folder has its name only when all of it is there.
     if folder.is_dir():
         return folder
     print(f"toy: making {folder}", file=sys.stderr, flush=True)
@@ -117,13 +118,14 @@ def _made(name: str, fill: Callable[[Path], None]) -> Path:
 
 
 def _make_models_apart(folder: Path, seed: int) -> None:
-    """Makes the models in a process of their own.
+    """Make the models in a process of their own.
 
     JAX may not start here: the run that reads the config has yet to choose its platform and to join the others. And
     what the environment tells JAX and its compiler must not change the last bits of weights that are kept.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    # The same modules are found as here, wherever they were put on the path.
     path = os.pathsep.join([str(EXAMPLES), *filter(None, sys.path)])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     command = [sys.executable, "-m", "toy.on_disk", str(folder), "--seed", str(seed)]
     done = subprocess.run(
         command,

@@ -30,7 +30,7 @@ from toy.world import DECISIVE_REWARD, piece_spans, true_reward
 
 
 def sampled_rewards(workdir: Path) -> dict[str, dict[str, float]]:
-    """Returns model -> mean true reward of its sampled answers, standard error of the mean, and count.
+    """Return model -> mean true reward of its sampled answers, standard error of the mean, and count.
 
     Raises:
       UserError: the run was not evaluated.
@@ -48,7 +48,7 @@ def sampled_rewards(workdir: Path) -> dict[str, dict[str, float]]:
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    """Returns mean, standard error (NaN for one value) and count."""
+    """Return mean, standard error (NaN for one value) and count."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
     return {"mean": float(np.mean(values)), "error": spread / len(values) ** 0.5, "count": len(values)}
 
@@ -57,10 +57,11 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float]:
 
 
 def decisive_pieces(workdir: Path) -> dict[str, float | int] | None:
-    """Returns `recovery` of the run's annotations; None where no contrastive pair measured them."""
+    """Return `recovery` of the run's annotations; None where no contrastive pair measured them."""
     folder = workdir / "annotations"
     if "positive" not in _json(folder / MANIFEST).get("scorers", ()):
         return None
+    # Training has held the store against its checksums; a table needs no second look.
     store = open_store(folder, verify=False)
     data = _json(workdir / "config.json")["data"]
     pairs, _ = load_preferences(data["train"], data["train_split"])
@@ -70,7 +71,7 @@ def decisive_pieces(workdir: Path) -> dict[str, float | int] | None:
 def recovery(
     examples: Iterable[tuple[AlignedPair, Mapping[str, Mapping[str, np.ndarray]]]], raw: Mapping[str, PreferencePair]
 ) -> dict[str, float | int]:
-    """Returns the mean log-ratio of good, neutral and bad pieces, and how well it tells them apart (AUC).
+    """Return the mean log-ratio of good, neutral and bad pieces, and how well it tells them apart (AUC).
 
     An AUC is the probability that a decisive piece has a more extreme log-ratio than a neutral one: 0.5 is chance.
 
@@ -82,9 +83,11 @@ def recovery(
     for pair, scores in examples:
         source = raw[pair.id]
         for side, name in enumerate(SIDES):
+            # The log-ratio that weights are made of, before it is clipped.
             ratios = scores[name]["positive"] - scores[name]["negative"]
             text = (source.chosen, source.rejected)[side]
             pieces += piece_ratios(text, source.prompt[-1].content, pair.response(side).bounds, ratios)
+    # Decisive pieces on both sides of the neutral ones; facts are near enough to nothing to count as neutral.
     rewards, ratios = np.array(pieces).reshape(-1, 2).T
     good, bad = ratios[rewards >= DECISIVE_REWARD], ratios[rewards <= -DECISIVE_REWARD]
     neutral = ratios[np.abs(rewards) < DECISIVE_REWARD]
@@ -99,7 +102,7 @@ def recovery(
 
 
 def piece_ratios(text: str, prompt: str, bounds: np.ndarray, ratios: np.ndarray) -> list[tuple[float, float]]:
-    """Returns (true reward, log pi+ - log pi-) of each piece of a response.
+    """Return (true reward, log pi+ - log pi-) of each piece of a response.
 
     `bounds` int [S+1] are the spans' byte offsets, `ratios` float [S] their log-ratios. A span belongs to the piece in
     which it begins; the end-of-turn span, which has no bytes, belongs to none.
@@ -116,7 +119,7 @@ def piece_ratios(text: str, prompt: str, bounds: np.ndarray, ratios: np.ndarray)
 
 
 def auc(higher: np.ndarray, lower: np.ndarray) -> float:
-    """Returns the probability that a value of `higher` exceeds one of `lower`, ties one half (Mann-Whitney U)."""
+    """Return the probability that a value of `higher` exceeds one of `lower`, ties one half (Mann-Whitney U)."""
     ordered = np.sort(lower)
     below = np.searchsorted(ordered, higher, side="left")
     up_to = np.searchsorted(ordered, higher, side="right")
@@ -127,7 +130,7 @@ def auc(higher: np.ndarray, lower: np.ndarray) -> float:
 
 
 def tables(workdir: Path) -> str:
-    """Returns both tables as text."""
+    """Return both tables as text."""
     lines = ["True reward of the sampled answers", ""]
     for name, found in sampled_rewards(workdir).items():
         error = "" if np.isnan(found["error"]) else f" ± {found['error']:.2f}"
@@ -140,7 +143,7 @@ def tables(workdir: Path) -> str:
 
 
 def _json(path: Path) -> Any:
-    """Returns the content of a run's file, or {} where there is none."""
+    """Return the content of a run's file, or {} where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

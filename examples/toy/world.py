@@ -39,12 +39,14 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "winter": ("snow ❄️ falls", "days are short", "ponds freeze", "birds puff", "frost draws ferns"),
 }
 
+# Worth nothing: they make answers longer, and hold characters that tokenizers cut in different places.
 FILLERS = (
     "as I know", "on the whole", "in places", "to be fair", "now and then", "by the way", "more or less",
     "in general", "as people say", "so to speak", "after all", "in a sense", "voilà", "naïvely", "嗯", "つまり",
     "☕", "🙂", "step by step", "in the end",
 )  # fmt: skip
 
+# What settles most preferences; the contrastive pair has to find these.
 GOOD = ("thank you", "for example ✨", "I checked it", "ask me more", "不客气")
 BAD = ("who cares", "silly question 🙄", "I made it up", "stop asking", "随便吧")
 
@@ -85,7 +87,7 @@ class ToyPair:
 
 
 def generate_pairs(split: str, number: int, noise: float = NOISE, seed: int = 0) -> Iterator[ToyPair]:
-    """The first `number` pairs of a split.
+    """Yield the first `number` pairs of a split.
 
     Args:
       split: "train" or "test". One question in six about each topic is kept for "test", which has these alone, and
@@ -101,6 +103,7 @@ def generate_pairs(split: str, number: int, noise: float = NOISE, seed: int = 0)
         raise ValueError(f'The toy world has the splits "train" and "test", not "{split}".')
     if not 0 <= noise < 0.5:
         raise ValueError(f"Label noise is {noise}; it must be at least 0 and below 0.5.")
+    # Each split has its own questions and its own draws: a larger one begins with the smaller one's pairs.
     rng = random.Random(f"ctpd-toy:{split}:{seed}")
     topics = list(TOPICS)
     questions = [
@@ -126,12 +129,12 @@ def generate_pairs(split: str, number: int, noise: float = NOISE, seed: int = 0)
 
 
 def true_reward(response: str, prompt: str | Sequence[Message]) -> float:
-    """The sum of the rewards of a response's pieces; 0.0 for an empty response."""
+    """Return the sum of the rewards of a response's pieces; 0.0 for an empty response."""
     return float(sum(span.reward for span in piece_spans(response, prompt)))
 
 
 def piece_spans(response: str, prompt: str | Sequence[Message]) -> list[PieceSpan]:
-    """The pieces of a response in order; their spans tile its bytes.
+    """Return the pieces of a response in order; their spans tile its bytes.
 
     Reading is by longest match, and a match must end where no word goes on. Whatever cannot be read, up to where the
     next piece starts, is a slip.
@@ -158,7 +161,7 @@ def piece_spans(response: str, prompt: str | Sequence[Message]) -> list[PieceSpa
 
 
 def corpus(seed: int = 0, number: int = 2000) -> Iterator[str]:
-    """Prompts and responses of the training split: what the toy tokenizers are trained on."""
+    """Yield the prompts and responses of the training split: what the toy tokenizers are trained on."""
     for pair in generate_pairs("train", number, noise=0.0, seed=seed):
         yield from (pair.prompt, pair.chosen, pair.rejected)
 
@@ -198,7 +201,7 @@ def _pick(rng: random.Random, items: Sequence):
 
 
 def _topic(prompt: str | Sequence[Message]) -> str | None:
-    """The topic that a prompt names last; None where it names none."""
+    """Return the topic that a prompt names last; None where it names none."""
     text = prompt if isinstance(prompt, str) else " ".join(m.content for m in prompt if m.role == "user")
     found = re.findall(r"(?<!\w)(" + "|".join(map(re.escape, TOPICS)) + r")(?!\w)", text)
     return found[-1] if found else None
@@ -206,8 +209,9 @@ def _topic(prompt: str | Sequence[Message]) -> str | None:
 
 @cache
 def _rewards(topic: str | None) -> dict[str, float]:
-    """Reward of every piece; facts are worth nothing where no topic is known."""
+    """Return the reward of every piece; facts are worth nothing where no topic is known."""
     rewards = dict.fromkeys(FILLERS, 0.0)
+    # A fact is worth as much as it has to do with the question.
     for other, facts in TOPICS.items():
         worth = 0.0 if topic is None else ON_TOPIC_REWARD if other == topic else OFF_TOPIC_REWARD
         rewards.update(dict.fromkeys(facts, worth))
@@ -218,7 +222,8 @@ def _rewards(topic: str | None) -> dict[str, float]:
 
 @cache
 def _piece_pattern() -> re.Pattern[str]:
-    """A piece with the separator before it and, at the end of a response, the full stop after it."""
+    """Match a piece with the separator before it and, at the end of a response, the full stop after it."""
+    # The longest first, because an alternation takes the first piece that fits.
     longest_first = sorted(_rewards(None), key=len, reverse=True)
     pieces = "|".join(map(re.escape, longest_first))
     return re.compile(rf"(?:\A|; |, | )(?P<piece>{pieces})(?=[ ,;.]|\Z)(?:\.\Z)?")

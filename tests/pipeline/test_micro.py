@@ -61,10 +61,12 @@ def test_the_truth_is_told_beside_the_run(finished):
     script = Path(MICRO).parents[1] / "examples" / "toy" / "truth.py"
     done = subprocess.run([sys.executable, script, finished], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = {line.strip().rpartition("  ")[0].split("  ")[0]: line for line in done.stdout.splitlines()}
-    assert {"student_start", "student_dpo", "ctpd", "teacher", "teacher_dpo"} <= set(lines)
-    assert 0 <= float(lines["AUC, good against neutral"].split()[-1]) <= 1
-    assert int(lines["pieces"].split()[-1]) > 48
+    rewarded, _, found = done.stdout.partition("How well the contrastive pair")
+    names = [line.split()[0] for line in rewarded.splitlines() if "n = 2" in line]
+    assert names == ["student_start", "student_dpo", "ctpd", "teacher", "teacher_dpo"]
+    figures = {line[2:28].strip(): float(line[28:]) for line in found.splitlines()[2:]}
+    assert len(figures) == 6 and figures["pieces"] > 48
+    assert 0 <= figures["AUC, good against neutral"] <= 1 and 0 <= figures["AUC, neutral against bad"] <= 1
 
 
 def test_export_is_the_trained_student(finished):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ctpd_jax.evaluate.preferences import accuracy, compare, lambda_shares, length_matched, wilson_interval
+from ctpd_jax.evaluate.accuracy import accuracy, compare, lambda_shares, length_matched, wilson_interval
 
 
 def test_ties_count_one_half():

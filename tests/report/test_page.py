@@ -11,8 +11,8 @@ import pytest
 from helpers import made_up
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.report.figures import POINTS, curves, interval, series, short, thinned
-from ctpd_jax.report.html import write_report
+from ctpd_jax.report.curves import POINTS, curves, interval, series, short, thinned
+from ctpd_jax.report.page import write_report
 
 EMPTY = {"meta", "br", "line", "circle", "polyline"}  # elements without an end
 

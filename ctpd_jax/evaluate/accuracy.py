@@ -23,12 +23,9 @@ class Accuracy:
     high: float
     count: int
 
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
 
 def accuracy(margins: np.ndarray) -> Accuracy | None:
-    """Returns the share of positive margins, float [N], ties one half; None where there is no pair."""
+    """Return the share of positive margins, float [N], ties one half; None where there is no pair."""
     count = len(margins)
     if not count:
         return None
@@ -38,24 +35,25 @@ def accuracy(margins: np.ndarray) -> Accuracy | None:
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a binomial share (E. B. Wilson, 1927)."""
+    """Return Wilson's score interval of a binomial share (E. B. Wilson, 1927)."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def length_matched(lengths: np.ndarray, tolerance: float) -> np.ndarray:
-    """Returns bool [N]: the two responses' byte lengths [N, 2] differ by at most `tolerance` of the longer one."""
-    return np.abs(lengths[:, CHOSEN] - lengths[:, REJECTED]) <= tolerance * lengths.max(axis=1)
+    """Return bool [N]: the two responses' byte lengths [N, 2] differ by at most `tolerance` of the longer one."""
+    return np.abs(difference(lengths)) <= tolerance * lengths.max(axis=1)
 
 
 def difference(values: np.ndarray) -> np.ndarray:
-    """Chosen minus rejected: [N, 2] -> [N]."""
+    """Return chosen minus rejected: [N, 2] -> [N]."""
     return values[:, CHOSEN] - values[:, REJECTED]
 
 
 def lambda_shares(margins: np.ndarray, beta: float) -> dict[str, float]:
-    """Returns how lambda = sigmoid(-beta * margin), the weight that the loss gives a pair, is spread over the pairs."""
+    """Return how lambda = sigmoid(-beta * margin), the weight that the loss gives a pair, is spread over the pairs."""
+    # Beyond 60 the exponential changes nothing that float64 shows, and would overflow.
     lam = 1 / (1 + np.exp(np.clip(beta * margins, -60, 60)))
     return {
         "mean": float(lam.mean()),
@@ -74,7 +72,7 @@ def compare(
     betas: Mapping[str, float],
     tolerance: float,
 ) -> dict:
-    """Returns a row of figures for each model, and the baseline.
+    """Return a row of figures for each model, and the baseline.
 
     `logps[model]` are summed response log-probabilities, float64 [N, 2], over the `covered` bytes [N, 2] of responses
     of `lengths` bytes [N, 2]; `starts` names the row that a model was trained from, `students` and `teacher` the rows
@@ -87,18 +85,18 @@ def compare(
     subsets = {"all": np.ones(len(lengths), bool), "length_matched": length_matched(lengths, tolerance)}
     rows: dict[str, dict] = {}
     for name, values in logps.items():
-        margins: dict[str, np.ndarray | None] = {
-            "per_byte": difference(values / covered),
-            "vs_start": difference(values - logps[starts[name]]) if name in starts else None,
-            "vs_teacher": difference(values - logps[teacher]) if name in students else None,
-        }
-        rows[name] = {
-            subset: {sense: None if m is None else accuracy(m[keep]) for sense, m in margins.items()}
-            for subset, keep in subsets.items()
-        }
-        vs_start, vs_teacher = margins["vs_start"], margins["vs_teacher"]
-        rows[name]["margin_vs_start"] = None if vs_start is None else float(betas[name] * vs_start.mean())
-        rows[name]["lambda"] = None if vs_teacher is None else lambda_shares(vs_teacher, betas[name])
-        rows[name]["bits_per_byte"] = float(-values[:, CHOSEN].sum() / covered[:, CHOSEN].sum() / np.log(2))
+        # 1. Chosen minus rejected in each sense that the model has.
+        vs_start = difference(values - logps[starts[name]]) if name in starts else None
+        vs_teacher = difference(values - logps[teacher]) if name in students else None
+        senses = {"per_byte": difference(values / covered), "vs_start": vs_start, "vs_teacher": vs_teacher}
+        # 2. The share of pairs in which that is positive.
+        row: dict[str, object] = {}
+        for subset, keep in subsets.items():
+            row[subset] = {sense: None if m is None else accuracy(m[keep]) for sense, m in senses.items()}
+        # 3. Figures that are no share.
+        row["margin_vs_start"] = None if vs_start is None else float(betas[name] * vs_start.mean())
+        row["lambda"] = None if vs_teacher is None else lambda_shares(vs_teacher, betas[name])
+        row["bits_per_byte"] = float(-values[:, CHOSEN].sum() / covered[:, CHOSEN].sum() / np.log(2))
+        rows[name] = row
     longer = {subset: accuracy(difference(lengths)[keep].astype(float)) for subset, keep in subsets.items()}
     return {"models": rows, "longer_is_better": longer}

@@ -8,7 +8,8 @@ from rich.cells import cell_len
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ctpd_jax.report import show
+from ctpd_jax.report import format as wording
+from ctpd_jax.report import terminal
 from ctpd_jax.schema import Counters, TokenSide
 from ctpd_jax.text.tokens import TextTokenizer, encode, load_tokenizer
 
@@ -39,17 +40,17 @@ def test_pieces_are_the_tokens_own_text():
     tok = byte_tokenizer()
     ids = np.append(encode(tok, "ab é"), tok.hf.convert_tokens_to_ids("<|im_end|>")).astype(np.int32)
     side = TokenSide(ids, np.array([0, 1, 1, 1, 2], np.int32))
-    assert show.pieces(tok, side, 0) == ["ab"]
-    assert show.pieces(tok, side, 1) == [" ", "<0xC3>", "<0xA9>"]
-    assert show.pieces(tok, side, 2) == ["<|im_end|>"]
-    assert show.pieces(tok, side, 3) == []
+    assert wording.pieces(tok, side, 0) == ["ab"]
+    assert wording.pieces(tok, side, 1) == [" ", "<0xC3>", "<0xA9>"]
+    assert wording.pieces(tok, side, 2) == ["<|im_end|>"]
+    assert wording.pieces(tok, side, 3) == []
 
 
 def test_pieces_of_a_tokenizer_with_a_space_marker():
     tok = piece_tokenizer()
     ids = np.append(encode(tok, "ab 客é"), tok.hf.convert_tokens_to_ids("</s>")).astype(np.int32)
     side = TokenSide(ids, np.zeros(len(ids), np.int32))
-    assert show.pieces(tok, side, 0) == [" a", "b", " ", "<0xE5>", "<0xAE>", "<0xA2>", "é", "</s>"]
+    assert wording.pieces(tok, side, 0) == [" a", "b", " ", "<0xE5>", "<0xAE>", "<0xA2>", "é", "</s>"]
 
 
 def columns_of(text: str) -> list[list[int]]:
@@ -59,30 +60,30 @@ def columns_of(text: str) -> list[list[int]]:
 
 
 def test_broken_utf8_is_shown_byte_by_byte():
-    assert show.decode("aé".encode()) == "aé"
-    assert show.decode(b"\xf0\x9f\x98") == "<0xF0><0x9F><0x98>"
-    assert show.decode(b"ok \xff\xe5\xae\xa2 \x80end") == "ok <0xFF>客 <0x80>end"
-    assert show.decode(b"") == ""
+    assert wording.decode("aé".encode()) == "aé"
+    assert wording.decode(b"\xf0\x9f\x98") == "<0xF0><0x9F><0x98>"
+    assert wording.decode(b"ok \xff\xe5\xae\xa2 \x80end") == "ok <0xFF>客 <0x80>end"
+    assert wording.decode(b"") == ""
 
 
 def test_what_cannot_be_seen_is_made_visible():
-    assert show.visible(" a\n\tb") == "␣a↵⇥b"
-    assert show.visible("\u200b\u00a0\u202e") == "<U+200B><U+00A0><U+202E>"
-    assert show.visible("\u0301a") == "◌\u0301a"
-    assert "\x1b" not in show.visible("\x1b[31m") + show.harmless("\x1b[31m")
-    assert show.harmless("two\nlines\u202e") == "two\nlines<U+202E>"
+    assert wording.visible(" a\n\tb") == "␣a↵⇥b"
+    assert wording.visible("\u200b\u00a0\u202e") == "<U+200B><U+00A0><U+202E>"
+    assert wording.visible("\u0301a") == "◌\u0301a"
+    assert "\x1b" not in wording.visible("\x1b[31m") + wording.harmless("\x1b[31m")
+    assert wording.harmless("two\nlines\u202e") == "two\nlines<U+202E>"
 
 
 def test_columns_stay_aligned_beside_wide_characters():
-    text = show.example_text(made_up.example())
+    text = terminal.example_text(made_up.example())
     chosen = text[: text.index("rejected:")]
     ends = columns_of("\n".join(line for line in chosen.split("\n") if "不客气" in line or "Green" in line))
     assert len(ends) == 2 and ends[0] == ends[1]
-    assert max(cell_len(line) for line in text.split("\n")) <= show.WIDTH
+    assert max(cell_len(line) for line in text.split("\n")) <= terminal.WIDTH
 
 
 def test_an_example_is_cut_and_says_so():
-    text = show.example_text(made_up.example())
+    text = terminal.example_text(made_up.example())
     assert "and 10 more spans" in text and "word37" in text and "word38" not in text
     assert "rejected: 50 spans" in text and "cut to the length limit" in text
     assert "(end of turn)" in text and "<|im_end|>" in text
@@ -90,11 +91,11 @@ def test_an_example_is_cut_and_says_so():
 
 
 def test_an_example_without_weights_says_na():
-    assert show.example_text(made_up.example(weighted=False)).count(show.NONE) == 5 + show.MAX_SPANS
+    assert terminal.example_text(made_up.example(weighted=False)).count(wording.NONE) == 5 + terminal.MAX_SPANS
 
 
 def test_the_table_fits_and_holds_every_figure():
-    text = show.table(made_up.evaluation())
+    text = terminal.evaluation_text(made_up.evaluation())
     assert max(cell_len(line) for line in text.split("\n")) <= 120
     names = [line.split()[0] for line in text.split("\n") if line.strip().startswith(("student", "ctpd", "teacher"))]
     assert names == 2 * ["student_start", "student_dpo", "ctpd", "teacher", "teacher_dpo"]
@@ -110,10 +111,10 @@ def test_the_table_without_matched_pairs():
     for row in evaluation["models"].values():
         row["length_matched"] = made_up.senses(None)
         row["bits_per_byte"] = None
-    text = show.table(evaluation)
+    text = terminal.evaluation_text(evaluation)
     assert "n = 0" in text
     matched = [line for line in text.split("\n") if line.strip().startswith("length-matched") and "n =" not in line]
-    assert len(matched) == 5 and all(line.count(show.NONE) == 3 for line in matched)
+    assert len(matched) == 5 and all(line.count(wording.NONE) == 3 for line in matched)
 
 
 def test_what_was_read_is_told_with_the_first_rows_of_each_reason():
@@ -123,7 +124,7 @@ def test_what_was_read_is_told_with_the_first_rows_of_each_reason():
             counters.add(name)
             counters.note(name, row)
     counters.note("harmless columns", "id")
-    assert show.counts(counters).split("\n") == [
+    assert terminal.counts(counters).split("\n") == [
         "exact repeats 1",
         "  left out: empty answer: 4 (a:3; a:4; a:5)",
         "  left out: a tie: 2 (a:1; a:2)",
@@ -135,8 +136,8 @@ def test_what_was_read_is_told_with_the_first_rows_of_each_reason():
 
 
 def test_figures():
-    assert show.figure(None, 2) == show.NONE
-    assert show.figure(0.0, 2) == "0.00"
-    assert show.figure(0.0012, 2) == "0.0012"  # never a 0.00 that is not zero
-    assert show.figure(-1.234, 2) == "-1.23"
-    assert show.percent(0.5) == "50.0 %"
+    assert wording.figure(None, 2) == wording.NONE
+    assert wording.figure(0.0, 2) == "0.00"
+    assert wording.figure(0.0012, 2) == "0.0012"  # never a 0.00 that is not zero
+    assert wording.figure(-1.234, 2) == "-1.23"
+    assert wording.percent(0.5) == "50.0 %"

@@ -1,0 +1,160 @@
+"""How texts, tokens and figures are written, alike in the terminal, on the page and in the model card.
+
+Text from data keeps what can be read and loses what could steer: nothing in a data set reaches a terminal, a page or a
+card as a command.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ctpd_jax.schema import TokenSide
+from ctpd_jax.text.probe import CONTROL
+from ctpd_jax.text.tokens import TextTokenizer
+
+NONE = "n/a"
+
+# The senses of "prefers the chosen response"; evaluate/accuracy.py defines them.
+SENSES = {"per_byte": "per byte", "vs_start": "vs start", "vs_teacher": "vs teacher"}
+SUBSETS = {"all": "all", "length_matched": "length-matched"}
+
+_VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
+# Written out as <U+200B>: controls, format characters (zero-width, direction), line separators, no characters at all.
+_WRITTEN_OUT = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def visible(text: str) -> str:
+    """Return a text to be examined: white space, invisible and control characters are made visible."""
+    shown = []
+    for character in text:
+        if character in _VISIBLE:
+            shown.append(_VISIBLE[character])
+        elif unicodedata.category(character) in _WRITTEN_OUT or character.isspace():
+            shown.append(f"<U+{ord(character):04X}>")
+        else:
+            shown.append(character)
+    if text and unicodedata.category(text[0]).startswith("M"):
+        shown.insert(0, "◌")  # a mark needs something to stand on
+    return "".join(shown)
+
+
+def harmless(text: str) -> str:
+    """Return a text to be read: only what could steer a terminal or a page is made visible."""
+    return "".join(
+        f"<U+{ord(c):04X}>" if c not in "\n\t" and (unicodedata.category(c) in {"Cc", "Cs"} or c in _DIRECTION) else c
+        for c in text
+    )
+
+
+# Every string that a template prints is made harmless first, and escaped where the template is HTML.
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=lambda name: name is None or not name.endswith(".md.jinja"),
+    finalize=lambda value: harmless(value) if type(value) is str else value,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def pieces(tokenizer: TextTokenizer, side: TokenSide, span: int) -> list[str]:
+    """Return the text of each token of one span, in order.
+
+    It is the tokens' own text, from the vocabulary: a dummy space in front is there, and bytes that are no whole
+    character read <0xF0>. A special token reads as its name.
+    """
+    lengths, texts = tokenizer.vocabulary.lengths, []
+    for token in side.ids[side.span_ids == span].tolist():
+        # A control token has no bytes of its own, and neither has an id past the vocabulary.
+        if token >= len(lengths) or lengths[token] == CONTROL:
+            texts.append(tokenizer.backend.id_to_token(token) or f"<id {token}>")
+        else:
+            texts.append(decode(tokenizer.token_bytes(token)))
+    return texts
+
+
+def decode(data: bytes) -> str:
+    """Return UTF-8 as text; every byte that belongs to no whole character reads <0xF0>."""
+    text = data.decode("utf-8", errors="surrogateescape")  # such a byte becomes U+DC00 and its value
+    return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
+
+
+def span_text(span: Mapping[str, Any]) -> str:
+    """Return a span's text, made visible; the end-of-turn span covers no text."""
+    return visible(span["text"]) or "(end of turn)"
+
+
+def tokens_text(pieces: Sequence[str]) -> str:
+    """Return the tokens of a span on one line, made visible, with a bar at their borders."""
+    return " ¦ ".join(map(visible, pieces))
+
+
+def side_title(name: str, side: Mapping[str, Any]) -> str:
+    """Return "chosen: 12 spans, 14 teacher tokens, 17 student tokens", and that the response is cut if it is."""
+    spans = side["spans"]
+    counts = [sum(len(span[model]) for span in spans) for model in ("teacher", "student")]
+    cut = ", cut to the length limit" if side.get("truncated") else ""
+    return f"{name}: {len(spans)} spans, {counts[0]} teacher tokens, {counts[1]} student tokens{cut}"
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def share(found: Mapping[str, Any] | None) -> str:
+    """Return an accuracy as "62.5 [55.1, 69.3]", in per cent."""
+    if not found:
+        return NONE
+    return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def percent(value: float | None) -> str:
+    """Return a share as "62.5 %"."""
+    return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def figure(value: float | None, digits: int) -> str:
+    """Return a number with so many decimals, or with so many significant digits where those would hide it."""
+    if value is None:
+        return NONE
+    if value and not 0.1**digits <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{value:.{digits}f}"
+
+
+def other_figures(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return column -> what a row of the evaluation holds beside accuracies."""
+    lam = row.get("lambda") or {}
+    return {
+        "margin vs start": figure(row.get("margin_vs_start"), 3),
+        "λ mean": figure(lam.get("mean"), 3),
+        "λ < 0.05": percent(lam.get("below_0.05")),
+        "λ > 0.95": percent(lam.get("above_0.95")),
+        "bits per byte": figure(row.get("bits_per_byte"), 3),
+    }
+
+
+def overlap_line(shares: Mapping[str, float]) -> str:
+    """Say how much of the test data is in the training data."""
+    pairs, prompts = percent(shares["pairs"]), percent(shares["prompts"])
+    return f"Of the test data, {pairs} of the pairs and {prompts} of the prompts are in the training data too."
+
+
+def data_lines(data: Mapping[str, Any] | None) -> list[str]:
+    """Say what of the held-out pairs bears on their accuracies: overlap with the training data, and cut responses."""
+    if not data:
+        return []
+    cut = (
+        f"The length limit cuts one response of {data['one_side_cut']} pairs ({data['end_of_turn']}) and both of "
+        f"{data['both_cut']}."
+    )
+    return [overlap_line(data["in_train"]), cut]

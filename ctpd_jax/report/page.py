@@ -1,0 +1,131 @@
+"""One self-contained page of a run: report.html, with no script and nothing to fetch.
+
+Everything that comes from data is escaped by the template: it is only ever text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctpd_jax.files import write_bytes
+from ctpd_jax.report import format as wording
+from ctpd_jax.report.curves import curves, interval, series, short
+from ctpd_jax.report.format import TEMPLATES, figure
+from ctpd_jax.schema import SIDES
+from ctpd_jax.train.metrics import read_metrics
+from ctpd_jax.workdir import read_json
+
+MAX_HEAT_SPANS = 2000  # of one response
+FULL_COLOUR = 1.5  # |log weight| of the full colour where no setting says how far weights go
+
+LAMBDA = {"lambda/mean": "mean", "lambda/below_low": "share < 0.05", "lambda/above_high": "share > 0.95"}
+# title, metric -> label in the legend, level to mark, range that must be visible
+PANELS: tuple[tuple[str, dict[str, str], float | None, tuple[float, float] | None], ...] = (
+    ("loss", {"loss": "loss"}, math.log(2), None),
+    ("rewards", {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}, 0.0, None),
+    ("margin relative to the start", {"rewards/margin_from_start": "margin"}, 0.0, None),
+    ("reward accuracy", {"rewards/accuracies": "accuracy"}, 0.5, (0.0, 1.0)),
+    ("λ", LAMBDA, None, (0.0, 1.0)),
+    ("gradient norm", {"grad_norm": "norm"}, None, None),
+    ("tokens per second", {"tokens_per_second": "tokens/s"}, None, None),
+)
+
+
+def write_report(workdir: Path) -> Path:
+    """Write report.html from what the run has left in `workdir` so far, and return its path.
+
+    Reads evaluation.json, metrics.jsonl, data_train.json, data_test.json and config.json; what is not there is left
+    out of the page. Raises UserError naming the file that is not JSON.
+    """
+    evaluation = read_json(workdir / "evaluation.json") or {}
+    config = read_json(workdir / "config.json")
+    data = {split: found for split in ("train", "test") if (found := read_json(workdir / f"data_{split}.json"))}
+    # Values are made here, words and their order stand in the template.
+    page = TEMPLATES.get_template("report.html.jinja").render(
+        name=workdir.name,
+        evaluation=evaluation,
+        stages=_stages(read_metrics(workdir)),
+        example=_example(evaluation.get("example"), full_colour(config)),
+        samples=_by_prompt(evaluation.get("samples") or {}),
+        data=data,
+        counted=list(dict.fromkeys(name for counts in data.values() for name in counts if name != "first")),
+        config=None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
+        format=wording,
+        interval=interval,
+    )
+    path = workdir / "report.html"
+    write_bytes(path, page.lstrip().encode("utf-8", errors="replace"))  # a lone surrogate in data is no reason to fail
+    return path
+
+
+def _stages(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the panels of each stage that has any, in the order of the log."""
+    by_stage: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        by_stage.setdefault(str(line["stage"]), []).append(line)
+    stages = []
+    for name, own in by_stage.items():
+        # The levels mean something for pairs alone: log 2 is no special loss of SFT.
+        preference = any("rewards/margins" in line for line in own)
+        panels = []
+        for title, metrics, level, bounds in PANELS:
+            named = {label: series(own, metric) for metric, label in metrics.items()}
+            panels.append(curves(title, named, level if preference else None, bounds))
+        if any(panels):
+            updates = max(int(line["step"]) for line in own) + 1
+            stages.append({"name": name, "updates": short(updates), "panels": panels})
+    return stages
+
+
+def full_colour(config: Any) -> float | None:
+    """Return the largest |log weight| that the settings allow, None where they do not say or allow one weight only.
+
+    A weight is k exp(mu clip(d, lower, upper)), with -mu for the rejected response.
+    """
+    try:
+        k, mu, lower, upper = (float(config["weights"][name]) for name in ("k", "mu", "lower", "upper"))
+        found = max(abs(math.log(k) + sign * mu * bound) for sign in (1, -1) for bound in (lower, upper))
+    except (KeyError, TypeError, ValueError):  # no config, or one of another version
+        return None
+    return found if 0 < found < math.inf else None
+
+
+def _example(example: Mapping[str, Any] | None, full: float | None) -> dict[str, Any] | None:
+    """Return the aligned pair with what its drawing needs: the scale of the colours, and each span's place on it."""
+    if not example:
+        return None
+    sides, weighted = [], False
+    for name in SIDES:
+        side = example[name]
+        weighted = weighted or any(span.get("weight") is not None for span in side["spans"])
+        drawn = [span | _heat(span, full or FULL_COLOUR) for span in side["spans"][:MAX_HEAT_SPANS]]
+        more = len(side["spans"]) - len(drawn)
+        sides.append({"title": wording.side_title(name, side), "spans": drawn, "more": more})
+    # exp(710) is past the largest float; no drawing needs it.
+    scale = full and [figure(math.exp(sign * min(full, 700.0)), 2) for sign in (-1, 1)]
+    return {**example, "sides": sides, "weighted": weighted, "scale": scale}
+
+
+def _heat(span: Mapping[str, Any], full: float) -> dict[str, Any]:
+    """Return the colour of a span, from -1 (full cold) to 1 (full hot), and what a pointer over it is told."""
+    weight, strength = span.get("weight"), None
+    # Colours are those of log weights: half and twice the weight are equally far from 1.
+    if weight is not None:
+        strength = max(-1.0, min(1.0, math.log(weight) / full)) if weight > 0 else -1.0
+    told = [f"{model}: {wording.tokens_text(span[model])}" for model in ("teacher", "student")]
+    told.append(f"weight: {figure(weight, 3)}")
+    # A line break inside a span is shown and kept.
+    return {"strength": strength, "told": "\n".join(told), "lines": span["text"].replace("\n", "↵\n")}
+
+
+def _by_prompt(samples: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, dict[str, list[str]]]:
+    """Return prompt -> model -> its answers: a row of cards for each prompt."""
+    by_prompt: dict[str, dict[str, list[str]]] = {}
+    for model, drawn in samples.items():
+        for sample in drawn:
+            by_prompt.setdefault(sample["prompt"], {}).setdefault(model, []).append(sample["answer"])
+    return by_prompt
