@@ -1,9 +1,11 @@
 """A run whose stages train adapters."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
-from helpers import MICRO
+from helpers import ADAPTED, MICRO
 
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
@@ -16,18 +18,13 @@ from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import MetricLog, read_metrics
 
-ADAPTED = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
-SMALL = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1"]
-
 
 @pytest.fixture(scope="module")
-def run(new_workdir):
+def run(adapted_micro, tmp_path_factory):
     """A whole run with adapters, and the `Run` that sees it."""
-    workdir = new_workdir("adapters")
-    overrides = [*ADAPTED, *SMALL]
-    assert main(["run", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
+    workdir = shutil.copytree(adapted_micro, tmp_path_factory.mktemp("adapters") / "run")
     with MetricLog(workdir) as log:
-        yield Run(load_config(MICRO, overrides), workdir, log, say=lambda text: None)
+        yield Run(load_config(MICRO, ADAPTED), workdir, log, say=lambda text: None)
 
 
 def test_only_adapters_are_trained_and_kept(run):
@@ -75,7 +72,7 @@ def test_the_export_is_base_and_adapters_merged(run):
 
 
 def test_adapters_are_exported_for_peft(run):
-    overrides = [*ADAPTED, *SMALL, "--config.export.adapters=True"]
+    overrides = [*ADAPTED, "--config.export.adapters=True"]
     assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 0
     config, adapters = load_peft(run.workdir / "adapters", run.decoder("student"))
     assert config.lora == run.trained_decoder("train", "student").lora
@@ -84,13 +81,14 @@ def test_adapters_are_exported_for_peft(run):
 
 def test_other_settings_than_the_adapters_were_trained_with_are_refused(run, capsys):
     """Another alpha would fit their shapes, and count them another number of times."""
-    overrides = [*ADAPTED, *SMALL, "--config.train.lora.alpha=64"]
+    overrides = [*ADAPTED, "--config.train.lora.alpha=64"]
     assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 2
     assert "alpha is 16.0 there and 64.0 here" in capsys.readouterr().err
 
 
 def test_adapters_need_the_users_own_checkpoint_as_base(run, capsys):
-    overrides = [*ADAPTED, "--config.export.adapters=True", "--config.student_dpo.steps=-1"]
+    sft = [setting for setting in ADAPTED if "student_sft" not in setting]
+    overrides = [*sft, "--config.export.adapters=True"]
     assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 2
     assert "student_sft" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """STAGE.lora.base: adapters trained over a bfloat16 base, and merged into a float32 one."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -27,8 +28,8 @@ HALF = [*[f"--config.{stage}.lora.base=bfloat16" for stage in STAGES], "--config
 SHORT = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1", "--config.evaluate.samples=0"]
 
 
-def whole_run(workdir: Path, overrides: list[str]) -> dict[str, set[str]]:
-    """Runs everything; for each stage the dtypes of the matrices that it was given frozen."""
+def carry_out(commands: list[str], workdir: Path, overrides: list[str]) -> dict[str, set[str]]:
+    """Runs the commands; for each stage the dtypes of the matrices that it was given frozen."""
     frozen, original = {}, stages_module.train
 
     def spy(name, *args, **kwargs):
@@ -38,7 +39,8 @@ def whole_run(workdir: Path, overrides: list[str]) -> dict[str, set[str]]:
 
     stages_module.train = spy
     try:
-        assert main(["run", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
+        for command in commands:
+            assert main([*command.split(), "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
     finally:
         stages_module.train = original
     return frozen
@@ -46,11 +48,14 @@ def whole_run(workdir: Path, overrides: list[str]) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def runs(new_workdir):
-    """A run over float32 bases, one over bfloat16 ones, and what lay frozen in this one."""
+    """The training over float32 bases, a whole run over bfloat16 ones, and what lay frozen in each."""
     overrides, found, frozen = [*ADAPTED, *SHORT], {}, {}
-    for name, more in (("float32", []), ("bfloat16", HALF)):
+    trained = ["sft", "dpo", "dpo --reverse", "annotate", "train"]
+    for name, more, commands in (("float32", [], trained), ("bfloat16", HALF, ["run"])):
         workdir = new_workdir(name)
-        frozen = whole_run(workdir, [*overrides, *more])
+        if found:  # before the adapters both are the same
+            shutil.copytree(found["float32"].workdir / "teacher_sft", workdir / "teacher_sft")
+        frozen[name] = carry_out(commands, workdir, [*overrides, *more])
         log = MetricLog(workdir)
         found[name] = Run(load_config(MICRO, [*overrides, *more]), workdir, log, say=lambda text: None)
     yield found["float32"], found["bfloat16"], frozen
@@ -60,7 +65,8 @@ def runs(new_workdir):
 
 def test_the_base_is_bfloat16_while_adapters_train_and_training_stays_close(runs):
     wide, half, frozen = runs
-    assert frozen == {"teacher_sft": set()} | {stage: {"bfloat16"} for stage in STAGES}
+    assert frozen["float32"] == {"teacher_sft": set()} | {stage: {"float32"} for stage in STAGES}
+    assert frozen["bfloat16"] == {stage: {"bfloat16"} for stage in STAGES}
     for stage in STAGES:
         a, b = (np.array([line["loss"] for line in read_metrics(run.workdir, stage)]) for run in (wide, half))
         print(f"{stage}: relative gap of the loss {np.abs(b / a - 1).max():.1e} at most")

@@ -1,6 +1,7 @@
 """A teacher that reads with bfloat16 parameters: from the user's checkpoint, from a trained stage, merged, adapted."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -44,10 +45,15 @@ def dtypes(tree) -> set[str]:
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda name: name.replace(" ", "_"))
-def runs(request, new_workdir):
+def runs(request, new_workdir, finished_micro, adapted_micro, tmp_path_factory):
     """(scores with float32 parameters, scores with bfloat16 ones, the Run of these)."""
-    workdir = new_workdir("half")
-    # The same stages: only the annotation is made twice.
+    if request.param == "adapters over merged ones":
+        workdir = shutil.copytree(adapted_micro, tmp_path_factory.mktemp("half") / "run")
+    else:
+        workdir = new_workdir("half")
+        if request.param == "trained":
+            shutil.copytree(finished_micro / "teacher_sft", workdir / "teacher_sft")
+    # What a copy has is finished, and not made again. Of the rest only the annotation is made twice.
     overrides = [*SHORT, *SOURCES[request.param]]
     for command in (["sft"], ["dpo"], ["dpo", "--reverse"], ["annotate"]):
         assert main([*command, "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
