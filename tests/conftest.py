@@ -14,8 +14,34 @@ from helpers import MICRO, real_assets
 from toy import world_on_disk
 
 # The medium tier is decided here alone: files that train, compile much or start many processes. What is neither here
-# nor marked slow or parity is fast (`make fast`). The longest stand first: in this order the workers get them.
-MEDIUM = ("pipeline/test_micro.py",)
+# nor marked slow or parity is fast (`make fast`). The longest stand first, for in this order the workers get them; but
+# the two whole runs that several files share are not asked for by both workers at once.
+MEDIUM = (
+    "plan/test_planner.py",
+    "plan/test_plan_is_the_run.py",
+    "pipeline/test_bfloat16_teacher.py",
+    "pipeline/test_bfloat16_base.py",
+    "train/test_step.py",
+    "pipeline/test_micro.py",
+    "models/test_attention.py",
+    "models/test_decoder.py",
+    "train/test_moments.py",
+    "pipeline/test_packed_run.py",
+    "models/test_generate.py",
+    "core/test_golden.py",
+    "multi_device/test_core.py",
+    "train/test_checkpoint.py",
+    "models/test_packed_rows.py",
+    "pipeline/test_generate_command.py",
+    "toy/test_models.py",
+    "models/test_lora.py",
+    "multi_device/test_import.py",
+    "pipeline/test_adapters.py",
+    "pipeline/test_export.py",
+    "pipeline/test_starts.py",
+    "train/test_programs.py",
+    "examples/test_one_page.py",
+)
 
 # The fast tests are small programs that run once or twice: what XLA does to make them faster is most of their time.
 # Without fused multiply-add (that is AVX) the same arithmetic gives the same bits whatever the shape around it.
@@ -43,6 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the medium tier, and let its longest files start first."""
     places = {TESTS / file: place for place, file in enumerate(MEDIUM)}
+    assert all(map(Path.exists, places)), "tests/conftest.py: MEDIUM names a file that is not there"
     for item in items:
         if item.path in places:
             item.add_marker(pytest.mark.medium)

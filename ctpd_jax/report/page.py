@@ -11,13 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctpd_jax.files import write_bytes
+from ctpd_jax.artifacts import read_json, write_bytes
 from ctpd_jax.report import format as wording
 from ctpd_jax.report.curves import curves, interval, series, short
 from ctpd_jax.report.format import TEMPLATES, figure
 from ctpd_jax.schema import SIDES
 from ctpd_jax.train.metrics import read_metrics
-from ctpd_jax.workdir import read_json
 
 MAX_HEAT_SPANS = 2000  # of one response
 FULL_COLOUR = 1.5  # |log weight| of the full colour where no setting says how far weights go

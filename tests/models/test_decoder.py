@@ -23,6 +23,17 @@ def _tokens(config, count, seed=0):
     return np.random.default_rng(seed).integers(0, config.vocab_size, count).astype(np.int32)
 
 
+def _logits(config, params, tokens, segment=None, parent=None, positions=None):
+    """[T, V] of one row, padded to 30 tokens: a config needs one program for all of them. By default one sequence."""
+    count = len(tokens)
+    segment, positions = segment or [1] * count, positions or [*range(count)]
+    pad = [0] * (30 - count)
+    row = layout(segment + pad, (parent or segment) + pad, positions + pad)
+    logits = apply(config, params, np.concatenate([tokens, np.zeros(len(pad), np.int32)])[None], row)[0]
+    assert np.isfinite(logits).all()  # in padding too
+    return logits[:count]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_later_tokens_do_not_change_earlier_logits(name):
     config, params = random_model(name)
@@ -33,20 +44,17 @@ def test_later_tokens_do_not_change_earlier_logits(name):
     assert first.shape == (1, 24, config.vocab_size) and first.dtype == jnp.float32
     np.testing.assert_array_equal(first[0, :15], second[0, :15])
     assert not np.allclose(first[0, 15:], second[0, 15:])
+    np.testing.assert_allclose(_logits(config, params, tokens), first[0], atol=2e-5)  # padding behind changes nothing
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_segments_in_a_row_are_two_sequences(name):
     config, params = random_model(name)
     a, b = _tokens(config, 11, 1), _tokens(config, 14, 2)
-    pad = 5
-    tokens = np.concatenate([a, b, np.zeros(pad, np.int32)])
-    segment = [1] * 11 + [2] * 14 + [0] * pad
-    row = layout(segment, segment, [*range(11), *range(14), *([0] * pad)])
-    together = apply(config, params, tokens[None], row)[0]
-    np.testing.assert_allclose(together[:11], apply(config, params, a[None])[0], atol=2e-5)
-    np.testing.assert_allclose(together[11:25], apply(config, params, b[None])[0], atol=2e-5)
-    assert np.isfinite(together).all()
+    segment, positions = [1] * 11 + [2] * 14, [*range(11), *range(14)]
+    together = _logits(config, params, np.concatenate([a, b]), segment, positions=positions)
+    np.testing.assert_allclose(together[:11], _logits(config, params, a), atol=2e-5)
+    np.testing.assert_allclose(together[11:], _logits(config, params, b), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,10 +64,10 @@ def test_a_shared_prompt_is_the_prompt_of_both_answers(name):
     prompt, a, b = _tokens(config, 9, 1), _tokens(config, 7, 2), _tokens(config, 6, 3)
     segment = [1] * 9 + [2] * 7 + [3] * 6
     parent = [1] * 9 + [1] * 7 + [1] * 6
-    row = layout(segment, parent, [*range(9), *range(9, 16), *range(9, 15)])
-    shared = apply(config, params, np.concatenate([prompt, a, b])[None], row)[0]
-    alone_a = apply(config, params, np.concatenate([prompt, a])[None])[0]
-    alone_b = apply(config, params, np.concatenate([prompt, b])[None])[0]
+    positions = [*range(9), *range(9, 16), *range(9, 15)]
+    shared = _logits(config, params, np.concatenate([prompt, a, b]), segment, parent, positions)
+    alone_a = _logits(config, params, np.concatenate([prompt, a]))
+    alone_b = _logits(config, params, np.concatenate([prompt, b]))
     np.testing.assert_allclose(shared[:16], alone_a, atol=2e-5)
     np.testing.assert_allclose(shared[16:], alone_b[9:], atol=2e-5)
 

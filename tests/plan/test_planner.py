@@ -4,6 +4,7 @@ One process plans once: how many CPU devices stand in for a topology is set befo
 processes of their own.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -40,19 +41,33 @@ from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import make_mesh
 
 PAPER, COLAB = ROOT / "configs" / "qwen2.5_14b_to_llama3.1_8b.py", ROOT / "configs" / "colab_v5e.py"
-NO_COMPILER = (
-    "import importlib.util, sys; real = importlib.util.find_spec; "
-    "importlib.util.find_spec = lambda name, *rest: None if name == 'libtpu' else real(name, *rest); "
-    "from ctpd_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-)
+NO_COMPILER = """
+import contextlib, importlib.util, io, json, sys
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "libtpu" else real(name, *rest)
+from ctpd_jax.cli import main
+found = []
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["plan", *arguments])
+    found.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def plans(*commands: tuple[object, ...]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each `ctpd plan` without the compiler; all on as many devices."""
+    asked = json.dumps([[str(argument) for argument in command] for command in commands])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}  # no waiting for it
+    command = [sys.executable, "-c", NO_COMPILER, asked]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return [tuple(found) for found in json.loads(done.stdout.splitlines()[-1])]
 
 
 def plan(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `ctpd plan` where there is no compiler."""
-    command = [sys.executable, "-c", NO_COMPILER, "plan", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}  # no waiting for it
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    return done.returncode, done.stdout, done.stderr
+    return plans(arguments)[0]
 
 
 # ------------------------------------------------------------------------------------------------ topologies
@@ -352,9 +367,9 @@ def test_a_search_proposes_settings_that_fit():
     assert len(listed) > 5 and all(int(a) * int(b) * int(c) == 8 for a, b, c in listed)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_mistakes_are_told_in_a_sentence():
+    """All in one process: those that ask for devices ask for as many."""
+    mistakes = [
         (("--topology", "v5e"), "--topology 'v5e': write the kind of chip"),
         (("--topology", "v5e:4x4", "--stage", "teacher_sft"), "--stage teacher_sft: the config leaves it out"),
         (("--topology", "v5e:4x4", "--utilisation", "40"), "--utilisation 40.0: a share"),
@@ -364,11 +379,10 @@ def test_a_search_proposes_settings_that_fit():
             ("--topology", "v5e:2x2", "--stage", "train", "--config.student.path=no/such"),
             "config.student.path is no/such",
         ),
-    ],
-)
-def test_mistakes_are_told_in_a_sentence(arguments, message):
-    code, _, err = plan("--config", COLAB, *arguments)
-    assert code == 2 and message in err and "Traceback" not in err
+    ]
+    found = plans(*(("--config", COLAB, *arguments) for arguments, _ in mistakes))
+    for (arguments, message), (code, _, err) in zip(mistakes, found, strict=True):
+        assert code == 2 and message in err and "Traceback" not in err, arguments
 
 
 def test_the_examples_of_the_help_need_no_data():

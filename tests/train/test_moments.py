@@ -1,5 +1,7 @@
 """STAGE.moments: Adam's first moment in bfloat16, and nothing else."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +29,9 @@ def settings(moments: str):
     return training(lr=3e-3, moments=moments)
 
 
-def trained(moments: str, steps: int = STEPS):
-    """The state after `steps` updates towards other parameters, with noise, and the distance at each."""
+@cache
+def noisy_update(moments: str):
+    """An update towards other parameters, with noise: state -> (state, the distance before it)."""
     optimizer, goal = make_optimizer(settings(moments), STEPS), init_params(MODEL, jax.random.key(1))
 
     @jax.jit
@@ -45,7 +48,13 @@ def trained(moments: str, steps: int = STEPS):
             step=state.step + 1, params=optax.apply_updates(state.params, changes), opt_state=opt_state
         ), value
 
-    state, values = init_state(init_params(MODEL, jax.random.key(0)), optimizer), []
+    return update
+
+
+def trained(moments: str, steps: int = STEPS):
+    """The state after `steps` updates, the distance at each, and the update."""
+    state = init_state(init_params(MODEL, jax.random.key(0)), make_optimizer(settings(moments), STEPS))
+    update, values = noisy_update(moments), []
     for _ in range(steps):
         state, value = update(state)
         values.append(float(value))

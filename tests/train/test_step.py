@@ -1,7 +1,7 @@
 """The steps: the same numbers for every layout and every split, the identity inside the model, no [B, T, V]."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ GEMMA = from_hf(teacher_config() | IDS | {"sliding_window": 5})  # shorter than 
 MODELS = {"plain": LLAMA, "window": GEMMA, "window_and_caps": replace(GEMMA, attention_softcap=0.5, final_softcap=2.0)}
 
 
+sums_of = jax.jit(preference_sums, static_argnums=(0, 1, 2))
+
+
 def start(config):
     """Larger than fresh weights, so that the caps bend what they cap."""
     return jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
@@ -60,13 +63,13 @@ def relative(a, b) -> float:
     return float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-12))
 
 
+@cache
 def update(config, layout, micro=4, remat="dots"):
     """The gradient and the metrics of one update of 4 pairs."""
     items, params = random_items(4), start(config)
-    sums_of = partial(
-        preference_sums, config, Objective(0.1, label_smoothing=0.1, sft_weight=0.3), Compute(remat=remat)
-    )
-    accumulate, _ = make_steps(sums_of, make_optimizer(preference(1e-3, 0.1), 10))
+    objective = Objective(0.1, label_smoothing=0.1, sft_weight=0.3)
+    sums_in = partial(preference_sums, config, objective, Compute(remat=remat))
+    accumulate, _ = make_steps(sums_in, make_optimizer(preference(1e-3, 0.1), 10))
     gradient, sums = jax.tree.map(jnp.zeros_like, params), {}
     rows = Rows(layout, buckets=1, multiple=8)
     for batch, _ in micro_batches(items, micro, rows, plan_shapes(items, [range(4)], micro, rows)):
@@ -101,7 +104,7 @@ def test_window_and_caps_act_on_these_pairs():
     batch = build_batch(random_items(4), "shared", BatchShape(4, 64, 40), 4)
 
     def loss(config):
-        return float(preference_sums(config, Objective(0.1), Compute(), start(GEMMA), batch)[0])
+        return float(sums_of(config, Objective(0.1), Compute(), start(GEMMA), batch)[0])
 
     capped = MODELS["window_and_caps"]
     assert abs(loss(replace(GEMMA, kinds=everywhere)) - loss(GEMMA)) > 1e-3
@@ -167,7 +170,7 @@ def test_accuracies_do_not_know_the_label():
         for right in (True, False)
     ]  # fmt: skip
     params = init_params(LLAMA, jax.random.key(0))
-    one, other = (mean_of(preference_sums(LLAMA, Objective(0.1), Compute(), params, batch)[1]) for batch in batches)
+    one, other = (mean_of(sums_of(LLAMA, Objective(0.1), Compute(), params, batch)[1]) for batch in batches)
     assert one["rewards/accuracies"] + other["rewards/accuracies"] == pytest.approx(1, abs=1e-6)
     for name in ("rewards/margins", "rewards/margin_from_start"):
         assert one[name] == pytest.approx(-other[name], abs=1e-5) and abs(one[name]) > 1e-3
@@ -178,10 +181,10 @@ def test_accuracies_do_not_know_the_label():
 def test_lambda_is_the_pairs_weight_in_the_gradient():
     batch = build_batch(random_items(4), "shared", BatchShape(4, 64, 40), 4)
     for loss in ("ipo", "hinge"):
-        sums = preference_sums(LLAMA, Objective(0.1, loss=loss), Compute(), start(LLAMA), batch)[1]
+        sums = sums_of(LLAMA, Objective(0.1, loss=loss), Compute(), start(LLAMA), batch)[1]
         assert not [name for name in sums if name.startswith("lambda/")]
     plain, smoothed = (
-        preference_sums(LLAMA, Objective(0.1, label_smoothing=e), Compute(), start(LLAMA), batch)[1]["lambda/mean"]
+        sums_of(LLAMA, Objective(0.1, label_smoothing=e), Compute(), start(LLAMA), batch)[1]["lambda/mean"]
         for e in (0.0, 0.2)
     )
     np.testing.assert_allclose(smoothed[0], plain[0] - 0.2 * 4, rtol=1e-5)  # d loss / d logit of cDPO
@@ -191,9 +194,7 @@ def test_padding_pairs_change_nothing():
     config, params = LLAMA, start(LLAMA)
     items = random_items(2)
     whole, padded = (
-        preference_sums(
-            config, Objective(0.1), Compute(), params, build_batch(items, "shared", BatchShape(n, 64, 40), n)
-        )
+        sums_of(config, Objective(0.1), Compute(), params, build_batch(items, "shared", BatchShape(n, 64, 40), n))
         for n in (2, 5)
     )
     assert relative(padded[0], whole[0]) < 1e-6
