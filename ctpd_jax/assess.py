@@ -23,10 +23,10 @@ from ctpd_jax.evaluate.preferences import compare
 from ctpd_jax.files import canonical_json, write_json
 from ctpd_jax.measure import Measured, score_column
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.generate import cut_at_stop, generate
 from ctpd_jax.models.hf import load_hf, model_directory, save_hf
-from ctpd_jax.models.hf_config import read_config
+from ctpd_jax.models.hf.config import read_config
 from ctpd_jax.models.lora import join, save_peft
+from ctpd_jax.models.sampling import cut_at_stop, generate
 from ctpd_jax.report import show
 from ctpd_jax.report.card import model_card
 from ctpd_jax.report.html import write_report

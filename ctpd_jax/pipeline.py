@@ -16,7 +16,7 @@ from ctpd_jax import assess, distributed, preempt, stages
 from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import write_json
-from ctpd_jax.models.hf import check_weights
+from ctpd_jax.models.hf.load import check_weights
 from ctpd_jax.run import MODELS, Run, check_platform, check_sizes
 from ctpd_jax.settings import TRAINED
 from ctpd_jax.sharding import first_process

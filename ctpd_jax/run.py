@@ -20,12 +20,12 @@ from ml_collections import ConfigDict
 from ctpd_jax.data.packing import Rows
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import sha256_file, write_json
+from ctpd_jax.models.attention_backends import choose_backend, platform_of
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import load_hf, model_directory
-from ctpd_jax.models.hf_config import read_config
+from ctpd_jax.models.hf.config import read_config
 from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, split, with_lora
-from ctpd_jax.models.support import choose_backend, platform_of
 from ctpd_jax.report import show
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
 from ctpd_jax.settings import left_out, sft_stays_apart

@@ -21,7 +21,7 @@ from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import canonical_json, sha256_file
 from ctpd_jax.measure import Measured, compare_rounded, reference_of, score_together, shard_size, weights_of
-from ctpd_jax.models.families import FAMILIES
+from ctpd_jax.models.hf.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes, init_adapters
 from ctpd_jax.run import Run, dtype_of, params_digest
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, AlignedPair, Model

@@ -27,8 +27,8 @@ from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
-from ctpd_jax.models.families import FAMILIES
-from ctpd_jax.models.hf_config import from_hf, read_config
+from ctpd_jax.models.hf.config import from_hf, read_config
+from ctpd_jax.models.hf.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes, beside, join, with_lora
 from ctpd_jax.run import compute_on
 from ctpd_jax.schema import Batch, Model, RowLayout

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from ctpd_jax.files import local_path, write_json
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.hf import save_hf
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.toy.world import corpus
 
 TEACHER_VOCAB, STUDENT_VOCAB = 640, 512

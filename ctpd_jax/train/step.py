@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from ctpd_jax.core.logprobs import BLOCK_BYTES, token_logprobs
 from ctpd_jax.core.losses import Link, lambda_diagnostics, preference_loss, sft_loss
-from ctpd_jax.models.attention import Backend
+from ctpd_jax.models.attention_backends import Backend
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Remat, hidden_states, unembedding
 from ctpd_jax.models.lora import join

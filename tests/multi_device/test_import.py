@@ -12,7 +12,7 @@ import pytest
 
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.hf import save_hf
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf.config import from_hf
 
 ROOT = Path(__file__).parents[2]
 SIZES = {

@@ -5,13 +5,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from peft_folder import load_peft
 
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.annotate.teacher import make_scorer, plain_item, score_pairs
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.models.hf import load_hf
-from ctpd_jax.models.lora import load_peft
 from ctpd_jax.run import Run
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 from ctpd_jax.train.checkpoint import load_params

@@ -1,5 +1,4 @@
-"""The fields of a config.json: taken one by one, each of its kind, and what is left over refused by name; rotary
-parameters in both spellings, held against each other."""
+"""The fields of a config.json: checked for their kind as they are read, and what nobody reads refused by name."""
 
 from __future__ import annotations
 
@@ -9,88 +8,38 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.config import Rope
+from ctpd_jax.models.config import DecoderConfig, Rope
 
 _REQUIRED = object()
 
 # Fields that do not change the logits: notes, training-time settings, and defaults of `generate`.
 _HARMLESS = {
-    "architectures",
-    "attn_implementation",
-    "auto_map",
-    "cache_implementation",
-    "chunk_size_feed_forward",
-    "classifier_dropout",
-    "custom_pipelines",
-    "diversity_penalty",
-    "do_sample",
-    "dtype",
-    "dual_chunk_attention_config",
-    "encoder_no_repeat_ngram_size",
-    "finetuning_task",
-    "id2label",
-    "is_llama_config",
-    "label2id",
-    "length_penalty",
-    "max_length",
-    "max_sequence_length",
-    "min_length",
-    "neftune_noise_alpha",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pretraining_tp",
-    "problem_type",
-    "pruned_heads",
-    "repetition_penalty",
-    "return_dict",
-    "router_aux_loss_coef",
-    "task_specific_params",
-    "temperature",
-    "tokenizer_class",
-    "tokenizer_model_max_length",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "torchscript",
-    "transformers.js_config",
-    "transformers_version",
-    "typical_p",
-    "unk_token_id",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-}
-_RENAMED = {"su": "longrope"}  # what Phi-3 called it at first
-# Settings that the decoder has, in one value only. `rope_interleaved` means something in SmolLM's own code alone.
+    "architectures", "attn_implementation", "auto_map", "cache_implementation", "chunk_size_feed_forward",
+    "classifier_dropout", "custom_pipelines", "diversity_penalty", "do_sample", "dtype",
+    "dual_chunk_attention_config", "encoder_no_repeat_ngram_size", "finetuning_task", "id2label", "is_llama_config",
+    "label2id", "length_penalty", "max_length", "max_sequence_length", "min_length", "neftune_noise_alpha",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pretraining_tp", "problem_type", "pruned_heads",
+    "repetition_penalty", "return_dict", "router_aux_loss_coef", "task_specific_params", "temperature",
+    "tokenizer_class", "tokenizer_model_max_length", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_cache",
+}  # fmt: skip
+# Settings that the decoder has in one value only. `rope_interleaved` means something in SmolLM's own code alone.
 _FIXED = {
-    "attention_dropout": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "hidden_dropout": 0.0,
-    "hidden_dropout_prob": 0.0,
-    "full_attn_mod": 1,
-    "interpolate_factor": 1,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-    "router_jitter_noise": 0.0,
-    "use_bidirectional_attention": False,
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "rope_interleaved": False,
+    **dict.fromkeys(("attention_dropout", "attention_probs_dropout_prob", "embd_pdrop", "resid_pdrop"), 0.0),
+    **dict.fromkeys(("hidden_dropout", "hidden_dropout_prob", "router_jitter_noise"), 0.0),
+    **dict.fromkeys(("full_attn_mod", "interpolate_factor"), 1),
+    **dict.fromkeys(("is_decoder", "is_encoder_decoder", "add_cross_attention"), False),
+    **dict.fromkeys(("use_bidirectional_attention", "rope_interleaved"), False),
     "partial_rotary_factor": 1.0,
 }
-
 
 # ------------------------------------------------------------------------------------------------ kinds of values
 
 
-def is_integer(value: Any, least: int = 0) -> bool:
-    """JSON's true and "30" are no integers, and 30.0 is none either: transformers refuses it."""
+def _is_integer(value: Any, least: int = 0) -> bool:
+    """Tell an integer from JSON's true, "30" and 30.0, which transformers refuses too."""
     return type(value) is int and value >= least
 
 
@@ -103,8 +52,8 @@ def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
 
 
 Kind = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is that
-_SIZE: Kind = ("a positive integer", lambda value: is_integer(value, 1))
-_COUNT: Kind = ("an integer, 0 or more", is_integer)
+_SIZE: Kind = ("a positive integer", lambda value: _is_integer(value, 1))
+_COUNT: Kind = ("an integer, 0 or more", _is_integer)
 _FLAG: Kind = ("true or false", lambda value: isinstance(value, bool))
 _POSITIVE: Kind = ("a number above 0", lambda value: _is_number(value) and value > 0)
 _NUMBER: Kind = ("a number, 0 or more", lambda value: _is_number(value) and value >= 0)
@@ -115,55 +64,47 @@ _NUMBERS: Kind = ("a list of numbers above 0", lambda value: _is_list(value, _PO
 _NAMES: Kind = ("a list of text", lambda value: _is_list(value, _TEXT[1]))
 _SWITCHES: Kind = ("a list of 0 and 1", lambda value: _is_list(value, lambda one: one in (0, 1)))
 # -1 stands for "none" in old files.
-_ID: Kind = ("a token id, an integer", lambda value: is_integer(value, -1))
+_ID: Kind = ("a token id, an integer", lambda value: _is_integer(value, -1))
 _IDS: Kind = ("a token id or a list of them, integers", lambda value: _ID[1](value) or _is_list(value, _ID[1]))
 
 
-def _all(kind: Kind, names: str) -> dict[str, Kind]:
-    return dict.fromkeys(names.split(), kind)
-
-
-# Every field that is read here: of config.json, of its rotary parameters and of generation_config.json. Null, where it
-# may stand, is not asked about.
-_KINDS: dict[str, Kind] = {
-    **_all(_SIZE, "hidden_size intermediate_size moe_intermediate_size vocab_size num_hidden_layers head_dim"),
-    **_all(_SIZE, "num_attention_heads num_key_value_heads num_experts num_local_experts num_experts_per_tok"),
-    **_all(_SIZE, "max_position_embeddings original_max_position_embeddings sliding_window_pattern"),
-    **_all(_SIZE, "no_rope_layer_interval decoder_sparse_step"),
-    **_all(
-        _FLAG, "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual norm_topk_prob"
-    ),
-    **_all(_POSITIVE, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping"),
-    **_all(_POSITIVE, "rope_theta rope_local_base_freq rotary_emb_base"),
-    **_all(_POSITIVE, "factor low_freq_factor high_freq_factor attention_factor"),
-    **_all(_NUMBER, "rms_norm_eps layer_norm_eps initializer_range"),
-    **_all(_SHARE, "partial_rotary_factor rotary_pct"),
-    **_all(_TEXT, "hidden_act hidden_activation rope_type type model_type"),
-    **_all(_OBJECT, "rope_parameters rope_scaling full_attention sliding_attention"),
-    **_all(_NUMBERS, "short_factor long_factor"),
-    **_all(_ID, "bos_token_id pad_token_id"),
-    "eos_token_id": _IDS,
-    "sliding_window": ("a positive integer, or null for none", _SIZE[1]),
-    "max_window_layers": _COUNT,
-    "layer_types": _NAMES,
-    "no_rope_layers": _SWITCHES,
-    "mlp_only_layers": ("a list of integers", lambda value: _is_list(value, is_integer)),
-}
+# Every field that is read: of config.json, of its rotary parameters and of generation_config.json.
+_NAMES_OF_KINDS: tuple[tuple[Kind, str], ...] = (
+    (_SIZE, "hidden_size intermediate_size moe_intermediate_size vocab_size num_hidden_layers head_dim"),
+    (_SIZE, "num_attention_heads num_key_value_heads num_experts num_local_experts num_experts_per_tok"),
+    (_SIZE, "max_position_embeddings original_max_position_embeddings sliding_window_pattern"),
+    (_SIZE, "no_rope_layer_interval decoder_sparse_step"),
+    (_FLAG, "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual"),
+    (_FLAG, "norm_topk_prob"),
+    (_POSITIVE, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping"),
+    (_POSITIVE, "rope_theta rope_local_base_freq rotary_emb_base"),
+    (_POSITIVE, "factor low_freq_factor high_freq_factor attention_factor"),
+    (_NUMBER, "rms_norm_eps layer_norm_eps initializer_range"),
+    (_SHARE, "partial_rotary_factor rotary_pct"),
+    (_TEXT, "hidden_act hidden_activation rope_type type model_type"),
+    (_OBJECT, "rope_parameters rope_scaling full_attention sliding_attention"),
+    (_NUMBERS, "short_factor long_factor"),
+    (_ID, "bos_token_id pad_token_id"),
+    (_IDS, "eos_token_id"),
+    (("a positive integer, or null for none", _SIZE[1]), "sliding_window"),
+    (_COUNT, "max_window_layers"),
+    (_NAMES, "layer_types"),
+    (_SWITCHES, "no_rope_layers"),
+    (("a list of integers", lambda value: _is_list(value, _is_integer)), "mlp_only_layers"),
+)
+_KINDS: dict[str, Kind] = {name: kind for kind, names in _NAMES_OF_KINDS for name in names.split()}
 
 
 class Fields:
-    """config.json as a mapping that remembers what was asked for, so that the rest can be refused by name.
-
-    Every value that is asked for is of its field's kind, or refused.
-    """
+    """config.json as a mapping that remembers which fields were read, so that the rest can be refused by name."""
 
     def __init__(self, raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None):
-        """`defaults` come before those that `take` and `or_null` are given: a family's own."""
+        """Wrap the parsed file `raw`, named `where` in messages; a family's `defaults` precede those of the methods."""
         self.raw, self.where, self.taken = raw, where, set[str]()
         self.defaults = defaults or {}
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The field's value; a missing one, or null where there is a default, gives the default."""
+        """Return the field's value; a missing one, or null where there is a default, gives the default."""
         value = self.or_null(name)
         if value is not None:
             return value
@@ -173,7 +114,7 @@ class Fields:
         return default
 
     def or_null(self, name: str, default: Any = None) -> Any:
-        """The field's value, null included: only an absent field gives the default."""
+        """Return the field's value, null included: only an absent field gives the default."""
         self.taken.add(name)
         value, (expected, holds) = self.raw.get(name), _KINDS[name]
         if value is not None and not holds(value):
@@ -181,10 +122,11 @@ class Fields:
         return self.raw.get(name, self.defaults.get(name, default))
 
     def ignore(self, *names: str) -> None:
-        """Fields that mean nothing here."""
+        """Mark fields as read that mean nothing for this family."""
         self.taken.update(names)
 
     def refuse_the_rest(self) -> None:
+        """Raise UserError for the first field that nobody read and that might change the logits."""
         for name, value in self.raw.items():
             if name in self.taken or name.startswith("_") or value is None:
                 continue
@@ -208,49 +150,50 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------ rotary parameters
 
 
-def rope_of(
+def read_rope(
     fields: Fields,
     new: Mapping[str, Any] | None,
     old: Mapping[str, Any] | None,
-    theta_name: str,
-    theta: float,
-    positions: int,
+    theta_name: str = "rope_theta",
+    theta: float = 10_000.0,
     original: int | None = None,
 ) -> Rope:
-    """The rotary parameters in the spelling of transformers 5, of 4, or in both, which then must say the same.
+    """Read rotary parameters in the spelling of transformers 5, of 4, or in both, which then must say the same.
 
     Version 4 does not know `rope_parameters`, and version 5 prefers now one spelling, now the other.
 
     Args:
-        fields: the config.json that has them.
+        fields: the config.json.
         new: `rope_parameters`, or its entry for these layers; None or empty where there is none.
         old: `rope_scaling`; empty where the file says null, None where it says nothing about these layers.
-        theta_name: what version 4 calls the base, `rope_theta` for most.
+        theta_name: what version 4 calls the base.
         theta: the base where the file does not say.
-        positions: of the model.
         original: `original_max_position_embeddings` of the model, where its config has that.
 
     Raises:
         UserError: the two spellings differ.
     """
+    # What the new spelling says counts; the old one and a base of its own may only repeat it.
     stated, theta = fields.or_null(theta_name), fields.take(theta_name, theta)
-    rope, differs = _read_rope(new or old, theta, positions, fields.where, original), None
+    positions = fields.take("max_position_embeddings")
+    rope, differs = _rope_entry(new or old, theta, positions, fields.where, original), None
     if theta_name in fields.raw and stated not in (None, rope.theta):
         differs = f"{theta_name} is {stated}, but rope_theta in rope_parameters or rope_scaling is {rope.theta}"
-    elif new and old is not None and _read_rope(old, rope.theta, positions, fields.where, original) != rope:
+    elif new and old is not None and _rope_entry(old, rope.theta, positions, fields.where, original) != rope:
         differs = f"rope_parameters is {_short(new)}, but rope_scaling is {_short(old)}"
     if differs:
         raise UserError(f"{fields.where}: {differs}. Versions of transformers disagree on which counts; remove one.")
     return rope
 
 
-def _read_rope(
-    raw: Mapping[str, Any] | None, theta: float, positions: int, where: str, original: int | None = None
-) -> Rope:
-    """One entry of `rope_parameters`, or `rope_scaling`, with `theta` and `positions` of the model as defaults."""
+def _rope_entry(raw: Mapping[str, Any] | None, theta: float, positions: int, where: str, original: int | None) -> Rope:
+    """Read one entry of `rope_parameters`, or `rope_scaling`; `theta` and `positions` are the model's own."""
     fields = Fields(raw or {}, f"{where}: rope parameters", {"original_max_position_embeddings": original or positions})
     theta = float(fields.take("rope_theta", theta))
-    kinds = {_RENAMED.get(kind, kind) for name in ("rope_type", "type") if (kind := fields.take(name, None))}
+    # "su" is what Phi-3 called longrope at first.
+    kinds = {
+        "longrope" if kind == "su" else kind for name in ("rope_type", "type") if (kind := fields.take(name, None))
+    }
     if len(kinds) > 1:
         raise UserError(f"{fields.where}: rope_type and type differ ({', '.join(sorted(kinds))}); remove one.")
     scaling = kinds.pop() if kinds else "default"
@@ -260,6 +203,7 @@ def _read_rope(
             f"{fields.where}: original_max_position_embeddings is {original_positions} there, and {original} in the "
             f"config itself, which counts; remove the other."
         )
+    # Each scaling reads fields of its own; what is left over then belongs to none.
     if scaling == "default":
         rope = Rope(theta)
         fields.ignore("factor")
@@ -294,12 +238,48 @@ def _read_rope(
 
 
 def longrope_amplitude(factor: float, original: int) -> float:
-    """What cosines and sines are multiplied by where the config does not say: LongRoPE, arXiv 2402.13753."""
+    """Return LongRoPE's factor of cosines and sines where the config does not say it (arXiv 2402.13753)."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def write_rope(rope: Rope) -> dict[str, Any]:
-    """An entry of `rope_parameters`, without its theta: what transformers 4 calls `rope_scaling`."""
+def written_ropes(config: DecoderConfig, share: float) -> dict[str, Any]:
+    """Return the rotary parameters in the spellings of transformers 4 and 5, since each version reads only its own."""
+    ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
+    if config.family == "gemma3_text":
+        local = next((kind.rope for kind in config.kinds if kind.window is not None), None) or Rope()
+        rope = next((kind.rope for kind in config.kinds if kind.window is None), None) or Rope(1_000_000.0)
+        new: dict[str, Any] = {"sliding_attention": _new_rope(local), "full_attention": _new_rope(rope)}
+    else:
+        local = rope = ropes[0] if ropes else Rope()
+        new = _new_rope(rope)
+    old = None if rope.scaling == "default" else _written_rope(rope)
+    original = rope.original_max_positions if rope.scaling == "longrope" else config.max_positions
+    # What single families want besides.
+    if config.family in ("phi3", "gpt_neox"):
+        new["partial_rotary_factor"] = share
+    if config.family == "olmo2" and old:  # version 4 looks for "type" in this family
+        old = {"type": old.pop("rope_type"), **old}
+    if config.family == "phi3" and rope.scaling == "longrope":
+        assert old is not None
+        if rope.amplitude != longrope_amplitude(config.max_positions / original, original):
+            # In both: version 5 prefers `rope_scaling`, and version 4 has no such entry and refuses it by name.
+            new["attention_factor"] = old["attention_factor"] = rope.amplitude
+    return {
+        "rope_parameters": new,
+        "rope_theta": rope.theta,
+        "rope_scaling": old,
+        "rope_local_base_freq": local.theta,
+        "rotary_emb_base": rope.theta,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _new_rope(rope: Rope) -> dict[str, Any]:
+    return {"rope_theta": rope.theta, **_written_rope(rope)}
+
+
+def _written_rope(rope: Rope) -> dict[str, Any]:
+    """Return an entry of `rope_parameters` without its theta, which is what transformers 4 calls `rope_scaling`."""
     if rope.scaling == "longrope":
         # Version 4 has only "type", and refuses any further entry.
         return {"type": "longrope", "short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
@@ -311,12 +291,3 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         raw["high_freq_factor"] = rope.high_freq_factor
         raw["original_max_position_embeddings"] = rope.original_max_positions
     return raw
-
-
-def both_spellings(rope: Rope) -> dict[str, Any]:
-    """The rotary parameters of a model with one of them, as transformers 4 and 5 write them."""
-    return {
-        "rope_parameters": {"rope_theta": rope.theta, **write_rope(rope)},
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.scaling == "default" else write_rope(rope),
-    }
