@@ -27,6 +27,7 @@ from ctpd_jax.sharding import on_own_rows
 
 Backend = Literal["plain", "xla", "cudnn", "splash", "splash_segments"]
 BACKENDS: tuple[Backend, ...] = ("plain", "xla", "cudnn", "splash", "splash_segments")
+_SPLASH: tuple[Backend, ...] = ("splash_segments", "splash")  # the preferred one first
 
 # What a run may ask of a back end. A "gpu" has cuDNN's flash attention, an "other gpu" has not.
 FEATURES = (
@@ -34,34 +35,29 @@ FEATURES = (
     "float32", "bfloat16", "cpu", "gpu", "other gpu", "tpu",
 )  # fmt: skip
 
-_SPLASH = ("splash", "splash_segments")
-# (back end, feature) -> the reason against it. Everything that is not here is supported.
-REFUSED: Mapping[tuple[str, str], str] = {
-    **dict.fromkeys(
-        product(("xla", "cudnn"), ["soft cap"]), "jax.nn.dot_product_attention has no soft cap of the scores"
-    ),
-    ("cudnn", "head_dim over 128"): "larger heads need a Hopper GPU, which is not tested",
-    ("cudnn", "head_dim not by 8"): "it takes heads of a multiple of 8 dimensions",
-    ("cudnn", "float32"): "it computes in bfloat16 only",
-    **dict.fromkeys(
-        product(["cudnn"], ("cpu", "other gpu", "tpu")), "it runs on NVIDIA GPUs of compute capability 8.0 or later"
-    ),
-    **dict.fromkeys(product(_SPLASH, ["float32"]), "it would multiply float32 with the precision of bfloat16"),
-    **dict.fromkeys(
-        product(_SPLASH, ("cpu", "gpu", "other gpu")),
-        "its kernels are for TPUs; elsewhere they are only interpreted, for tests",
-    ),
-    ("splash_segments", "prompt sharing"): "segment ids cannot say that a response reads its prompt",
-}
+# Back ends, features, and the reason why these cannot be had of those. Everything that is not here is supported.
+_REASONS = (
+    (("xla", "cudnn"), ("soft cap",), "jax.nn.dot_product_attention has no soft cap of the scores"),
+    (("cudnn",), ("head_dim over 128",), "larger heads need a Hopper GPU, which is not tested"),
+    (("cudnn",), ("head_dim not by 8",), "it takes heads of a multiple of 8 dimensions"),
+    (("cudnn",), ("float32",), "it computes in bfloat16 only"),
+    (("cudnn",), ("cpu", "other gpu", "tpu"), "it runs on NVIDIA GPUs of compute capability 8.0 or later"),
+    (_SPLASH, ("float32",), "it would multiply float32 with the precision of bfloat16"),
+    (_SPLASH, ("cpu", "gpu", "other gpu"), "its kernels are for TPUs; elsewhere they are only interpreted, for tests"),
+    (("splash_segments",), ("prompt sharing",), "segment ids cannot say that a response reads its prompt"),
+)
+REFUSED: dict[tuple[str, str], str] = {}
+for _backends, _features, _reason in _REASONS:
+    REFUSED |= dict.fromkeys(product(_backends, _features), _reason)
 
 # What config.attention may be, and the back ends that it stands for, the preferred ones first.
 CHOICES: Mapping[str, tuple[Backend, ...]] = {
     "plain": ("plain",),
     "xla": ("xla",),
     "cudnn": ("cudnn",),
-    "splash": ("splash_segments", "splash"),
+    "splash": _SPLASH,
 }
-_AUTO: Mapping[str, tuple[Backend, ...]] = {"tpu": (*CHOICES["splash"], "plain"), "gpu": ("cudnn", "plain")}
+_AUTO: Mapping[str, tuple[Backend, ...]] = {"tpu": (*_SPLASH, "plain"), "gpu": ("cudnn", "plain")}
 
 
 def platform_of(device: Any) -> str:

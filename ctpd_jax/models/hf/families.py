@@ -6,29 +6,17 @@ A family is a `model_type` of Hugging Face, and a row of `FAMILIES`. The decoder
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.config import DecoderConfig, LayerKind, Rope
-from ctpd_jax.models.hf.fields import Fields, read_rope, written_ropes
+from ctpd_jax.models.config import DecoderConfig, LayerKind
+from ctpd_jax.models.hf.fields import Entry, Fields, read_rope, rope_spellings, written_ropes
 
 Features = dict[str, Any]  # arguments of DecoderConfig
-Object = Mapping[str, Any] | None
 
 # ------------------------------------------------------------------------------------------------ layers and ropes
-
-
-def _spellings(fields: Fields) -> tuple[Object, Object]:
-    """Return `rope_parameters`, and `rope_scaling` as `read_rope` wants it: {} for a null that stands in the file."""
-    old = fields.or_null("rope_scaling")
-    return fields.or_null("rope_parameters"), {} if old is None and "rope_scaling" in fields.raw else old
-
-
-def _one_rope(fields: Fields) -> Rope:
-    """Read the rotary parameters of a model whose layers share them."""
-    return read_rope(fields, *_spellings(fields))
 
 
 def _layers(layers: Sequence[LayerKind]) -> Features:
@@ -69,7 +57,7 @@ def _biases(fields: Fields) -> Features:
     return {"qkv_bias": bias, "out_bias": bias}
 
 
-def _turned(fields: Fields, ropes: Sequence[Object], name: str, default: float) -> int | None:
+def _turned(fields: Fields, ropes: Sequence[Entry], name: str, default: float) -> int | None:
     """Return how many dimensions of a head turn: a share in the rotary parameters, or beside them as `name`.
 
     Raises:
@@ -90,22 +78,23 @@ def _turned(fields: Fields, ropes: Sequence[Object], name: str, default: float) 
     return None if turned == head_dim else turned
 
 
-def _without_share(rope: Object) -> Object:
-    return rope and {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+def _without_share(ropes: tuple[Entry, Entry]) -> tuple[Entry, Entry]:
+    new, old = (rope and {key: rope[key] for key in rope if key != "partial_rotary_factor"} for rope in ropes)
+    return new, old
 
 
 # ------------------------------------------------------------------------------------------------ readers
 
 
 def _llama(fields: Fields) -> Features:
-    layers = _alike(fields, LayerKind(_one_rope(fields)))
+    layers = _alike(fields, LayerKind(read_rope(fields)))
     return layers | _biases(fields) | {"mlp_bias": fields.take("mlp_bias", False)}
 
 
 def _smollm3(fields: Fields) -> Features:
     """Every fourth layer has no positions; with `use_sliding_window` these layers also have a window."""
     rope, interval, count = (
-        _one_rope(fields),
+        read_rope(fields),
         fields.take("no_rope_layer_interval", 4),
         fields.take("num_hidden_layers"),
     )
@@ -117,12 +106,12 @@ def _smollm3(fields: Fields) -> Features:
 
 
 def _mistral(fields: Fields) -> Features:
-    return _alike(fields, LayerKind(_one_rope(fields), fields.or_null("sliding_window")))
+    return _alike(fields, LayerKind(read_rope(fields), fields.or_null("sliding_window")))
 
 
 def _qwen2(fields: Fields) -> Features:
     """The layers from `max_window_layers` on have a window, if windows are used at all."""
-    rope, first = _one_rope(fields), fields.take("max_window_layers", 28)
+    rope, first = read_rope(fields), fields.take("max_window_layers", 28)
     window = _window_if_used(fields)
     default = [window is not None and i >= first for i in range(fields.take("num_hidden_layers"))]
     return _layers([LayerKind(rope, one) for one in _windows(fields, default, window)]) | {"qkv_bias": True}
@@ -144,7 +133,7 @@ def _gemma(fields: Fields) -> Features:
 
 
 def _gemma2(fields: Fields) -> Features:
-    rope, window = _one_rope(fields), fields.or_null("sliding_window", 4096)
+    rope, window = read_rope(fields), fields.or_null("sliding_window", 4096)
     windows = _windows(fields, [i % 2 == 0 for i in range(fields.take("num_hidden_layers"))], window)
     layers = _layers([LayerKind(rope, one) for one in windows])
     return layers | _gemma(fields) | {"attention_softcap": fields.or_null("attn_logit_softcapping", 50.0)}
@@ -156,7 +145,7 @@ def _gemma3(fields: Fields) -> Features:
         # transformers reads the field and then ignores it for this family: no choice would be right for everybody.
         raise UserError(f"{fields.where}: attn_logit_softcapping of a Gemma 3 is not supported; set it to null.")
     # 1. The rotary parameters, one entry for each kind of layer.
-    new, old = _spellings(fields)
+    new, old = rope_spellings(fields)
     if unknown := set(new or {}) - {"sliding_attention", "full_attention"}:
         raise UserError(f"{fields.where}: rope_parameters has {sorted(unknown)}; expected one entry per layer type.")
     by_layer = Fields(new or {}, f"{fields.where}: rope_parameters")
@@ -164,8 +153,8 @@ def _gemma3(fields: Fields) -> Features:
     if new and not full:  # an entry that says nothing still stands against `rope_scaling`
         full = {"rope_type": "default"}
     # 2. Each held against the old spelling, which has a base for either and a scaling for the full ones.
-    local_rope = read_rope(fields, local, None, "rope_local_base_freq")
-    full_rope = read_rope(fields, full, old, theta=1_000_000.0)
+    local_rope = read_rope(fields, (local, None), "rope_local_base_freq")
+    full_rope = read_rope(fields, (full, old), theta=1_000_000.0)
     # 3. Every sixth layer sees everything.
     window, pattern = fields.or_null("sliding_window", 4096), fields.take("sliding_window_pattern", 6)
     windows = _windows(fields, [(i + 1) % pattern != 0 for i in range(fields.take("num_hidden_layers"))], window)
@@ -174,10 +163,9 @@ def _gemma3(fields: Fields) -> Features:
 
 
 def _phi3(fields: Fields) -> Features:
-    spellings = _spellings(fields)
-    new, old = map(_without_share, spellings)
     # The share of a head that turns stands among the rotary parameters, or beside them.
-    rope = read_rope(fields, new, old, original=fields.take("original_max_position_embeddings"))
+    spellings, original = rope_spellings(fields), fields.take("original_max_position_embeddings")
+    rope = read_rope(fields, _without_share(spellings), original=original)
     rotary_dim = _turned(fields, spellings, "partial_rotary_factor", 1.0)
     half = (rotary_dim or fields.take("hidden_size") // fields.take("num_attention_heads")) // 2
     if rope.scaling == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == half:
@@ -187,14 +175,13 @@ def _phi3(fields: Fields) -> Features:
 
 
 def _olmo2(fields: Fields) -> Features:
-    layers = _alike(fields, LayerKind(_one_rope(fields)))
+    layers = _alike(fields, LayerKind(read_rope(fields)))
     return layers | _biases(fields) | {"pre_norms": False, "post_norms": True, "qk_norm": "all"}
 
 
 def _neox(fields: Fields) -> Features:
-    spellings = _spellings(fields)
-    new, old = map(_without_share, spellings)
-    rope = read_rope(fields, new, old, "rotary_emb_base")
+    spellings = rope_spellings(fields)
+    rope = read_rope(fields, _without_share(spellings), "rotary_emb_base")
     # Its base has another name; one that stands under the usual name may only repeat it.
     if fields.take("rope_theta", rope.theta) != rope.theta:
         raise UserError(f"{fields.where}: rope_theta is not read for this family, and differs from the base that is.")
@@ -227,7 +214,7 @@ def _qwen3_moe(fields: Fields) -> Features:
         )
     window = _window_if_used(fields)
     fields.ignore("intermediate_size")
-    layers = _alike(fields, LayerKind(_one_rope(fields), window))
+    layers = _alike(fields, LayerKind(read_rope(fields), window))
     mixture = {"experts": experts, "experts_per_token": fields.take("num_experts_per_tok", 8)}
     mixture["normalize_experts"] = fields.take("norm_topk_prob", False)
     return layers | _biases(fields) | mixture | {"qk_norm": "head"}

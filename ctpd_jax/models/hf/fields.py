@@ -149,23 +149,27 @@ def _short(value: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------ rotary parameters
 
+Entry = Mapping[str, Any] | None  # of rotary parameters
+
+
+def rope_spellings(fields: Fields) -> tuple[Entry, Entry]:
+    """Return `rope_parameters`, transformers 5's spelling, and `rope_scaling`, that of 4: {} where a null stands."""
+    old = fields.or_null("rope_scaling")
+    return fields.or_null("rope_parameters"), {} if old is None and "rope_scaling" in fields.raw else old
+
 
 def read_rope(
     fields: Fields,
-    new: Mapping[str, Any] | None,
-    old: Mapping[str, Any] | None,
+    spellings: tuple[Entry, Entry] | None = None,
     theta_name: str = "rope_theta",
     theta: float = 10_000.0,
     original: int | None = None,
 ) -> Rope:
     """Read rotary parameters in the spelling of transformers 5, of 4, or in both, which then must say the same.
 
-    Version 4 does not know `rope_parameters`, and version 5 prefers now one spelling, now the other.
-
     Args:
         fields: the config.json.
-        new: `rope_parameters`, or its entry for these layers; None or empty where there is none.
-        old: `rope_scaling`; empty where the file says null, None where it says nothing about these layers.
+        spellings: those of `rope_spellings` where they are not taken as they stand; None where a spelling says nothing.
         theta_name: what version 4 calls the base.
         theta: the base where the file does not say.
         original: `original_max_position_embeddings` of the model, where its config has that.
@@ -173,7 +177,9 @@ def read_rope(
     Raises:
         UserError: the two spellings differ.
     """
-    # What the new spelling says counts; the old one and a base of its own may only repeat it.
+    # Version 4 does not know `rope_parameters`, and version 5 prefers now one spelling, now the other. Here what the
+    # new one says counts; the old one, and a base of its own, may only repeat it.
+    new, old = rope_spellings(fields) if spellings is None else spellings
     stated, theta = fields.or_null(theta_name), fields.take(theta_name, theta)
     positions = fields.take("max_position_embeddings")
     rope, differs = _rope_entry(new or old, theta, positions, fields.where, original), None
@@ -186,14 +192,13 @@ def read_rope(
     return rope
 
 
-def _rope_entry(raw: Mapping[str, Any] | None, theta: float, positions: int, where: str, original: int | None) -> Rope:
+def _rope_entry(raw: Entry, theta: float, positions: int, where: str, original: int | None) -> Rope:
     """Read one entry of `rope_parameters`, or `rope_scaling`; `theta` and `positions` are the model's own."""
     fields = Fields(raw or {}, f"{where}: rope parameters", {"original_max_position_embeddings": original or positions})
     theta = float(fields.take("rope_theta", theta))
     # "su" is what Phi-3 called longrope at first.
-    kinds = {
-        "longrope" if kind == "su" else kind for name in ("rope_type", "type") if (kind := fields.take(name, None))
-    }
+    stated = [fields.take(name, None) for name in ("rope_type", "type")]
+    kinds = {"longrope" if kind == "su" else kind for kind in stated if kind}
     if len(kinds) > 1:
         raise UserError(f"{fields.where}: rope_type and type differ ({', '.join(sorted(kinds))}); remove one.")
     scaling = kinds.pop() if kinds else "default"
