@@ -48,8 +48,8 @@ def prompts_of(folder: Path) -> list[list[int]]:
 
 
 def ours(folder: Path, prompts: list[list[int]]) -> Callable[[int], list[list[int]]]:
-    from ctpd_jax.models.generate import generate
     from ctpd_jax.models.hf import load_hf
+    from ctpd_jax.models.sampling import generate
 
     config, params = load_hf(folder, dtype="float32")
     return lambda new: generate(config, params, prompts, new, stop_ids=())

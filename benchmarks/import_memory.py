@@ -52,9 +52,9 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def write_checkpoint(folder: Path, layers: int) -> int:
     """Writes the model folder and returns the bytes of its tensors."""
     from ctpd_jax.artifacts import write_json
-    from ctpd_jax.models.hf_config import from_hf, to_hf
-    from ctpd_jax.models.hf_export import write_weights
-    from ctpd_jax.models.hf_table import checkpoint_shapes, tensor_names, tensor_table
+    from ctpd_jax.models.hf.config import from_hf, to_hf
+    from ctpd_jax.models.hf.load import checkpoint_shapes, tensor_names, tensor_table
+    from ctpd_jax.models.hf.save import write_weights
 
     config = from_hf(config_of(layers))
     shapes, tensors = checkpoint_shapes(config), []
@@ -71,7 +71,7 @@ def import_and_measure(folder: Path) -> dict[str, Any]:
     """Runs in the process that is measured. Raises AssertionError where a parameter is not what was written."""
     import jax
 
-    from ctpd_jax.models.hf import load_hf, tensor_table
+    from ctpd_jax.models.hf.load import load_hf, tensor_table
 
     jax.devices()
     before, start = peak(), time.perf_counter()

@@ -15,8 +15,8 @@ from .core.projection import project_to_tokens, span_sums
 from .core.weights import importance_weights
 from .errors import UserError
 from .models.decoder import apply, hidden_states, unembedding
-from .models.generate import generate
 from .models.hf import load_hf, save_hf
+from .models.sampling import generate
 from .schema import Aligned, Message, PreferencePair
 from .text.preferences import load_preferences
 from .text.prompts import load_text_model

@@ -14,8 +14,8 @@ from ctpd_jax import sharding
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
-from ctpd_jax.models.families import FAMILIES
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf.config import from_hf
+from ctpd_jax.models.hf.families import FAMILIES
 from ctpd_jax.models.lora import with_lora
 from ctpd_jax.sharding import (
     _pieces,

@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from ctpd_jax.artifacts import read_json, sha256_file, write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
+from ctpd_jax.models.attention_backends import choose_backend, platform_of
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import model_directory
-from ctpd_jax.models.hf_config import read_config
-from ctpd_jax.models.support import choose_backend, platform_of
+from ctpd_jax.models.hf.config import read_config
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import check_heads, first_process
 from ctpd_jax.text.prompts import TextModel, load_text_model

@@ -10,7 +10,7 @@ from ctpd_jax.job.models import MODELS, check_sizes, compute_on, decoder_of, fol
 from ctpd_jax.job.pairs import load_pairs, overlap_of
 from ctpd_jax.job.recipe import check_loss, recipe
 from ctpd_jax.job.table import TRAINED, left_out, trained_model
-from ctpd_jax.models.hf import check_weights
+from ctpd_jax.models.hf.load import check_weights
 from ctpd_jax.processes import preempt
 
 

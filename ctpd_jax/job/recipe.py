@@ -22,7 +22,7 @@ from ctpd_jax.job.table import base_dtype, columns, is_sft, left_out, trained_mo
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
-from ctpd_jax.models.families import FAMILIES
+from ctpd_jax.models.hf.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import row_devices, shard_shapes

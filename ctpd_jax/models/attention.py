@@ -6,40 +6,32 @@ key-value head, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig, Rope
-from ctpd_jax.models.support import Backend, check_backend
 from ctpd_jax.schema import RowLayout
-from ctpd_jax.sharding import on_own_rows
 
 # Queries at a time: a block sees no key after its own end, so short blocks skip nearly half of the T x T products, and
 # their scores stay in the cache.
 QUERY_BLOCK = 128
-# Queries [R, T, H, D], keys and values [R, T, K, D], the kind of the layer int32 [] -> [R, T, H, D].
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 _MASKED = -1e30  # finite: a row of padding sees nobody, and must not become NaN
 
 
 def causal_layout(rows: int, length: int) -> RowLayout:
-    """The layout of `rows` plain sequences without padding: one segment each, positions 0..length-1."""
+    """Return the layout of `rows` plain sequences without padding: one segment each, positions 0..length-1."""
     ones = jnp.ones((rows, length), jnp.int32)
     return RowLayout(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length)), ones, ones)
 
 
 def visible(row: RowLayout, window: int | None, keys: RowLayout | None = None) -> jax.Array:
-    """bool [R, T, S]: query i sees key j. The only place that says so.
+    """Return bool [R, T, S], whether query i sees key j; no other place decides that.
 
-    That is: j is not after i in the row; j is no padding (segment 0); j is of i's segment or of its parent; and, with a
-    window, j lies less than `window` positions (not places in the row) before i.
+    It does where j is not after i in the row; j is no padding (segment 0); j is of i's segment or of its parent; and,
+    with a window, j lies less than `window` positions (not places in the row) before i.
 
     Args:
         row: the queries, int32 [R, T] each.
@@ -47,67 +39,22 @@ def visible(row: RowLayout, window: int | None, keys: RowLayout | None = None) -
         keys: the keys, int32 [R, S] each, where they are a cache that holds nothing later than the queries; None: the
             keys are the row itself.
     """
+    # 1. Of the same segment, or of the prompt that it continues; never padding.
     seen_from = row if keys is None else keys
     segment = seen_from.segment[:, None, :]
     seen = ((segment == row.segment[:, :, None]) | (segment == row.parent[:, :, None])) & (segment != 0)
+    # 2. Not later in the row; a cache holds nothing later.
     if keys is None:
         length = row.segment.shape[-1]
         seen &= jnp.tril(jnp.ones((length, length), bool))
+    # 3. Not too far back.
     if window is not None:
         seen &= row.positions[:, :, None] - seen_from.positions[:, None, :] < window
     return seen
 
 
-def make_attend(backend: Backend, config: DecoderConfig, row: RowLayout, mesh: Mesh | None = None) -> Attend:
-    """(q, k, v, kind) -> what a layer of that kind attends to; what is the same for all layers is computed here, once.
-
-    The decoder knows no other way to attend. q is [R, T, H, D], k and v [R, T, K, D]; kind is an int32 that may be
-    traced. "splash_segments" takes it for granted that every token's parent is its own segment, that a segment is one
-    piece of its row and that its positions rise by one. On a `mesh` each device attends in its own rows, with its own
-    heads: nothing is exchanged.
-
-    Raises:
-        UserError: the back end cannot do what the config asks for; what depends on dtype, device and rows is not known
-            here and for the caller to check, with `support.check_backend`.
-    """
-    check_backend(backend, config)
-    scale, softcap = config.attention_scale, config.attention_softcap
-    if backend in ("splash", "splash_segments"):
-        from ctpd_jax.models import splash  # Pallas takes an eighth of a second to import, and few need it
-
-        if backend == "splash_segments":
-            windows = tuple(kind.window for kind in config.kinds)
-            return splash.segmented_attend(windows, jnp.asarray(row.segment), scale, softcap, mesh)
-        return splash.masked_attend(masks(config, row), scale, softcap, mesh)
-    seen = masks(config, row)
-    if backend == "plain":
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        plain = partial(attend, scale=scale, softcap=softcap, row_by_row=platform == "cpu")
-        local = on_own_rows(mesh, plain)
-    else:
-        local = on_own_rows(mesh, _library_attend("cudnn" if backend == "cudnn" else "xla", seen.shape[-1], scale))
-    return lambda q, k, v, kind: local(q, k, v, seen[kind])
-
-
-def _library_attend(implementation: Literal["xla", "cudnn"], length: int, scale: float) -> Callable[..., jax.Array]:
-    """jax.nn.dot_product_attention of (q, k, v, seen), with seen, bool [R, T, T], as its mask."""
-    if implementation == "cudnn" and length % 2:
-        raise UserError(
-            f"The attention back end 'cudnn' needs rows of an even length, not {length}: make "
-            "config.rows.multiple even."
-        )
-
-    @jax.checkpoint
-    def library(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-        # Without the precision float32 would be multiplied as bfloat16 on a TPU and as TF32 on a GPU.
-        with jax.default_matmul_precision("highest"):
-            return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scale, implementation=implementation)
-
-    return library
-
-
 def masks(config: DecoderConfig, row: RowLayout, keys: RowLayout | None = None) -> jax.Array:
-    """Who sees whom in every kind of layer, bool [kinds, R, T, S]; see `visible`."""
+    """Return who sees whom in every kind of layer, bool [kinds, R, T, S]; see `visible`."""
     return jnp.stack([visible(row, kind.window, keys) for kind in config.kinds])
 
 
@@ -121,7 +68,7 @@ def attend(
     causal: bool = True,
     row_by_row: bool | None = None,
 ) -> jax.Array:
-    """Attention of every query to the keys that it sees.
+    """Attend from every query to the keys that it sees.
 
     Args:
         q: [R, T, H, D], rotary positions applied.
@@ -150,9 +97,10 @@ def attend(
 def _attend_row(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, softcap: float | None, causal: bool
 ) -> jax.Array:
-    """One row: q [T, H, D], k and v [S, K, D], seen [T, S] -> [T, H, D]."""
+    """Attend in one row: q [T, H, D], k and v [S, K, D], seen [T, S] -> [T, H, D]."""
     length, heads, dim = q.shape
     kv_heads = k.shape[1]
+    # Heads first, the query heads of one key-value head side by side.
     q = (q * jnp.asarray(scale, q.dtype)).reshape(length, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3)
     k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
     blocks = []
@@ -165,16 +113,15 @@ def _attend_row(
 
 
 def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, softcap: float | None) -> jax.Array:
-    """q [K, G, T, D], k and v [K, S, D], seen [T, S] -> [K, G, T, D].
-
-    The G query heads of a key-value head are one matrix of G * T rows: plain matrix products, batched over K alone.
-    """
+    """Attend in one block: q [K, G, T, D], k and v [K, S, D], seen [T, S] -> [K, G, T, D]."""
+    # The G query heads of a key-value head are one matrix of G * T rows: plain products, batched over K alone.
     kv_heads, group, length, dim = q.shape
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     scores = product("kmd,ksd->kms", q.reshape(kv_heads, group * length, dim), k)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen, scores.reshape(kv_heads, group, length, -1), _MASKED)
+    # The softmax, divided out after the sum over values, which is smaller.
     # The maximum only keeps exp in range: its gradient cancels, so none is computed.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1)
@@ -186,28 +133,24 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, sof
 
 
 def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
-    """float32 [dim/2]: radians a position."""
+    """Return radians a position, float32 [dim/2]."""
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponent
     if rope.scaling == "linear":
         return frequencies / np.float32(rope.factor)
-    if rope.scaling == "llama3":
-        return _llama3_frequencies(rope, frequencies)
     if rope.scaling == "longrope":
         return frequencies / np.asarray(rope.short_factor, np.float32)
+    if rope.scaling == "llama3":
+        # Wavelengths above original / low are divided by factor, below original / high kept, a ramp between.
+        turns = rope.original_max_positions * frequencies / np.float32(2 * np.pi)  # over the original context
+        ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = np.clip(ramp, 0, 1).astype(np.float32)
+        return ((1 - keep) * frequencies / np.float32(rope.factor) + keep * frequencies).astype(np.float32)
     return frequencies
 
 
-def _llama3_frequencies(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
-    """Llama 3.1: wavelengths above original / low are divided by factor, below original / high kept, a ramp between."""
-    turns = rope.original_max_positions * frequencies / np.float32(2 * np.pi)  # over the original context
-    ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = np.clip(ramp, 0, 1).astype(np.float32)
-    return ((1 - keep) * frequencies / np.float32(rope.factor) + keep * frequencies).astype(np.float32)
-
-
 def rope_table(rope: Rope | None, dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [R, T, dim/2], of integer positions [R, T]; without a rope, of the angle 0."""
+    """Return cosines and sines, float32 [R, T, dim/2], of integer positions [R, T]; without a rope, of the angle 0."""
     if rope is None:
         one = jnp.ones((*positions.shape, dim // 2), jnp.float32)
         return one, jnp.zeros_like(one)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ctpd_jax.core.logprobs import BLOCK_BYTES, token_logprobs
-from ctpd_jax.models.attention import Backend
+from ctpd_jax.models.attention_backends import Backend
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, Remat, hidden_states, unembedding
 from ctpd_jax.schema import Array, Batch

@@ -1,6 +1,6 @@
 """What a decoder computes, as features: a window, a norm's offset, a soft cap; never the name of a family.
 
-A family is no more than a reading of its config.json: see `hf_config.py`.
+A family is no more than a reading of its config.json: see `hf/families.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DecoderConfig:
     joins the residual. With `parallel` both read the same residual: x + attention(norm(x)) + mlp(norm(x)).
     """
 
-    family: str  # Hugging Face's model_type: only `hf_config.to_hf` asks for it
+    family: str  # Hugging Face's model_type: only the rooms of `hf/` ask for it
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -106,6 +106,7 @@ class DecoderConfig:
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
+        # What no single field can tell. The names are those of config.json, which is where people meet them.
         if len(self.layer_kinds) != self.num_layers:
             raise UserError(f"The config names {len(self.layer_kinds)} layer types for {self.num_layers} layers.")
         if self.num_heads % self.num_kv_heads:
@@ -125,11 +126,11 @@ class DecoderConfig:
 
     @property
     def turned(self) -> int:
-        """How many dimensions of a head turn with the position."""
+        """Return how many dimensions of a head turn with the position."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def longest(self) -> int:
-        """The most positions that a row may have here."""
+        """Return the most positions that a row may have here."""
         ropes = [kind.rope for kind in self.kinds if kind.rope is not None and kind.rope.scaling == "longrope"]
         return min([self.max_positions, *(rope.original_max_positions for rope in ropes)])

@@ -8,6 +8,7 @@ Letters: R rows, T tokens of a row, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -17,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ctpd_jax.models import attention
+from ctpd_jax.models import attention, attention_backends
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.layers import Layer, matmul, norm
+from ctpd_jax.models.layers import Layer, Norm, matmul
 from ctpd_jax.schema import RowLayout
 from ctpd_jax.sharding import ROWS, constrain
 
@@ -35,43 +36,46 @@ _KEPT: dict[str, Any] = {
 
 @lru_cache
 def layer_graph(config: DecoderConfig) -> tuple[Any, Any]:
-    """One layer's NNX graph definition, and its state as shapes."""
+    """Return one layer's NNX graph definition, and its state as shapes."""
     return nnx.split(nnx.eval_shape(lambda: Layer(config)))
 
 
 @lru_cache
 def norm_graph(config: DecoderConfig) -> tuple[Any, Any]:
-    """The same of the final norm."""
-    return nnx.split(nnx.eval_shape(lambda: norm(config.hidden_size, config)))
+    """Return the final norm's NNX graph definition, and its state as shapes."""
+    return nnx.split(nnx.eval_shape(lambda: Norm(config, config.hidden_size)))
 
 
 # ------------------------------------------------------------------------------------------------ parameters
 
 
 def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """The parameters as jax.ShapeDtypeStruct of `dtype`, in the layout that every function here takes."""
-
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    layer, final_norm = (nnx.to_pure_dict(state) for _, state in (layer_graph(config), norm_graph(config)))
+    """Return the parameters as jax.ShapeDtypeStruct of `dtype`, in the layout that every function here takes."""
+    # The modules tell the shapes; of the layers' tensors there are num_layers, stacked on a first axis.
+    layer, last = (nnx.to_pure_dict(state) for _, state in (layer_graph(config), norm_graph(config)))
+    table = {"weight": jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), dtype)}
     params: Params = {
         "model": {
-            "embed_tokens": {"weight": array(config.vocab_size, config.hidden_size)},
-            "layers": jax.tree.map(lambda one: array(config.num_layers, *one.shape), layer),
-            "norm": jax.tree.map(lambda one: array(*one.shape), final_norm),
+            "embed_tokens": table,
+            "layers": jax.tree.map(lambda one: jax.ShapeDtypeStruct((config.num_layers, *one.shape), dtype), layer),
+            "norm": jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, dtype), last),
         }
     }
-    if not config.tied:
-        params["lm_head"] = {"weight": array(config.vocab_size, config.hidden_size)}
-    return params
+    return params if config.tied else params | {"lm_head": dict(table)}
+
+
+def leaves(tree: Params) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every leaf of a nested dict with its path."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        yield tuple(entry.key for entry in path), leaf
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters: matrices normal with `initializer_range`, biases 0, norms the identity."""
+    """Draw fresh parameters: matrices normal with `initializer_range`, biases 0, norms the identity."""
     flat, tree = jax.tree.flatten_with_path(param_shapes(config, dtype))
     keys = jax.random.split(key, len(flat))
 
+    # What a leaf is shows in its name; each has a key of its own.
     def fill(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
         if names[-1] == "bias":
@@ -84,7 +88,7 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: Any = jnp.float32)
 
 
 def unembedding(config: DecoderConfig, params: Params) -> jax.Array:
-    """[V, D]: the matrix whose product with the hidden states is the logits (the embedding itself where tied)."""
+    """Return the matrix [V, D] that takes hidden states to logits (the embedding itself where tied)."""
     return params["model"]["embed_tokens"]["weight"] if config.tied else params["lm_head"]["weight"]
 
 
@@ -94,7 +98,7 @@ def unembedding(config: DecoderConfig, params: Params) -> jax.Array:
 def embed(
     config: DecoderConfig, params: Params, tokens: jax.Array, compute_dtype: Any, mesh: Mesh | None = None
 ) -> jax.Array:
-    """The embeddings [R, T, D] of tokens [R, T]."""
+    """Return the embeddings [R, T, D] of tokens [R, T]."""
     # On a mesh every device looks up its own columns for the rows of all of `fsdp`, and then they change places: the
     # table itself never moves.
     tokens = constrain(mesh, tokens, "data", None)
@@ -104,13 +108,13 @@ def embed(
 
 
 def final_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
+    """Apply the norm behind the last layer."""
     return nnx.merge(norm_graph(config)[0], params["model"]["norm"])(x)
 
 
 def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every kind of layer, [kinds, R, T, turned/2]."""
-    tables = [attention.rope_table(kind.rope, config.turned, positions) for kind in config.kinds]
-    cos, sin = zip(*tables)
+    """Return cosines and sines of every kind of layer, [kinds, R, T, turned/2]."""
+    cos, sin = zip(*(attention.rope_table(kind.rope, config.turned, positions) for kind in config.kinds))
     return jnp.stack(cos), jnp.stack(sin)
 
 
@@ -121,10 +125,10 @@ def hidden_states(
     row: RowLayout | None = None,
     remat: Remat = "dots",
     compute_dtype: Any = None,
-    attention_backend: attention.Backend = "plain",
+    attention_backend: attention_backends.Backend = "plain",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """The last layer's output after the final norm.
+    """Compute the last layer's output after the final norm.
 
     Args:
         tokens: int32 [R, T].
@@ -133,7 +137,7 @@ def hidden_states(
             work. "dots": the matrix products too; what lies between them is computed again, which on a CPU is faster
             than keeping everything, since memory is the narrow place. "none": everything.
         compute_dtype: the dtype of the activations; parameters are cast where they are used. None: the parameters' own.
-        attention_backend: see `attention.make_attend`.
+        attention_backend: see `attention_backends.make_attend`.
         mesh: of the devices that the parameters and the rows are spread over, or None for one device.
 
     Returns:
@@ -143,16 +147,18 @@ def hidden_states(
         row = attention.causal_layout(*tokens.shape)
     compute_dtype = jnp.dtype(compute_dtype or params["model"]["norm"]["weight"].dtype)
     graph, _ = layer_graph(config)
-    # What differs between kinds of layers is computed once for each kind, and each layer picks its own.
+    # 1. What differs between kinds of layers is computed once for each kind, and each layer picks its own.
     cos, sin = rope_tables(config, row.positions)
-    attend = attention.make_attend(attention_backend, config, row, mesh)
+    attend = attention_backends.make_attend(attention_backend, config, row, mesh)
 
+    # The body of the scan: weights and kind of one layer, the residual stream in and out.
     def layer(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
         weights, kind = scanned
         module = nnx.merge(graph, weights)
         x = module(x, cos[kind], sin[kind], lambda q, k, v: attend(q, k, v, kind))
         return constrain(mesh, x, ROWS, None, None), None
 
+    # 2. Embed, scan over the stacked layers, norm. Of each layer the backward pass finds what `remat` keeps.
     x = embed(config, params, tokens, compute_dtype, mesh)
     kinds = np.asarray(config.layer_kinds, np.int32)
     body: Any = jax.checkpoint(layer, policy=_KEPT[remat], prevent_cse=False)
@@ -161,13 +167,13 @@ def hidden_states(
 
 
 def logits_of(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """float32 [..., V] of hidden states [..., D], the final soft cap applied."""
+    """Return logits, float32 [..., V], of hidden states [..., D], the final soft cap applied."""
     logits = matmul(hidden, unembedding(config, params).astype(hidden.dtype), jnp.float32)
     return logits if config.final_softcap is None else config.final_softcap * jnp.tanh(logits / config.final_softcap)
 
 
 def apply(config: DecoderConfig, params: Params, tokens: jax.Array, row: RowLayout | None = None) -> jax.Array:
-    """Next-token logits, float32 [R, T, V], of tokens int32 [R, T]; see `hidden_states` for `row`.
+    """Return next-token logits, float32 [R, T, V], of tokens int32 [R, T]; see `hidden_states` for `row`.
 
     Large: training takes `hidden_states` and the log-probabilities of its targets, without the logits of all positions.
     """

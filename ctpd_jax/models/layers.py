@@ -27,10 +27,8 @@ _FEW_TOKENS = 32  # up to so many XLA's CPU products read the weights up to twic
 
 
 def matmul(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
-    """x [..., in] @ weight[out, in].T, accumulated and returned in `dtype` (x's by default).
-
-    As one matrix of all tokens: with the row as an axis of its own XLA's CPU gradient is a tenth slower.
-    """
+    """Multiply x [..., in] by weight[out, in].T, accumulated and returned in `dtype` (x's by default)."""
+    # As one matrix of all tokens: with the row as an axis of its own XLA's CPU gradient is a tenth slower.
     flat = x.reshape(-1, x.shape[-1])
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
     if len(flat) <= _FEW_TOKENS and jax.default_backend() == "cpu":
@@ -53,6 +51,7 @@ class Linear(nnx.Module):
             self.lora_b = nnx.Param(jnp.zeros((out, self.lora.rank)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        # The adapters' product goes through the narrow side: no matrix of W's size is made of them.
         y = matmul(x, self.weight[...].astype(x.dtype))
         if self.lora is not None:
             low = matmul(x, self.lora_a[...].astype(x.dtype)) * jnp.asarray(self.lora.scale, x.dtype)
@@ -60,35 +59,21 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * (offset + weight), computed in float32."""
+class Norm(nnx.Module):
+    """x / rms(x) * (offset + weight), or as a "layer" norm (x - mean(x)) / std(x) * weight + bias; in float32."""
 
-    def __init__(self, size: int, config: DecoderConfig):
-        self.weight = nnx.Param(jnp.full(size, 1.0 - config.norm_offset))
+    def __init__(self, config: DecoderConfig, size: int):
         self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.weight = nnx.Param(jnp.full(size, 1.0 - config.norm_offset))
+        self.bias = nnx.Param(jnp.zeros(size)) if config.norm == "layer" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
+        if self.bias is not None:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """(x - mean(x)) / std(x) * weight + bias, computed in float32."""
-
-    def __init__(self, size: int, config: DecoderConfig):
-        self.weight, self.bias = nnx.Param(jnp.ones(size)), nnx.Param(jnp.zeros(size))
-        self.eps = config.norm_eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
-
-
-def norm(size: int, config: DecoderConfig) -> RMSNorm | LayerNorm:
-    return LayerNorm(size, config) if config.norm == "layer" else RMSNorm(size, config)
+        out = wide * scale * (self.offset + self.weight[...].astype(jnp.float32))
+        return (out if self.bias is None else out + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -102,17 +87,20 @@ class Attention(nnx.Module):
             self.qkv_proj = project("qkv_proj", queries + 2 * keys)
         else:
             self.q_proj, self.k_proj, self.v_proj = (
-                project(name, out) for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
+                project("q_proj", queries),
+                project("k_proj", keys),
+                project("v_proj", keys),
             )
         self.o_proj = Linear(config, "o_proj", config.hidden_size, queries, config.out_bias)
         if config.qk_norm:
             over_all = config.qk_norm == "all"
-            self.q_norm = RMSNorm(queries if over_all else config.head_dim, config)
-            self.k_norm = RMSNorm(keys if over_all else config.head_dim, config)
+            self.q_norm = Norm(config, queries if over_all else config.head_dim)
+            self.k_norm = Norm(config, keys if over_all else config.head_dim)
 
     def heads(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [R, T, H, head_dim], keys and values [R, T, K, head_dim], turned to their positions."""
+        """Project x to queries [R, T, H, head_dim] and keys, values [R, T, K, head_dim], turned to their positions."""
         q, k, v = self._project(x)
+        # The norm of queries and keys comes before the heads are split, or after.
         if self.config.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.reshape(*x.shape[:2], -1, self.config.head_dim) for part in (q, k, v))
@@ -125,7 +113,8 @@ class Attention(nnx.Module):
         if not config.fused_qkv:
             return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         fused = self.qkv_proj(x)
-        if config.fused_qkv == "heads":  # every head's own query, key and value lie side by side
+        if config.fused_qkv == "heads":
+            # Every head's own query, key and value lie side by side.
             parts = jnp.split(fused.reshape(*x.shape[:2], config.num_heads, -1), 3, axis=-1)
             return [part.reshape(*x.shape[:2], -1) for part in parts]
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -139,9 +128,9 @@ class MLP(nnx.Module):
         if config.fused_mlp:
             self.gate_up_proj = wide("gate_up_proj", 2 * config.intermediate_size)
         else:
+            self.up_proj = wide("up_proj", config.intermediate_size)
             if config.gated:
                 self.gate_proj = wide("gate_proj", config.intermediate_size)
-            self.up_proj = wide("up_proj", config.intermediate_size)
         self.down_proj = Linear(config, "down_proj", config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -163,6 +152,7 @@ class Expert(nnx.Module):
 
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """x [N, in], sorted by its expert, of which expert e has sizes[e] rows -> [N, out]."""
+        # Expert e multiplies its own rows: the rows are the ragged axis, the experts the groups.
         groups = jax.lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
         )
@@ -172,6 +162,8 @@ class Expert(nnx.Module):
 
 
 class Experts(nnx.Module):
+    """The matrices of all experts, under the names that checkpoints have them."""
+
     def __init__(self, config: DecoderConfig):
         self.gate_proj = Expert(config, config.intermediate_size, config.hidden_size)
         self.up_proj = Expert(config, config.intermediate_size, config.hidden_size)
@@ -187,18 +179,18 @@ class Mixture(nnx.Module):
         self.experts = Experts(config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        config, flat = self.config, x.reshape(-1, x.shape[-1])
+        config, mlp, flat = self.config, self.experts, x.reshape(-1, x.shape[-1])
+        # 1. Every token's experts and their shares.
         probabilities = jax.nn.softmax(self.gate(flat).astype(jnp.float32), axis=-1)
         share, chosen = jax.lax.top_k(probabilities, config.experts_per_token)  # [N, k] each
         if config.normalize_experts:
             share = share / share.sum(axis=-1, keepdims=True)
-        # Sorted by expert, the tokens of one expert are one matrix product.
+        # 2. Sorted by expert, the tokens of one expert are one matrix product.
         order = jnp.argsort(chosen.reshape(-1))
         token, sizes = order // config.experts_per_token, jnp.bincount(chosen.reshape(-1), length=config.experts)
-        mlp = self.experts
         gathered = flat[token]
-        inner = _ACTIVATIONS[config.activation](mlp.gate_proj(gathered, sizes))
-        inner = inner * mlp.up_proj(gathered, sizes)
+        inner = _ACTIVATIONS[config.activation](mlp.gate_proj(gathered, sizes)) * mlp.up_proj(gathered, sizes)
+        # 3. Weighted, and back at their tokens.
         out = mlp.down_proj(inner, sizes) * share.reshape(-1)[order].astype(x.dtype)[:, None]
         return jnp.zeros_like(flat).at[token].add(out).reshape(x.shape)
 
@@ -211,7 +203,7 @@ class Layer(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig):
-        new_norm = partial(norm, config.hidden_size, config)
+        new_norm = partial(Norm, config, config.hidden_size)
         self.config = config
         self.self_attn = Attention(config)
         self.mlp = Mixture(config) if config.experts else MLP(config)
@@ -224,18 +216,21 @@ class Layer(nnx.Module):
             self.pre_feedforward_layernorm = new_norm()
 
     def attention_input(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values; see `Attention.heads`."""
+        """Compute queries, keys and values; see `Attention.heads`."""
         return self.self_attn.heads(self.input_layernorm(x) if self.config.pre_norms else x, cos, sin)
 
     def rest(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """The layer's output, given its input x [R, T, D] and what its heads attended to, [R, T, H, head_dim]."""
+        """Compute the layer's output from its input x [R, T, D] and what its heads attended to, [R, T, H, head_dim]."""
         config = self.config
         mixed = self.self_attn.o_proj(attended.reshape(*attended.shape[:2], -1))
+        # Both branches read the same residual.
         if config.parallel:
             return x + mixed + self.mlp(self.post_attention_layernorm(x))
+        # A norm before each branch only, as in Llama.
         if not config.post_norms:
             x = x + mixed
             return x + self.mlp(self.post_attention_layernorm(x))
+        # A norm behind each branch, as in Gemma (which has those before, too) and OLMo 2.
         x = x + self.post_attention_layernorm(mixed)
         inner = self.mlp(self.pre_feedforward_layernorm(x) if config.pre_norms else x)
         return x + self.post_feedforward_layernorm(inner)

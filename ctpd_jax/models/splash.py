@@ -1,4 +1,4 @@
-"""Splash attention, Pallas' flash attention for TPUs, as two of the back ends of `attention.make_attend`.
+"""Splash attention, Pallas' flash attention for TPUs, as two of the back ends of `attention_backends.make_attend`.
 
 Elsewhere the kernels are interpreted, which is slow and for tests.
 
@@ -27,7 +27,8 @@ _BLOCKS = (512, 256, 128)
 def masked_attend(
     seen: jax.Array, scale: float, softcap: float | None, mesh: Mesh | None = None
 ) -> Callable[..., jax.Array]:
-    """(q, k, v, kind) -> attention, who sees whom read block by block from `seen`, bool [N, R, T, T]."""
+    """Make (q, k, v, kind) -> attention, who sees whom read block by block from `seen`, bool [N, R, T, T]."""
+    # 1. Which blocks hold anything, for every kind of layer and every row.
     length = seen.shape[-1]
     padded, block = _blocks(length)
     seen = jnp.pad(seen, ((0, 0), (0, 0), (0, padded - length), (0, padded - length)))
@@ -42,6 +43,7 @@ def masked_attend(
 
     every = jax.vmap(jax.vmap(blocks_of))(seen)
 
+    # 2. The kernel over them, row by row.
     def rows(interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, blocks: tuple[Any, Any]) -> jax.Array:
         def row(q: jax.Array, k: jax.Array, v: jax.Array, blocks: tuple[Any, Any]) -> Any:
             forward, backward = blocks  # the gradient of the queries takes the same ones as the forward pass
@@ -68,7 +70,7 @@ def masked_attend(
 def segmented_attend(
     windows: tuple[int | None, ...], segment: jax.Array, scale: float, softcap: float | None, mesh: Mesh | None = None
 ) -> Callable[..., jax.Array]:
-    """(q, k, v, kind) -> attention in which a token sees the earlier ones of its own segment; no T x T array anywhere.
+    """Make (q, k, v, kind) -> attention to the earlier tokens of the same segment; no T x T array anywhere.
 
     Args:
         windows: of each kind of layer, in positions or None. They are counted in places of the row, which is the same
@@ -99,22 +101,20 @@ def segmented_attend(
 def _call(
     rows: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, extra: Any, scale: float, padded: int
 ) -> jax.Array:
-    """rows(interpret, q, k, v, extra) on scaled queries, with heads before tokens and rows of the padded length.
-
-    Whether to interpret is decided by the platform that the program is compiled for, not by the one that traces it.
-    """
+    """Call rows(interpret, q, k, v, extra) with scaled queries, heads before tokens and rows of the padded length."""
     length = q.shape[1]
 
     def heads_first(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
     arrays = (heads_first(q * jnp.asarray(scale, q.dtype)), heads_first(k), heads_first(v), extra)
+    # Whether to interpret is decided by the platform that the program is compiled for, not by the one that traces it.
     out = jax.lax.platform_dependent(*arrays, tpu=partial(rows, False), default=partial(rows, True))
     return out.swapaxes(1, 2)[:, :length]
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """The length that a row is padded to, and the block that divides it."""
+    """Return the length that a row is padded to, and the block that divides it."""
     padded = -(-length // _BLOCKS[-1]) * _BLOCKS[-1]
     return padded, next(block for block in _BLOCKS if padded % block == 0)
 
@@ -126,7 +126,7 @@ def _block_sizes(block: int) -> kernels.BlockSizes:
 
 
 def _make_kernel(mask: Any, block: int, softcap: float | None, interpret: bool) -> Any:
-    """The kernel of one row, from a mask that all heads share: MultiHeadMask or bool [1, T, T]."""
+    """Make the kernel of one row, from a mask that all heads share: MultiHeadMask or bool [1, T, T]."""
     return kernels.make_splash_mha(
         mask,
         block_sizes=_block_sizes(block),

@@ -27,7 +27,7 @@ from ctpd_jax.job.table import TRAINED, columns, is_sft, trained_model
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
-from ctpd_jax.models.hf_config import from_hf, read_config
+from ctpd_jax.models.hf.config import from_hf, read_config
 from ctpd_jax.schema import Batch, Model, RowLayout
 from ctpd_jax.sharding import ROWS, replicated, row_devices
 

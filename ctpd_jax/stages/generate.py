@@ -16,10 +16,10 @@ from ctpd_jax.job.models import dtype_of, text_of
 from ctpd_jax.job.table import reading_dtype, rows
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
-from ctpd_jax.models.generate import cut_at_stop, generate
 from ctpd_jax.models.hf import load_hf, model_directory
-from ctpd_jax.models.hf_config import read_config
+from ctpd_jax.models.hf.config import read_config
 from ctpd_jax.models.lora import join
+from ctpd_jax.models.sampling import cut_at_stop, generate
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import Message, Model
 from ctpd_jax.text.prompts import TextModel, load_text_model

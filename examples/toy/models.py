@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from ctpd_jax.artifacts import local_path
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.hf import save_hf
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf.config import from_hf
 from toy.world import corpus
 
 TEACHER_VOCAB, STUDENT_VOCAB = 640, 512

@@ -13,8 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import hf_import, safetensors
-from ctpd_jax.models.hf import load_hf, save_hf
+from ctpd_jax.models.hf import load, load_hf, safetensors, save_hf
 
 
 def split(mesh: Mesh, axis_of: dict[int, str]):
@@ -41,7 +40,7 @@ def check(folder: Path, placement, dtype: str) -> dict[str, int]:
     """The import under a placement against the plain one: values, the shards' sizes, what was read and held."""
     _, plain = load_hf(folder, dtype)
     held, read = [], []
-    real_empty, real_preadv = hf_import._empty, safetensors.os.preadv
+    real_empty, real_preadv = load.empty_aligned, safetensors.os.preadv
 
     def empty(shape, dtype):
         held.append(int(np.prod(shape)) * dtype.itemsize)
@@ -52,11 +51,11 @@ def check(folder: Path, placement, dtype: str) -> dict[str, int]:
         read.append(done)
         return done
 
-    hf_import._empty, safetensors.os.preadv = empty, preadv
+    load.empty_aligned, safetensors.os.preadv = empty, preadv
     try:
         _, found = load_hf(folder, dtype, placement)
     finally:
-        hf_import._empty, safetensors.os.preadv = real_empty, real_preadv
+        load.empty_aligned, safetensors.os.preadv = real_empty, real_preadv
 
     assert jax.tree.structure(plain) == jax.tree.structure(found)
     largest = parts = 0

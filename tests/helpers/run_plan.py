@@ -19,7 +19,7 @@ else:
     import jax.numpy as jnp
 
     from ctpd_jax.models.decoder import apply, param_shapes
-    from ctpd_jax.models.hf_config import from_hf
+    from ctpd_jax.models.hf.config import from_hf
     from ctpd_jax.plan.planner import vocabulary_arrays
     from ctpd_jax.sharding import make_mesh, replicated, shard_shapes
 

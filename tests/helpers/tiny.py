@@ -11,7 +11,7 @@ import numpy as np
 
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, param_shapes
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.schema import RowLayout
 
 _LLAMA = {

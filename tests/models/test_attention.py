@@ -18,10 +18,10 @@ from helpers.tiny import CONFIGS, random_model
 
 from ctpd_jax import settings
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import attention, support
+from ctpd_jax.models import attention_backends
+from ctpd_jax.models.attention_backends import BACKENDS, FEATURES, REFUSED, check_backend, choose_backend
 from ctpd_jax.models.config import DecoderConfig, LayerKind
 from ctpd_jax.models.decoder import hidden_states
-from ctpd_jax.models.support import BACKENDS, FEATURES, REFUSED, check_backend, choose_backend
 from ctpd_jax.schema import RowLayout
 
 WINDOW = 9  # shorter than the segments below
@@ -67,7 +67,7 @@ once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 @partial(once, static_argnums=(0, 1, 2))
 def attended(backend, config, dtype, row, heads, kind):
     """The attention's output at every real token, and the gradients of a weighted sum of it."""
-    attend = attention.make_attend(backend, config, row)
+    attend = attention_backends.make_attend(backend, config, row)
     real = (row.segment > 0)[..., None, None]
     *qkv, weights = heads
 
@@ -168,7 +168,7 @@ def test_the_library_multiplies_float32_as_float32():
     config, row = decoder(), two_rows(64)
 
     def loss(q, k, v):
-        return jnp.sum(attention.make_attend("xla", config, row)(q, k, v, jnp.int32(0)))
+        return jnp.sum(attention_backends.make_attend("xla", config, row)(q, k, v, jnp.int32(0)))
 
     program = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*heads_of(config, 64)[:3]))
     assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") >= 6
@@ -204,7 +204,7 @@ def cuda_program(monkeypatch, head_dim=64, dtype=jnp.bfloat16) -> str:
     config, row = decoder(head_dim), two_rows(64, shared=True)
 
     def loss(q, k, v):
-        return jnp.sum(attention.make_attend("cudnn", config, row)(q, k, v, jnp.int32(1)).astype(jnp.float32))
+        return jnp.sum(attention_backends.make_attend("cudnn", config, row)(q, k, v, jnp.int32(1)).astype(jnp.float32))
 
     arrays = [x.astype(dtype) for x in heads_of(config, 64)[:3]]
     return jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
@@ -220,14 +220,14 @@ def test_what_is_refused_of_cudnn_it_really_cannot_do(monkeypatch):
     for head_dim, dtype in ((64, jnp.float32), (136, jnp.bfloat16), (12, jnp.bfloat16)):
         with monkeypatch.context() as patch, pytest.raises((ValueError, NotImplementedError)) as error:
             # Past our own check, to the library's.
-            patch.setattr(attention, "check_backend", lambda *_: None)
+            patch.setattr(attention_backends, "check_backend", lambda *_: None)
             cuda_program(patch, head_dim, dtype)
         assert not isinstance(error.value, UserError)
 
 
 def test_cudnn_refuses_rows_of_an_odd_length():
     with pytest.raises(UserError, match=r"even length, not 63.*rows\.multiple"):
-        attention.make_attend("cudnn", decoder(), two_rows(63))
+        attention_backends.make_attend("cudnn", decoder(), two_rows(63))
 
 
 # ------------------------------------------------------------------------------------------------ the matrix
@@ -311,14 +311,14 @@ def test_what_is_asked_for_by_name_is_taken_or_refused():
     ):
         with pytest.raises(UserError, match=why):
             choose_backend(choice, decoder(), dtype, False, platform)
-    assert settings.CHOICES["attention"] == ("auto", *support.CHOICES)
+    assert settings.CHOICES["attention"] == ("auto", *attention_backends.CHOICES)
 
 
 def test_platforms():
     def device(platform, **more):
-        return support.platform_of(SimpleNamespace(platform=platform, **more))
+        return attention_backends.platform_of(SimpleNamespace(platform=platform, **more))
 
-    assert support.platform_of(jax.devices("cpu")[0]) == "cpu" and device("tpu") == "tpu"
+    assert attention_backends.platform_of(jax.devices("cpu")[0]) == "cpu" and device("tpu") == "tpu"
     assert device("gpu", compute_capability="8.0") == device("gpu", compute_capability="12.0") == "gpu"
     for old in ("7.5", "gfx90a"):  # a T4, and AMD's
         assert device("gpu", compute_capability=old) == "other gpu"

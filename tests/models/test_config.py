@@ -8,7 +8,7 @@ import pytest
 from helpers.tiny import FAMILIES, HF_CONFIGS
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.hf_config import from_hf, read_config, to_hf
+from ctpd_jax.models.hf.config import from_hf, read_config, to_hf
 
 LLAMA, GEMMA = HF_CONFIGS["llama"], HF_CONFIGS["gemma3"]
 

@@ -16,9 +16,8 @@ from helpers.tiny import HF_CONFIGS, random_model
 from safetensors.numpy import load_file
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import safetensors
 from ctpd_jax.models.decoder import apply
-from ctpd_jax.models.hf import load_hf, save_hf
+from ctpd_jax.models.hf import load_hf, safetensors, save_hf
 
 
 def _same(first, second):

@@ -12,9 +12,8 @@ from helpers.tiny import random_model
 from safetensors.numpy import load_file
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import hf_export, safetensors
-from ctpd_jax.models.hf import load_hf, save_hf
-from ctpd_jax.models.hf_config import read_config
+from ctpd_jax.models.hf import load, load_hf, safetensors, save_hf
+from ctpd_jax.models.hf.config import read_config
 
 LIMIT = 20_000  # bytes of a shard: the tiny Llama has 97 x 32 embeddings, 12,416 bytes, and smaller tensors
 
@@ -76,7 +75,7 @@ def test_what_fits_into_one_file_has_no_index(tmp_path):
         "model.safetensors",
     ]
     save_hf(tmp_path / "m", config, params, max_shard_bytes=size - 1)  # and the single file does not stay
-    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 2 and (tmp_path / "m" / hf_export.INDEX).exists()
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 2 and (tmp_path / "m" / load.INDEX).exists()
 
 
 # ------------------------------------------------------------------------------------------------ self-check

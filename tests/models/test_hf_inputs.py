@@ -10,9 +10,8 @@ import pytest
 from helpers.tiny import FAMILIES, HF_CONFIGS, random_model
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import safetensors
-from ctpd_jax.models.hf import load_hf, save_hf
-from ctpd_jax.models.hf_config import from_hf, read_config, to_hf
+from ctpd_jax.models.hf import load_hf, safetensors, save_hf
+from ctpd_jax.models.hf.config import from_hf, read_config, to_hf
 
 LLAMA, GEMMA3, QWEN2 = HF_CONFIGS["llama"], HF_CONFIGS["gemma3"], FAMILIES["qwen2"]
 NEOX, PHI3, LONG = FAMILIES["gpt_neox"], FAMILIES["phi3"], FAMILIES["phi3_longrope"]

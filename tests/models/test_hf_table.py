@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from helpers.tiny import FAMILIES, random_model
 
-from ctpd_jax.models import safetensors
-from ctpd_jax.models.hf import load_hf, save_hf, tensor_table
-from ctpd_jax.models.hf_config import from_hf
-from ctpd_jax.models.hf_table import checkpoint_shapes, tensor_names
+from ctpd_jax.models.hf import load_hf, safetensors, save_hf
+from ctpd_jax.models.hf.config import from_hf
+from ctpd_jax.models.hf.load import checkpoint_shapes, tensor_names, tensor_table
 
 NEOX = {
     "model.embed_tokens.weight": "gpt_neox.embed_in.weight",

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.peft_folder import load_peft
 from helpers.tiny import CONFIGS, random_model
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import safetensors
 from ctpd_jax.models.decoder import apply, hidden_states, param_shapes
+from ctpd_jax.models.hf import safetensors
 from ctpd_jax.models.lora import (
     adapter_shapes,
     init_adapters,
     join,
     linear_names,
-    load_peft,
     merge,
     save_peft,
     split,

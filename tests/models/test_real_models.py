@@ -16,10 +16,9 @@ import pytest
 from helpers import HELPERS, real_assets
 from tokenizers import Tokenizer
 
-from ctpd_jax.models import safetensors
 from ctpd_jax.models.decoder import apply, hidden_states, logits_of
-from ctpd_jax.models.generate import generate
-from ctpd_jax.models.hf import load_hf, save_hf
+from ctpd_jax.models.hf import load_hf, safetensors, save_hf
+from ctpd_jax.models.sampling import generate
 
 pytestmark = pytest.mark.slow
 SCRIPT = HELPERS / "torch_reference.py"

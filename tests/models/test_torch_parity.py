@@ -20,8 +20,9 @@ from helpers.tiny import FAMILIES, TEACHERS, random_model
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import apply
-from ctpd_jax.models.hf import load_hf, save_hf, tensor_table
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf import load_hf, save_hf
+from ctpd_jax.models.hf.config import from_hf
+from ctpd_jax.models.hf.load import tensor_table
 from ctpd_jax.schema import RowLayout
 from ctpd_jax.train.step import Objective, preference_sums
 

@@ -8,7 +8,7 @@ from helpers.eight_devices import run_on_eight_devices
 
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.hf import save_hf
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf.config import from_hf
 
 SIZES = {
     "vocab_size": 96,

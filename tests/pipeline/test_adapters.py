@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import MICRO
 from helpers.jobs import adapted, files_of, job_in
+from helpers.peft_folder import load_peft
 
 from ctpd_jax.annotate.scorer import make_scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import open_store
@@ -15,7 +16,6 @@ from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import packing
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.hf import load_hf
-from ctpd_jax.models.lora import load_peft
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics

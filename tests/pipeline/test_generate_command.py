@@ -11,9 +11,8 @@ from helpers import MICRO, ROOT
 from toy import world_on_disk
 
 from ctpd_jax.cli import main
-from ctpd_jax.models import safetensors
-from ctpd_jax.models.generate import generate
-from ctpd_jax.models.hf import load_hf
+from ctpd_jax.models.hf import load_hf, safetensors
+from ctpd_jax.models.sampling import generate
 from ctpd_jax.schema import Message
 from ctpd_jax.text.prompts import load_text_model
 

@@ -8,7 +8,7 @@ import pytest
 
 import ctpd_jax
 from ctpd_jax.models.decoder import param_shapes
-from ctpd_jax.models.hf_config import read_config
+from ctpd_jax.models.hf.config import read_config
 
 FILE = Path(ctpd_jax.__file__).parent / "plan" / "known_models.json"
 KNOWN = json.loads(FILE.read_text())

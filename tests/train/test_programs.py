@@ -16,7 +16,7 @@ from ctpd_jax.core import logprobs
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import preference
 from ctpd_jax.train.optimizer import make_optimizer

@@ -16,7 +16,7 @@ from ctpd_jax.data.packing import Rows
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import apply, init_params
-from ctpd_jax.models.hf_config import from_hf
+from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.settings import preference
 from ctpd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
 from ctpd_jax.train.step import (

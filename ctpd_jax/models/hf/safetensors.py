@@ -30,6 +30,8 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PIECE = 1 << 20  # bytes read, checked and converted at a time: they stay in the processor's cache
 _MAX_HEADER = 100_000_000  # the format's own limit
+# What `write` takes: a tensor's name, its shape, and a function that gives the array.
+TensorToWrite = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,8 @@ class Tensor:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name. Raises UserError if the file is not a whole safetensors file.
-
-    As the format has it, the data follow one another without a gap and fill the file.
-    """
+    """Return the tensors of one file by name. Raises UserError if the file is not a whole safetensors file."""
+    # 1. The header: its length in 8 bytes, then JSON.
     size = file.stat().st_size
     with open(file, "rb") as stream:
         start = stream.read(64)
@@ -67,6 +67,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file} is not a safetensors file: its header cannot be read ({error}).") from None
+    # 2. As the format has it, the data follow one another without a gap and fill the file.
     filled = 0
     for begin, end, name in sorted(spans):
         dtype, shape = DTYPES.get(tensors[name].code), tensors[name].shape
@@ -101,19 +102,22 @@ def read_into(tensor: Tensor, name: str, out: np.ndarray, index: tuple[slice, ..
             f"{tensor.file}: tensor {name} has dtype {tensor.code}; only {', '.join(DTYPES)} are supported "
             f"(quantized weights are not)."
         )
+    # 1. What is asked for: rows of the first axis, and a part of the other ones.
     dtype, shape = DTYPES[tensor.code], tensor.shape or (1,)
     rows, *others = (range(size)[part] for size, part in zip(shape, (*index, *[slice(None)] * len(shape))))
     out = out if tensor.shape else out.reshape(1)
     if out.shape != (len(rows), *map(len, others)):
         raise ValueError(f"{name}: a part of shape {(len(rows), *map(len, others))} does not fit into {out.shape}")
+    # 2. Piece by piece: whole rows are read, one after the other in the file.
     whole = others == [range(size) for size in shape[1:]]
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     offset = tensor.offset + rows.start * row_bytes
     fd = os.open(tensor.file, os.O_RDONLY)
     try:
         step = max(1, _PIECE // max(1, row_bytes))
-        piece = np.empty((min(step, len(rows)), *shape[1:]), dtype)
         columns = tuple(slice(part.start, part.stop) for part in others)
+        # What needs no conversion goes straight to its place; the rest by way of a small buffer.
+        piece = np.empty((min(step, len(rows)), *shape[1:]), dtype)
         for start in range(0, len(rows), step):
             target = out[start : start + step]
             part = target if whole and dtype == out.dtype else piece[: len(target)]
@@ -134,7 +138,7 @@ def convert(values: np.ndarray, out: np.ndarray, what: str) -> None:
 
 
 def converted(values: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
-    """The array in `dtype`. Raises UserError, about `what`, for what is not finite, or not in `dtype`."""
+    """Return the array in `dtype`. Raises UserError, about `what`, for what is not finite, or not in `dtype`."""
     refuse_not_finite(values, what)
     if values.dtype == dtype:
         return values
@@ -144,15 +148,14 @@ def converted(values: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
 
 
 def refuse_not_finite(array: np.ndarray, what: str, source: np.ndarray | None = None) -> None:
-    """Raises UserError, about `what`, for NaN or infinity; `source` is what the array was converted from.
-
-    Told by the exponent's bits: numpy's isfinite is slow for bfloat16.
-    """
+    """Raise UserError, about `what`, for NaN or infinity; `source` is what the array was converted from."""
+    # By the bits of the exponent: numpy's isfinite is slow for bfloat16.
     size = array.dtype.itemsize
     limit = np.array(np.inf, array.dtype).view(f"i{size}")  # what is not finite has these bits, or more
     signed, unsigned, flat = array.view(f"i{size}"), array.view(f"u{size}"), array.reshape(-1)
     if not array.size or (signed.max() < limit and unsigned.max() < limit.view(f"u{size}") | 1 << 8 * size - 1):
         return
+    # Which number it is, and where, for the message alone.
     at = int(np.flatnonzero(~np.isfinite(flat.astype(np.float64)))[0])
     found = float(flat[at] if source is None else np.asarray(source).reshape(-1)[at])
     place = ", ".join(str(int(index)) for index in np.unravel_index(at, array.shape))
@@ -164,39 +167,31 @@ def refuse_not_finite(array: np.ndarray, what: str, source: np.ndarray | None = 
 
 
 def same_values(first: Tensor, second: Tensor, name: str) -> bool:
-    """Whether two tensors are equal as float32; `name` is what they are called, for messages."""
+    """Tell whether two tensors are equal as float32; `name` is what they are called, for messages."""
     if first.shape != second.shape:
         return False
-    for index, shape in _pieces(first.shape):
-        one, other = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        read_into(first, name, one, index)
-        read_into(second, name, other, index)
-        if not np.array_equal(one, other):
-            return False
-    return True
+    pairs = zip(_pieces(first, name, np.dtype(np.float32)), _pieces(second, name, np.dtype(np.float32)))
+    return all(np.array_equal(one, other) for (_, one), (_, other) in pairs)
 
 
 def holds(tensor: Tensor, name: str, values: np.ndarray) -> bool:
-    """Whether the file has exactly this array under the name: dtype, shape and every byte."""
+    """Tell whether the file has exactly this array under the name: dtype, shape and every byte."""
     if DTYPES.get(tensor.code) != values.dtype or tensor.shape != values.shape:
         return False
-    for index, shape in _pieces(tensor.shape):
-        found = np.empty(shape, values.dtype)
-        read_into(tensor, name, found, index)
-        if not np.array_equal(_bytes(found), _bytes(np.asarray(values[index], order="C"))):
-            return False
-    return True
+    pieces = _pieces(tensor, name, values.dtype)
+    return all(np.array_equal(_bytes(found), _bytes(np.asarray(values[at], order="C"))) for at, found in pieces)
 
 
-def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
-    """A way through a tensor, some rows at a time: what to give `read_into`, and the shape of that part."""
-    if not shape:
-        yield (), ()
-        return
-    step = max(1, _PIECE // max(1, 8 * math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        yield (slice(start, stop),), (stop - start, *shape[1:])
+def _pieces(tensor: Tensor, name: str, dtype: np.dtype) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Read a tensor some rows at a time: where each piece lies, and the piece in `dtype`."""
+    rows, *others = tensor.shape or (1,)
+    step = max(1, _PIECE // max(1, 8 * math.prod(others)))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        at = (slice(start, stop),) if tensor.shape else ()
+        piece = np.empty((stop - start, *others) if tensor.shape else (), dtype)
+        read_into(tensor, name, piece, at)
+        yield at, piece
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
@@ -204,24 +199,18 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 
 def _read_bytes(fd: int, file: Path, out: np.ndarray, offset: int) -> None:
-    view = out.data
-    done = 0
+    view, done = out.data, 0
     while done < len(view):
+        # A read may give less than was asked for.
         count = os.preadv(fd, [view[done:]], offset + done)
         if count == 0:
             raise UserError(f"{file} was cut short while it was read. Fetch the file again.")
         done += count
 
 
-def write(
-    file: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
-    dtype_of: Callable[[str], np.dtype],
-) -> None:
-    """Write tensors in the order given: (name, shape, a function that gives the array, called when its turn comes).
-
-    `format: pt` stands in the metadata, without which transformers refuses the file.
-    """
+def write(file: Path, tensors: Iterable[TensorToWrite], dtype_of: Callable[[str], np.dtype]) -> None:
+    """Write tensors in the order given; each is asked for its array when its turn comes."""
+    # 1. The header. Without `format: pt` transformers refuses the file.
     entries = list(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -231,6 +220,7 @@ def write(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes
+    # 2. The data, of which one tensor at a time is in memory.
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape, fetch in entries:

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,21 @@ import numpy as np
 
 from ctpd_jax.artifacts import local_path, read_json, refuse_impostor, replacing_folder, write_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import safetensors
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.decoder import Params
-from ctpd_jax.models.hf_config import ADAPTERS, eos_field, read_config, to_hf
-from ctpd_jax.models.hf_import import INDEX, LOAD_DTYPES, WEIGHTS, check_weights, model_directory
-from ctpd_jax.models.hf_table import EMBEDDING, checkpoint_shapes, leaves, places, tensor_table
+from ctpd_jax.models.decoder import Params, leaves
+from ctpd_jax.models.hf import load, safetensors
+from ctpd_jax.models.hf.config import ADAPTERS, read_config, read_object, to_hf, written_token_ids
+from ctpd_jax.models.hf.safetensors import TensorToWrite
 
 MAX_SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 _TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _GENERATION, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 # What a model folder consists of, older shards included, and what is replaced; a tokenizer only by another one.
 _MODEL_FILES = re.compile(r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-
-TensorToWrite = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # name, shape, what gives the array
 
 
 def save_hf(
@@ -78,8 +67,9 @@ def save_hf(
             or that are not finite in `dtype`, a tokenizer folder without tokenizer files, or a folder that reads back
             otherwise than it was meant.
     """
-    if dtype is not None and dtype not in LOAD_DTYPES:
-        raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(LOAD_DTYPES)}.")
+    # 1. What is asked for can be done, and may be done there.
+    if dtype is not None and dtype not in load.LOAD_DTYPES:
+        raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(load.LOAD_DTYPES)}.")
     place = local_path(directory)
     if found := [name for name in ADAPTERS if (place / name).exists()]:
         raise UserError(f"{place} holds adapters ({found[0]}), which are put on the model beside them; choose another.")
@@ -89,10 +79,12 @@ def save_hf(
         return bool(_MODEL_FILES.fullmatch(name)) or name in tokenizer_files
 
     with replacing_folder(place, "config.json", "a model folder", ours) as beside:
+        # 2. The small files.
         _check_params(config, params)
         tensors, dtypes = _tensors(config, params, dtype)
-        source = model_directory(tokenizer) if isinstance(tokenizer, str | Path) else None
-        _write_configs(beside, config, dtypes, source or place)
+        source = load.model_directory(tokenizer) if isinstance(tokenizer, str | Path) else None
+        main_dtype = jnp.dtype(dtype or params["model"]["embed_tokens"]["weight"].dtype)
+        _write_configs(beside, config, str(main_dtype), source or place)
         if source is not None:
             _copy_tokenizer(beside, source)
         elif tokenizer is not None:
@@ -103,6 +95,7 @@ def save_hf(
             (beside / _TEMPLATE).write_bytes(chat_template.encode("utf-8"))
         if card is not None:
             (beside / "README.md").write_bytes(card.encode("utf-8", errors="replace"))
+        # 3. The weights, and then all of it read back, before the folder takes its place.
         write_weights(beside, tensors, dtypes.__getitem__, max_shard_bytes)
         _read_back(beside, config, tensors, dtypes)
 
@@ -111,11 +104,12 @@ def save_hf(
 
 
 def _check_params(config: DecoderConfig, params: Params) -> None:
+    """Raise UserError where the parameters are not those of a checkpoint of the config."""
     if config.lora is not None:
         raise UserError(
             "A model with adapters has no checkpoint of its own: merge them into the weights before the export."
         )
-    expected, found = checkpoint_shapes(config), dict(leaves(params))
+    expected, found = load.checkpoint_shapes(config), dict(leaves(params))
     for path in sorted(expected.keys() ^ found.keys()):
         raise UserError(
             f"The parameters {'lack' if path in expected else 'hold'} {'.'.join(path)}, which the config "
@@ -129,24 +123,23 @@ def _check_params(config: DecoderConfig, params: Params) -> None:
 def _tensors(
     config: DecoderConfig, params: Params, dtype: str | None
 ) -> tuple[list[TensorToWrite], dict[str, np.dtype]]:
-    """The tensors of the checkpoint in the order of the table, each fetched from its device when its turn comes."""
-    found = dict(leaves(params))
+    """Return the checkpoint's tensors in the order of the table, and their dtypes by name."""
+    found, dtypes = dict(leaves(params)), {}
     tensors: list[TensorToWrite] = []
-    dtypes = {}
-    for path, entry in tensor_table(config).items():
+    for path, entry in load.tensor_table(config).items():
         kind = jnp.dtype(dtype or found[path].dtype)
         if kind not in safetensors.DTYPES.values():
-            raise UserError(f"{'.'.join(path)} has dtype {kind}; give dtype, one of {', '.join(LOAD_DTYPES)}.")
-        for place in places(config, entry):
-            name = entry.format(*place)
+            raise UserError(f"{'.'.join(path)} has dtype {kind}; give dtype, one of {', '.join(load.LOAD_DTYPES)}.")
+        for name, place in load.tensor_names(config, entry).items():
             dtypes[name] = kind
-            tensors.append((name, found[path].shape[len(place) :], _fetch(found[path], place, name, kind)))
+            tensors.append((name, found[path].shape[len(place) :], partial(_fetch, found[path], place, name, kind)))
     return tensors, dtypes
 
 
-def _fetch(array: Any, place: tuple[int, ...], name: str, kind: np.dtype) -> Callable[[], np.ndarray]:
-    what = f"Nothing was exported: tensor {name}"
-    return lambda: safetensors.converted(np.asarray(array[place] if place else array), kind, what)
+def _fetch(array: Any, place: tuple[int, ...], name: str, kind: np.dtype) -> np.ndarray:
+    """Bring one tensor from its device, out of the stack that it lies in."""
+    host = np.asarray(array[place] if place else array)
+    return safetensors.converted(host, kind, f"Nothing was exported: tensor {name}")
 
 
 def write_weights(
@@ -155,8 +148,10 @@ def write_weights(
     dtype_of: Callable[[str], np.dtype],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write model.safetensors, or, where that would be larger than `max_shard_bytes`, shards of at most that size
-    (but at least one tensor) and their index."""
+    """Write model.safetensors, or, where that would be larger than `max_shard_bytes`, shards and their index.
+
+    A shard has at most that size, but at least one tensor.
+    """
     shards: list[list[TensorToWrite]] = [[]]
     total = filled = 0
     for tensor in tensors:
@@ -167,34 +162,47 @@ def write_weights(
         shards[-1].append(tensor)
         filled, total = filled + size, total + size
     if len(shards) == 1:
-        safetensors.write(directory / WEIGHTS, shards[0], dtype_of)
+        safetensors.write(directory / load.WEIGHTS, shards[0], dtype_of)
         return
-    stem, suffix = WEIGHTS.split(".")
+    stem, suffix = load.WEIGHTS.split(".")
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
         safetensors.write(directory / file, shard, dtype_of)
         weight_map |= {name: file for name, _, _ in shard}
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(directory / load.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _read_back(
+    directory: Path, config: DecoderConfig, tensors: list[TensorToWrite], dtypes: dict[str, np.dtype]
+) -> None:
+    """Hold the written folder against what was meant: the config, and every byte of every tensor."""
+    try:
+        found = read_config(directory)
+        for field in dataclasses.fields(config):
+            meant, there = getattr(config, field.name), getattr(found, field.name)
+            if meant != there:
+                raise UserError(f"{field.name} is {there!r} in config.json and was meant to be {meant!r}")
+        stored = load.check_weights(directory, config)
+        if len(stored) != len(tensors):
+            raise UserError("tensors were written that were not meant")
+        for name, _, fetch in tensors:
+            if not safetensors.holds(stored[name], name, np.asarray(fetch(), dtypes[name])):
+                raise UserError(f"tensor {name} is not what was meant")
+    except UserError as error:
+        raise UserError(f"The export does not read back as it was written ({error}); nothing was exported.") from error
 
 
 # ------------------------------------------------------------------------------------------------ what stands beside
 
 
-def _write_configs(directory: Path, config: DecoderConfig, dtypes: dict[str, np.dtype], source: Path) -> None:
-    """config.json, and generation_config.json: the source's, with the token ids of this model."""
-    main = str(dtypes[tensor_table(config)[EMBEDDING]])
-    write_json(directory / "config.json", to_hf(config, main))
-    kept = read_json(source / _GENERATION, "mend it, or fetch the model again")
-    if kept is not None and not isinstance(kept, dict):
-        raise UserError(f"{source}/{_GENERATION} must hold a JSON object.")
+def _write_configs(directory: Path, config: DecoderConfig, dtype: str, source: Path) -> None:
+    """Write config.json, and generation_config.json: the source's, with the token ids of this model."""
+    write_json(directory / "config.json", to_hf(config, dtype))
+    kept = read_object(source / _GENERATION) or {}
     # Keys with an underscore are notes of transformers to itself: the file was derived from the source's config.json.
-    generation = {key: value for key, value in (kept or {}).items() if not key.startswith("_")} | {
-        "bos_token_id": config.bos_id,
-        "eos_token_id": eos_field(config),
-        "pad_token_id": config.pad_id,
-    }
-    write_json(directory / _GENERATION, {k: v for k, v in generation.items() if v is not None})
+    generation = {key: value for key, value in kept.items() if not key.startswith("_")} | written_token_ids(config)
+    write_json(directory / _GENERATION, {key: value for key, value in generation.items() if value is not None})
 
 
 def _copy_tokenizer(directory: Path, source: Path) -> None:
@@ -211,18 +219,17 @@ def _copy_tokenizer(directory: Path, source: Path) -> None:
 
 
 def _suit_both_versions(directory: Path) -> None:
-    """Mend tokenizer_config.json so that AutoTokenizer of transformers 4 and 5 takes tokenizer.json as it is.
-
-    Version 4 does not know version 5's class, nor its list of further special tokens; version 5 builds some
-    classes' tokenizers anew, with a split of its own. Code is not exported, so that nothing may ask for it.
-    """
+    """Mend tokenizer_config.json so that AutoTokenizer of transformers 4 and 5 takes tokenizer.json as it is."""
     path, advice = directory / _TOKENIZER_CONFIG, "mend it, or fetch the model again"
     stored, core = (read_json(file, advice) for file in (path, directory / "tokenizer.json"))
     if not all(isinstance(content, dict | None) for content in (stored, core)):
         raise UserError(f"{path.name} and tokenizer.json of the tokenizer must hold a JSON object.")
+    # Code is not exported, so that nothing may ask for it.
     settings = {name: value for name, value in (stored or {}).items() if name != "auto_map"}
     if core is not None:
+        # Version 4 does not know version 5's class, and version 5 builds some classes anew, with a split of its own.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Nor does version 4 know version 5's list of further special tokens.
         if isinstance(more := settings.get("extra_special_tokens"), list):
             del settings["extra_special_tokens"]
             known = settings.get("additional_special_tokens") or []
@@ -236,7 +243,7 @@ def _suit_both_versions(directory: Path) -> None:
 
 
 def stored_template(directory: Path) -> str | None:
-    """The chat template of a tokenizer folder, from whichever file holds it; None where there is none."""
+    """Return the chat template of a tokenizer folder, from whichever file holds it; None where there is none."""
     if (directory / _TEMPLATE).exists():
         return (directory / _TEMPLATE).read_bytes().decode("utf-8")
     for name in (_TOKENIZER_CONFIG, "chat_template.json"):
@@ -248,26 +255,3 @@ def stored_template(directory: Path) -> str | None:
         if isinstance(template, str):
             return template
     return None
-
-
-# ------------------------------------------------------------------------------------------------ self-check
-
-
-def _read_back(
-    directory: Path, config: DecoderConfig, tensors: list[TensorToWrite], dtypes: dict[str, np.dtype]
-) -> None:
-    """Holds the written folder against what was meant."""
-    try:
-        found = read_config(directory)
-        for field in dataclasses.fields(config):
-            meant, there = getattr(config, field.name), getattr(found, field.name)
-            if meant != there:
-                raise UserError(f"{field.name} is {there!r} in config.json and was meant to be {meant!r}")
-        stored = check_weights(directory, config)
-        if len(stored) != len(tensors):
-            raise UserError("tensors were written that were not meant")
-        for name, _, fetch in tensors:
-            if not safetensors.holds(stored[name], name, np.asarray(fetch(), dtypes[name])):
-                raise UserError(f"tensor {name} is not what was meant")
-    except UserError as error:
-        raise UserError(f"The export does not read back as it was written ({error}); nothing was exported.") from error

@@ -11,9 +11,9 @@ import pytest
 from helpers.tiny import random_model
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import generate as module
+from ctpd_jax.models import sampling as module
 from ctpd_jax.models.decoder import apply
-from ctpd_jax.models.generate import cut_at_stop, generate
+from ctpd_jax.models.sampling import cut_at_stop, generate
 from ctpd_jax.schema import RowLayout
 
 PROMPTS = [[3], [5, 6, 7, 8, 9, 10, 11, 12], [4, 80, 33]]
@@ -144,8 +144,8 @@ def test_a_stop_string_may_span_tokens_and_blocks_end_when_all_answers_have(monk
     config, params = random_model("smollm3_windows")
     whole = generate(config, params, PROMPTS, 60, stop_ids=())
     blocks = []
-    go_on = module._go_on_alone
-    monkeypatch.setattr(module, "_go_on_alone", lambda *args: blocks.append(args[-1]) or go_on(*args))
+    go_on = module._go_on
+    monkeypatch.setattr(module, "_go_on", lambda *args: blocks.append(args[-1]) or go_on(*args))
     # From the middle of token 17, over 18, to the colon of 19; the answers draw their own tokens.
     texts = [_spell(answer) for answer in whole]
     stops = [text[text.index("17:") + 1 : text.index("19:") + 3] for text in texts]

@@ -1,4 +1,4 @@
-"""Sampling with a key-value cache, the whole loop under one jit.
+"""Sampling with a key-value cache: the prompts under one jit, all steps of the answers under another.
 
 Letters: B prompts, P length of the padded prompts, S slots of the cache (prompt and room for the answer), L layers,
 K key-value heads, V vocabulary.
@@ -109,17 +109,17 @@ def generate(
         UserError: an empty prompt, an answer that would not fit `config.longest`, a setting out of its range.
     """
     _check_settings(config, max_new_tokens, temperature, top_k, top_p, key)
-    _check_stops(stop_strings, decode)
-    _check_prompts(config, prompts, max_new_tokens)
+    _check_texts(config, prompts, max_new_tokens, stop_strings, decode)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
-    batch = 1 << (len(prompts) - 1).bit_length()  # the next power of two: the rows beyond the prompts are dummies
+    # 1. Prompts as one array: a power of two of rows, of which those beyond the prompts are dummies.
+    batch = 1 << (len(prompts) - 1).bit_length()
     lengths = np.ones(batch, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     tokens = np.zeros((batch, _round_up(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
-    done = np.arange(batch) >= len(prompts)
+    # 2. What is compiled for, and what is handed in.
     dtype = str(jnp.dtype(compute_dtype or params["model"]["norm"]["weight"].dtype))
     program = _Program(config, _round_up(max_new_tokens), temperature > 0, top_k > 0, top_p < 1, dtype)
     inputs = _Inputs(
@@ -133,14 +133,36 @@ def generate(
         jnp.float32(top_p),
         jax.random.key(0) if key is None else key,
     )
-    if decode is not None:
-        return _generate_to_stop(program, inputs, tokens, done, max_new_tokens, stop_strings, decode)[: len(prompts)]
-    answers = np.asarray(_generate(program, inputs, tokens, done, max_new_tokens))
-    return [row[row >= 0].tolist() for row in answers[: len(prompts)]]
+    # 3. The prompts, and with them the first token of every answer; then the others, in blocks of steps between which
+    # the host looks for stop strings. Without any there is one block. The state stays on the device.
+    state, step, looked_at = _begin(program, inputs, tokens, np.arange(batch) >= len(prompts)), 1, 0
+    block = max_new_tokens if decode is None else STOP_BLOCK
+    ends = np.full(batch, max_new_tokens)
+    while True:
+        answers, done = np.array(state.answers), np.array(state.done)  # copies: the arrays are given away below
+        rows = [row[row >= 0].tolist() for row in answers]
+        if decode is not None:
+            for number, ids in enumerate(rows):
+                end = _first_stop(ids, looked_at, stop_strings, decode)
+                if end is not None:
+                    ends[number], done[number] = end, True
+        if step == max_new_tokens or done.all():
+            return [ids[:end] for ids, end in zip(rows[: len(prompts)], ends)]
+        looked_at, step = step, min(step + block, max_new_tokens)
+        state = _go_on(program, inputs, state._replace(done=done), step)
+
+
+def _first_stop(ids: list[int], looked_at: int, stop_strings: Sequence[str], decode: Decode) -> int | None:
+    """Return how many tokens an answer has until a stop string is complete; the first `looked_at` hold none."""
+    for end in range(looked_at + 1, len(ids) + 1):
+        text = decode(ids[:end])
+        if any(stop in text for stop in stop_strings):
+            return end
+    return None
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first place where one of the stop strings stands; all of it where none does."""
+    """Return the text before the first stop string; all of it where there is none."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
@@ -164,7 +186,13 @@ def _check_settings(
         raise UserError("Sampling with temperature > 0 needs a random key: pass key=jax.random.key(seed).")
 
 
-def _check_stops(stop_strings: Sequence[str], decode: Decode | None) -> None:
+def _check_texts(
+    config: DecoderConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_strings: Sequence[str],
+    decode: Decode | None,
+) -> None:
     if isinstance(stop_strings, str):
         raise UserError(f"stop_strings must be a list of strings, not the one string {stop_strings!r}.")
     if "" in stop_strings:
@@ -173,9 +201,6 @@ def _check_stops(stop_strings: Sequence[str], decode: Decode | None) -> None:
         raise UserError("stop_strings are looked for in text: pass decode, a function from token ids to text, too.")
     if decode is not None and not stop_strings:
         raise UserError("decode is used for stop strings alone: pass stop_strings too, or leave decode out.")
-
-
-def _check_prompts(config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"Prompt {number} is empty: the first token needs one before it, such as BOS.")
@@ -196,44 +221,8 @@ def _round_up(length: int) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def _generate(program: _Program, inputs: _Inputs, tokens: jax.Array, done: jax.Array, limit: jax.Array) -> jax.Array:
-    """int32 [B, room]: the answers to the prompts tokens [B, P], -1 after their end.
-
-    `limit`, in 1..room, is the most tokens of an answer; a row that is `done` gets none.
-    """
-    return _go_on(program, inputs, _begin(program, inputs, tokens, done), limit).answers
-
-
-def _generate_to_stop(
-    program: _Program,
-    inputs: _Inputs,
-    tokens: np.ndarray,
-    done: np.ndarray,
-    limit: int,
-    stop_strings: Sequence[str],
-    decode: Decode,
-) -> list[list[int]]:
-    """The same in blocks of steps, between which the host looks for stop strings; the state stays on the device."""
-    state, looked_at, step = _begin_alone(program, inputs, tokens, done), 0, 1
-    ends = np.full(len(tokens), limit)
-    while True:
-        # Copies: the arrays themselves are given away below.
-        answers, done = np.array(state.answers), np.array(state.done)
-        rows = [row[row >= 0].tolist() for row in answers]
-        for number, ids in enumerate(rows):
-            for end in range(looked_at + 1, len(ids) + 1):
-                text = decode(ids[:end])
-                if any(stop in text for stop in stop_strings):
-                    ends[number], done[number] = end, True
-                    break
-        if step == limit or done.all():
-            return [ids[:end] for ids, end in zip(rows, ends)]
-        looked_at, step = step, min(step + STOP_BLOCK, limit)
-        state = _go_on_alone(program, inputs, state._replace(done=done), step)
-
-
 def _begin(program: _Program, inputs: _Inputs, tokens: jax.Array, done: jax.Array) -> _State:
-    """Run the prompts and choose the first token of every answer."""
+    """Run the prompts tokens [B, P] and choose the first token of every answer; a row that is `done` gets none."""
     logits, cache = _prefill(program, inputs, tokens)
     cache = jax.tree.map(lambda part: jnp.pad(part, ((0, 0),) * 3 + ((0, program.room), (0, 0))), cache)
     if isinstance(inputs.layers, tuple):
@@ -242,8 +231,9 @@ def _begin(program: _Program, inputs: _Inputs, tokens: jax.Array, done: jax.Arra
     return _State(jnp.int32(1), cache, *_append(program, inputs, jnp.int32(0), logits, done, answers))
 
 
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _go_on(program: _Program, inputs: _Inputs, state: _State, until: jax.Array) -> _State:
-    """Choose token after token until there are `until`, or all answers are done."""
+    """Choose token after token until there are `until`, at most `program.room`, or all answers are done."""
 
     def step(state: _State) -> _State:
         logits, cache = _decode(program, inputs, state)
@@ -252,14 +242,10 @@ def _go_on(program: _Program, inputs: _Inputs, state: _State, until: jax.Array) 
     return jax.lax.while_loop(lambda state: (state.step < until) & ~state.done.all(), step, state)
 
 
-_begin_alone = jax.jit(_begin, static_argnums=0)
-_go_on_alone = jax.jit(_go_on, static_argnums=0, donate_argnums=2)
-
-
 def _append(
     program: _Program, inputs: _Inputs, step: jax.Array, logits: jax.Array, done: jax.Array, answers: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Choose answer token number `step` of every row: the tokens, who is done now, and the answers with them."""
+    """Choose answer token number `step` of every row; return the tokens, who is done now, and the answers."""
     token = _choose(program, inputs, logits, jax.random.fold_in(inputs.key, step))
     done = done | jnp.isin(token, inputs.stops)
     return token, done, answers.at[:, step].set(jnp.where(done, -1, token))
@@ -269,11 +255,9 @@ def _append(
 
 
 def _one_by_one(layers: Params) -> Any:
-    """Stacked weights as a tuple with the weights of each layer, which share their memory; for the CPU.
-
-    There a scan copies the weights of every layer out of the stack at every step, which for one token a row takes
-    longer than to multiply by them. Arrays on several devices stay as they are.
-    """
+    """Split stacked weights into a tuple with those of each layer, which share their memory; for the CPU."""
+    # There a scan copies the weights of every layer out of the stack at every step, which for one token a row takes
+    # longer than to multiply by them. Arrays on several devices stay as they are.
     leaves, tree = jax.tree.flatten(layers)
     if any(isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1 for leaf in leaves):
         return layers
@@ -283,8 +267,9 @@ def _one_by_one(layers: Params) -> Any:
 
 
 def _prefill(program: _Program, inputs: _Inputs, tokens: jax.Array) -> tuple[jax.Array, Any]:
-    """Run the prompts: logits [B, V] after each prompt's last token; all keys and values, [L, B, K, P, head_dim]."""
-    config = program.config
+    """Run the prompts; return logits [B, V] after each one's last token, and keys and values [L, B, K, P, head_dim]."""
+    config, params = program.config, inputs.params
+    # Each prompt is a segment of its own row; its padding is segment 0.
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segment = (positions < inputs.lengths[:, None]).astype(jnp.int32)
     seen = attention.masks(config, RowLayout(positions, segment, segment))
@@ -294,14 +279,14 @@ def _prefill(program: _Program, inputs: _Inputs, tokens: jax.Array) -> tuple[jax
         q, k, v = module.attention_input(x, cos, sin)
         return module.rest(x, attend(q, k, v, seen[kind])), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    params = inputs.params
     x, cache = _run_layers(program, params, params["model"]["layers"], tokens, positions, layer, None)
     last = x[jnp.arange(len(tokens)), inputs.lengths - 1]
     return decoder.logits_of(config, params, decoder.final_norm(config, params, last)), cache
 
 
 def _decode(program: _Program, inputs: _Inputs, state: _State) -> tuple[jax.Array, Any]:
-    """The token chosen last enters the cache: logits [B, V] for the next one, and the cache with it."""
+    """Take the token chosen last into the cache; return logits [B, V] for the next one, and the cache."""
+    # 1. Who sees whom: one query a row, and all slots that are filled.
     config, params, lengths, width = program.config, inputs.params, inputs.lengths[:, None], inputs.width
     slot = width + state.step - 1
     position = lengths + state.step - 1
@@ -312,13 +297,13 @@ def _decode(program: _Program, inputs: _Inputs, state: _State) -> tuple[jax.Arra
     one = jnp.ones_like(position)
     seen = attention.masks(config, RowLayout(position, one, one), keys=RowLayout(positions, filled, filled))
 
+    # 2. The layers, each with its keys and values out of the cache and the new ones among them.
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-        """One row: q [1, H, head_dim], k and v [K, S, head_dim], seen [1, S]."""
+        """Attend in one row: q [1, H, head_dim], k and v [K, S, head_dim], seen [1, S]."""
         row = (q[None], k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], seen[None])
         return attention.attend(*row, config.attention_scale, config.attention_softcap, causal=False)[0]
 
-    def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=-2)
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=-2)
 
     def layer(module: Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, cache: Any) -> Any:
         q, k, v = module.attention_input(x, cos, sin)
@@ -328,7 +313,7 @@ def _decode(program: _Program, inputs: _Inputs, state: _State) -> tuple[jax.Arra
         return module.rest(x, jax.vmap(attend)(q, keys, values, seen[kind])), new
 
     x, new = _run_layers(program, params, inputs.layers, state.token[:, None], position, layer, state.cache)
-    # Only the new slot is written back: the cache itself is changed in place, not copied.
+    # 3. Only the new slot is written back: the cache itself is changed in place, not copied.
     cache = jax.tree.map(write, state.cache, new)
     return decoder.logits_of(config, params, decoder.final_norm(config, params, x[:, 0])), cache
 
@@ -336,7 +321,7 @@ def _decode(program: _Program, inputs: _Inputs, state: _State) -> tuple[jax.Arra
 def _run_layers(
     program: _Program, params: Params, layers: Any, tokens: jax.Array, positions: jax.Array, layer: Any, cache: Any
 ) -> tuple[jax.Array, Any]:
-    """Embed tokens [B, T] and take them through the layers: the residual stream, and what each layer gave besides."""
+    """Take tokens [B, T] through the layers; return the residual stream, and what each layer gave besides."""
     config = program.config
     graph, _ = decoder.layer_graph(config)
     cos, sin = decoder.rope_tables(config, positions)
@@ -359,7 +344,7 @@ def _run_layers(
 
 
 def _choose(program: _Program, inputs: _Inputs, logits: jax.Array, key: jax.Array) -> jax.Array:
-    """int32 [B]: the next token of each answer, from float32 logits [B, V]."""
+    """Return the next token of each answer, int32 [B], from float32 logits [B, V]."""
     if not program.draw:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / inputs.temperature
@@ -373,10 +358,8 @@ def _choose(program: _Program, inputs: _Inputs, logits: jax.Array, key: jax.Arra
 
 
 def _least_kept(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """float32 [B, 1]: the largest number such that the weights of all values that reach it sum to at least `target`.
-
-    Found bit by bit, which takes 32 passes over values [B, V] and is dozens of times as fast as to sort them.
-    """
+    """Return the largest number, float32 [B, 1], such that the weights of the values that reach it sum to `target`."""
+    # Found bit by bit, in 32 passes over values [B, V]: dozens of times as fast as to sort them.
     # As integers, floats keep their order once those below zero are turned around.
     order = jax.lax.bitcast_convert_type(values, jnp.int32)
     order = jnp.where(order < 0, order ^ 0x7FFFFFFF, order)

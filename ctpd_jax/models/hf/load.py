@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,18 @@ import numpy as np
 
 from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.models import safetensors
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.decoder import Params
-from ctpd_jax.models.hf_config import read_config
-from ctpd_jax.models.hf_table import EMBEDDING, HEAD, checkpoint_name, checkpoint_shapes, tensor_names, tensor_table
+from ctpd_jax.models.decoder import Params, leaves, param_shapes
+from ctpd_jax.models.hf import safetensors
+from ctpd_jax.models.hf.config import read_config
+from ctpd_jax.models.hf.families import FAMILIES
 
+ParamPath = tuple[str, ...]  # the keys on the way to a parameter
 # One sharding for every parameter, or a function of a parameter's path and shape; None: the default device.
-Placement = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding] | None
+Placement = jax.sharding.Sharding | Callable[[ParamPath, tuple[int, ...]], jax.sharding.Sharding] | None
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-LOAD_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+LOAD_DTYPES = ("float32", "bfloat16", "float16")
 # What is fetched from the hub. Other files, such as pickles, code and second copies of the weights, stay there.
 _FETCHED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model*", "spiece.model", "merges.txt", "vocab.txt")
 # Buffers that old checkpoints stored, and that the config determines: rotary frequencies, causal masks.
@@ -59,19 +62,31 @@ def load_hf(
     """
     if dtype not in LOAD_DTYPES:
         raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(LOAD_DTYPES)}.")
+    # 1. Everything is checked by the small files and the headers, before any weight is read.
     directory = model_directory(path_or_repo)
     config = read_config(directory)
-    return config, read_params(directory, config, LOAD_DTYPES[dtype], sharding)
+    stored, shapes = check_weights(directory, config), checkpoint_shapes(config)
+    # 2. One parameter after the other, each on its devices before the next is read.
+    params: Params = {}
+    for path, entry in tensor_table(config).items():
+        where = sharding(path, shapes[path]) if callable(sharding) else sharding
+        leaf = _read_array(stored, entry, shapes[path], jnp.dtype(dtype), where)
+        parent = params
+        for key in path[:-1]:
+            parent = parent.setdefault(key, {})
+        parent[path[-1]] = leaf
+    return config, params
 
 
 def model_directory(path_or_repo: str | Path) -> Path:
-    """The local folder of a model: the path itself, or the downloaded snapshot of a hub repository."""
+    """Return the local folder of a model: the path itself, or the downloaded snapshot of a hub repository."""
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
     name = str(path_or_repo)
     if not _REPO_ID.fullmatch(name) or path.exists():
         raise UserError(f"{name} is not a folder, and not a Hugging Face repository id of the form owner/name either.")
+    # Imported only here: a local folder needs no hub.
     from huggingface_hub import snapshot_download
 
     try:
@@ -85,21 +100,40 @@ def model_directory(path_or_repo: str | Path) -> Path:
         ) from error
 
 
+# ------------------------------------------------------------------------------------------------ names of tensors
+
+
+@lru_cache
+def tensor_table(config: DecoderConfig) -> dict[ParamPath, str]:
+    """Map each parameter's path in the tree to its name in the checkpoint.
+
+    A first "{}" in the name is the number of the layer, a second one that of the expert: such a parameter is the stack
+    of all those tensors, [layers, ...] or [layers, experts, ...]. Adapters stand in no checkpoint.
+    """
+    return {path: checkpoint_name(config, path) for path in checkpoint_shapes(config)}
+
+
+@lru_cache
+def checkpoint_shapes(config: DecoderConfig) -> dict[ParamPath, tuple[int, ...]]:
+    """Map the path of each parameter of a checkpoint to its shape, layers and experts stacked."""
+    return {path: leaf.shape for path, leaf in leaves(param_shapes(replace(config, lora=None)))}
+
+
+def checkpoint_name(config: DecoderConfig, path: ParamPath) -> str:
+    """Return what the family's checkpoints call a parameter, with "{}" as in `tensor_table`."""
+    name = f".{'.'.join(path)}."
+    for ours, theirs in FAMILIES[config.family].renamed.items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name.replace(".layers.", ".layers.{}.").strip(".")
+
+
+def tensor_names(config: DecoderConfig, entry: str) -> dict[str, tuple[int, ...]]:
+    """Map the names of an entry's tensors to their places in its stack: (layer,), (layer, expert), or ()."""
+    counts = (config.num_layers, config.experts)[: entry.count("{}")]
+    return {entry.format(*place): place for place in product(*map(range, counts))}
+
+
 # ------------------------------------------------------------------------------------------------ parameters
-
-
-def read_params(directory: Path, config: DecoderConfig, dtype: Any, sharding: Placement = None) -> Params:
-    """Read a folder's weights into arrays of `dtype`; see `load_hf`."""
-    stored, shapes = check_weights(directory, config), checkpoint_shapes(config)
-    params: Params = {}
-    for path, entry in tensor_table(config).items():
-        where = sharding(path, shapes[path]) if callable(sharding) else sharding
-        leaf = _read_array(stored, entry, shapes[path], jnp.dtype(dtype), where)
-        parent = params
-        for key in path[:-1]:
-            parent = parent.setdefault(key, {})
-        parent[path[-1]] = leaf
-    return params
 
 
 def _read_array(
@@ -109,10 +143,11 @@ def _read_array(
     dtype: np.dtype,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """One parameter. Each part that devices hold is read once, and only then the next."""
+    """Read one parameter. Each part that devices hold is read once, and only then the next."""
     if sharding is None:
         whole = [range(size) for size in shape]
         return jax.block_until_ready(jax.device_put(_read_part(stored, entry, whole, dtype)))
+    # 1. Which devices hold the same part.
     try:
         indices = sharding.addressable_devices_indices_map(shape)
     except ValueError as error:
@@ -121,6 +156,7 @@ def _read_array(
     for device, index in indices.items():
         parts = tuple(range(size)[part] for size, part in zip(shape, index or ()))
         holders.setdefault(parts, []).append(device)
+    # 2. Part by part from the file onto them.
     arrays = []
     for parts, devices in holders.items():
         host = _read_part(stored, entry, parts, dtype)
@@ -130,8 +166,8 @@ def _read_array(
 
 
 def _read_part(stored: dict[str, safetensors.Tensor], entry: str, parts: Any, dtype: np.dtype) -> np.ndarray:
-    """The part of a parameter that `parts`, one range an axis, say; an array that nothing else holds."""
-    out, stacked = _empty([len(part) for part in parts], dtype), entry.count("{}")
+    """Read the part of a parameter that `parts`, one range an axis, say, into an array that nothing else holds."""
+    out, stacked = empty_aligned([len(part) for part in parts], dtype), entry.count("{}")
     index = tuple(slice(part.start, part.stop) for part in parts[stacked:])
     for place in product(*(range(len(part)) for part in parts[:stacked])):
         name = entry.format(*(part[i] for part, i in zip(parts, place)))
@@ -139,8 +175,8 @@ def _read_part(stored: dict[str, safetensors.Tensor], entry: str, parts: Any, dt
     return out
 
 
-def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Uninitialized and aligned, so that on the CPU it becomes the device's array itself and not a second copy."""
+def empty_aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Return an uninitialized array so aligned that on the CPU it becomes the device's array and not a second copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -156,21 +192,37 @@ def check_weights(directory: Path, config: DecoderConfig) -> dict[str, safetenso
     Raises:
         UserError: a file or a tensor that is missing, unexpected or of the wrong shape.
     """
-    stored, shapes, table = _stored_tensors(directory), checkpoint_shapes(config), tensor_table(config)
-    _check_names(directory, config, stored, [name for entry in table.values() for name in tensor_names(config, entry)])
-    for path, entry in table.items():
-        expected = shapes[path][entry.count("{}") :]
-        for name in tensor_names(config, entry):
-            if stored[name].shape != expected:
-                raise UserError(
-                    f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, but config.json implies "
-                    f"{expected}."
-                )
+    stored, shapes = _stored_tensors(directory), checkpoint_shapes(config)
+    # 1. What the config implies.
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, entry in tensor_table(config).items():
+        expected |= dict.fromkeys(tensor_names(config, entry), shapes[path][entry.count("{}") :])
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise UserError(f"{directory} lacks tensors that its config.json implies: {_some(missing)}.")
+    # 2. What is there besides. A tied model may store its head a second time; then it must be the same matrix.
+    extra = {name for name in stored.keys() - expected.keys() if not _COMPUTED.search(name)}
+    head = checkpoint_name(config, ("lm_head", "weight"))
+    embedding = checkpoint_name(config, ("model", "embed_tokens", "weight"))
+    if config.tied and head in extra:
+        if not safetensors.same_values(stored[head], stored[embedding], head):
+            raise UserError(
+                f"{stored[head].file}: config.json has tie_word_embeddings = true, but {head} is not the embedding. "
+                f"Set tie_word_embeddings to false if the stored head is meant."
+            )
+        extra.remove(head)
+    if extra:
+        raise UserError(f"{directory} holds tensors that its config.json does not imply: {_some(sorted(extra))}.")
+    # 3. The shapes.
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, but config.json implies {shape}."
+            )
     return stored
 
 
 def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:
-    """Every tensor of the folder by name, from the single file or from the shards that the index lists."""
+    """Return every tensor of the folder by name, from the single file or from the shards that the index lists."""
     index = directory / INDEX
     if (directory / WEIGHTS).exists():
         return safetensors.read_header(directory / WEIGHTS)
@@ -187,40 +239,16 @@ def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:
         raise UserError(f"{index} is not a safetensors index: it must hold a JSON object with a weight_map.")
     stored: dict[str, safetensors.Tensor] = {}
     for shard in sorted(set(weight_map.values())):
+        # A shard is a plain name: the index may not lead out of the folder.
         if Path(shard).name != shard or not (directory / shard).exists():
             raise UserError(f"{index} lists {shard}, but there is no such file in {directory}.")
         header = safetensors.read_header(directory / shard)
         if twice := sorted(stored.keys() & header.keys()):
             raise UserError(f"{shard} in {directory} holds tensors that another shard holds too: {_some(twice)}.")
         stored |= header
-    missing = sorted(set(weight_map) - set(stored))
-    if missing:
+    if missing := sorted(set(weight_map) - set(stored)):
         raise UserError(f"{index} lists tensors that no shard holds: {_some(missing)}.")
     return stored
-
-
-def _check_names(
-    directory: Path, config: DecoderConfig, stored: dict[str, safetensors.Tensor], expected: list[str]
-) -> None:
-    missing = sorted(set(expected) - set(stored))
-    if missing:
-        raise UserError(f"{directory} lacks tensors that its config.json implies: {_some(missing)}.")
-    extra = {name for name in set(stored) - set(expected) if not _COMPUTED.search(name)}
-    head = checkpoint_name(config, HEAD)
-    if config.tied and head in extra:
-        _check_tied(stored, head, checkpoint_name(config, EMBEDDING))
-        extra.remove(head)
-    if extra:
-        raise UserError(f"{directory} holds tensors that its config.json does not imply: {_some(sorted(extra))}.")
-
-
-def _check_tied(stored: dict[str, safetensors.Tensor], head: str, embedding: str) -> None:
-    """A tied model may store its head a second time; then it must be the same matrix."""
-    if not safetensors.same_values(stored[head], stored[embedding], head):
-        raise UserError(
-            f"{stored[head].file}: config.json has tie_word_embeddings = true, but {head} is not the embedding. Set "
-            f"tie_word_embeddings to false if the stored head is meant."
-        )
 
 
 def _some(names: list[str]) -> str:

@@ -1,8 +1,7 @@
 """Hugging Face's config.json <-> DecoderConfig.
 
-What all families share is read and written here, the rest by each family's row in `families.py`. Whatever in a
-config.json would change the computation and is not understood is refused by name; what cannot change it (`use_cache`,
-`transformers_version`) is left out.
+What all families share is read and written here, the rest by `families.py`. Whatever in a config.json would change the
+computation and is not understood is refused by name; what cannot change it (`use_cache`) is left out.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Any
 from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.families import FAMILIES
-from ctpd_jax.models.features import Shape
-from ctpd_jax.models.hf_fields import Fields
+from ctpd_jax.models.hf.families import DEFAULTS, FAMILIES, written_fields
+from ctpd_jax.models.hf.fields import Fields
 
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -27,15 +26,11 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def read_config(directory: str | Path) -> DecoderConfig:
-    """The config of a model folder: config.json, and the end-of-sequence ids of generation_config.json if it has any.
+    """Read the config of a model folder: config.json, and the ends of sequence that generation_config.json adds.
 
     Raises UserError, with the path, for a missing or broken config.json and for everything `from_hf` refuses.
     """
@@ -46,16 +41,17 @@ def read_config(directory: str | Path) -> DecoderConfig:
             f"{path.parent} holds adapters in PEFT's format ({ADAPTERS[0]}) {beside}. Merge them into the model's "
             f"weights (peft: model.merge_and_unload(), then save_pretrained into a new folder) and take that folder."
         )
-    raw = _read_object(path)
+    raw = read_object(path)
     if raw is None:
         raise UserError(f"There is no {path.name} in {path.parent}: it is not a Hugging Face model folder.")
     config = from_hf(raw, where=str(path))
     generation = path.with_name("generation_config.json")
-    more_eos = _eos_ids(Fields(_read_object(generation) or {}, str(generation)), config.vocab_size)
+    more_eos = _token_ids(Fields(read_object(generation) or {}, str(generation)), "eos_token_id", config.vocab_size)
     return replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + more_eos)))
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file of a model folder, None where there is none. Raises UserError where it is no object."""
     value = read_json(path, "mend it, or fetch the model again")
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object.")
@@ -63,7 +59,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
-    """config.json's content -> DecoderConfig.
+    """Make a DecoderConfig of config.json's content.
 
     Args:
         raw: the parsed config.json, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`) or 5
@@ -73,6 +69,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
     Raises:
         UserError: an unknown architecture, or a field that changes the computation and is not implemented.
     """
+    # 1. The family, which says how the rest is read.
     if raw.get("quantization_config"):
         raise UserError(
             f"{where}: quantization_config is not supported; take a model with bfloat16 or float32 weights."
@@ -88,41 +85,49 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
             f"{where}: model_type {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}.{more}"
         )
     family = FAMILIES[name]
-    fields = Fields(raw, where, family.defaults)
+    fields = Fields(raw, where, {"max_position_embeddings": 2048, **DEFAULTS[name]})
     fields.ignore("model_type", "quantization_config")
-    shape = Shape(
-        hidden=fields.take("hidden_size"),
-        heads=fields.take("num_attention_heads"),
-        layers=fields.take("num_hidden_layers"),
-        positions=fields.take("max_position_embeddings", 2048),
-    )
-    head_dim = fields.take("head_dim", None)
+
+    # 2. What every family has.
+    hidden, heads, layers = (fields.take(size) for size in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    positions, head_dim = fields.take("max_position_embeddings"), fields.take("head_dim", None)
     if head_dim is None:
-        if shape.hidden % shape.heads:
+        if hidden % heads:
             raise UserError(
-                f"{where}: there is no head_dim, and hidden_size ({shape.hidden}) is no multiple of "
-                f"num_attention_heads ({shape.heads})."
+                f"{where}: there is no head_dim, and hidden_size ({hidden}) is no multiple of "
+                f"num_attention_heads ({heads})."
             )
-        head_dim = shape.hidden // shape.heads
+        head_dim = hidden // heads
     vocab = fields.take("vocab_size")
     features: dict[str, Any] = {
         "family": name,
         "vocab_size": vocab,
-        "hidden_size": shape.hidden,
+        "hidden_size": hidden,
         "intermediate_size": fields.take(family.width_field),
-        "num_layers": shape.layers,
-        "num_heads": shape.heads,
-        "num_kv_heads": fields.or_null("num_key_value_heads", shape.heads) or shape.heads,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": fields.or_null("num_key_value_heads", heads) or heads,
         "head_dim": head_dim,
         "attention_scale": head_dim**-0.5,
         "norm_eps": fields.take("rms_norm_eps", 1e-6),
         "tied": fields.take("tie_word_embeddings", False),
-        "max_positions": shape.positions,
+        "max_positions": positions,
         "initializer_range": fields.take("initializer_range", 0.02),
-        **_token_ids(fields, vocab),
-        **family.read(fields, shape),
+        "bos_id": next(iter(_token_ids(fields, "bos_token_id", vocab)), None),
+        "pad_id": next(iter(_token_ids(fields, "pad_token_id", vocab)), None),
+        "eos_ids": _token_ids(fields, "eos_token_id", vocab),
     }
-    features["activation"] = _activation(fields, family.activation_field)
+
+    # 3. What this family has, which may overrule that.
+    features |= family.read(fields)
+    activation = fields.take(family.activation_field, "silu")
+    if activation not in _ACTIVATIONS:
+        raise UserError(
+            f"{where}: {family.activation_field} = {activation!r} is not supported; use one of {sorted(_ACTIVATIONS)}."
+        )
+    features["activation"] = _ACTIVATIONS[activation]
+
+    # 4. Nothing may be left that nobody has read.
     fields.refuse_the_rest()
     try:
         return DecoderConfig(**features)
@@ -130,37 +135,18 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         raise UserError(f"{where}: {error}") from None
 
 
-def _token_ids(fields: Fields, vocab: int) -> dict[str, Any]:
-    """A null in the file means "none"; only an absent field has the family's default."""
-    bos, pad = (_known_ids(fields, name, vocab) for name in ("bos_token_id", "pad_token_id"))
-    return {"bos_id": next(iter(bos), None), "eos_ids": _eos_ids(fields, vocab), "pad_id": next(iter(pad), None)}
-
-
-def _eos_ids(fields: Fields, vocab: int) -> tuple[int, ...]:
-    return _known_ids(fields, "eos_token_id", vocab)
-
-
-def _known_ids(fields: Fields, name: str, vocab: int) -> tuple[int, ...]:
-    """The ids of a field. Old files have -1 for "none"; one past the vocabulary could never be met, nor embedded."""
+def _token_ids(fields: Fields, name: str, vocab: int) -> tuple[int, ...]:
+    """Return the ids of a field; null means none. Raises UserError for one past the vocabulary, never to be met."""
     value = fields.or_null(name)
+    # Old files have -1 for "none".
     ids = tuple(one for one in (value if isinstance(value, list) else [value]) if one not in (None, -1))
     if name in fields.raw and any(one >= vocab for one in ids):
         raise UserError(f"{fields.where}: {name} is {value}, but the vocabulary has {vocab} tokens; mend it, or null.")
     return ids
 
 
-def _activation(fields: Fields, name: str) -> str:
-    value = fields.take(name, "silu")
-    if value not in _ACTIVATIONS:
-        raise UserError(f"{fields.where}: {name} = {value!r} is not supported; use one of {sorted(_ACTIVATIONS)}.")
-    return _ACTIVATIONS[value]
-
-
-# ------------------------------------------------------------------------------------------------ writing
-
-
 def to_hf(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
-    """DecoderConfig -> the content of a config.json that transformers 4 and 5 both read; `from_hf` undoes it.
+    """Make the content of a config.json that transformers 4 and 5 both read; `from_hf` undoes it.
 
     Both spellings of the rotary parameters and of the dtype are written, since each version reads only its own.
     """
@@ -181,16 +167,15 @@ def to_hf(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
         "attention_dropout": 0.0,
         "max_position_embeddings": config.max_positions,
         "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": eos_field(config),
-        "pad_token_id": config.pad_id,
+        **written_token_ids(config),
         "dtype": dtype,
         "torch_dtype": dtype,
         "use_cache": True,
-        **family.write(config),
+        **written_fields(config),
     }
 
 
-def eos_field(config: DecoderConfig) -> int | list[int] | None:
-    """The end-of-sequence ids as Hugging Face writes them: a number if there is one, a list if there are several."""
-    return config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
+def written_token_ids(config: DecoderConfig) -> dict[str, Any]:
+    """Return the special ids as Hugging Face writes them: one end of sequence is a number, several are a list."""
+    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
+    return {"bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
