@@ -27,7 +27,7 @@ MEDIUM = (
     "models/test_decoder.py",
     "train/test_moments.py",
     "pipeline/test_packed_run.py",
-    "models/test_generate.py",
+    "models/test_sampling.py",
     "core/test_golden.py",
     "multi_device/test_core.py",
     "train/test_checkpoint.py",

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tfds_package.pairs import rows
+from helpers.tfds_package.pairs import rows
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message
 from ctpd_jax.text.preferences import load_preferences
 
-SPEC = "tfds:tfds_package.pairs:few_pairs/small"  # tests/text is on the path
+SPEC = "tfds:helpers.tfds_package.pairs:few_pairs/small"
 
 
 @pytest.fixture(scope="module")
