@@ -75,12 +75,12 @@ def token_logprobs(
     if targets.size == 0:
         return jnp.zeros(targets.shape, _accumulator(hidden, unembedding))
     vocabulary, width = unembedding.shape
-    groups = _number_of_groups(targets.size, vocabulary, chunk)
+    groups = number_of_groups(targets.size, vocabulary, chunk)
     dtype = jnp.promote_types(hidden.dtype, unembedding.dtype)
     if precision is None and dtype.itemsize >= 4:
         precision = lax.Precision.HIGHEST
     rows = hidden.reshape(targets.size, width).astype(dtype)
-    # Rounding up to whole groups copies the unembedding; _number_of_groups avoids it wherever V has a fitting divisor.
+    # Rounding up to whole groups copies the unembedding; number_of_groups avoids it wherever V has a fitting divisor.
     padded = jnp.pad(unembedding.astype(dtype), ((0, -vocabulary % groups), (0, 0)))
     grouped = padded.reshape(-1, groups, width)
     known = jnp.where((targets >= 0) & (targets < vocabulary), targets, -1)  # -1 lies in no group and stays NaN
@@ -106,7 +106,7 @@ def _check(hidden: Array, unembedding: Array, targets: Array, chunk: int | None,
         raise ValueError(f"token_logprobs needs softcap > 0 or None, got {softcap}.")
 
 
-def _number_of_groups(positions: int, vocabulary: int, chunk: int | None) -> int:
+def number_of_groups(positions: int, vocabulary: int, chunk: int | None) -> int:
     """Fewest groups with positions * V / groups <= chunk * V, rounded up to a divisor of V if one lies within twice."""
     if chunk is None:
         chunk = max(1, BLOCK_BYTES // (4 * vocabulary))

@@ -349,15 +349,15 @@ def _choose(program: _Program, inputs: _Inputs, logits: jax.Array, key: jax.Arra
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / inputs.temperature
     if program.top_k:
-        least = _least_kept(logits, jnp.ones_like(logits, jnp.int32), inputs.top_k)
+        least = least_kept(logits, jnp.ones_like(logits, jnp.int32), inputs.top_k)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if program.top_p:
-        least = _least_kept(logits, jax.nn.softmax(logits, axis=-1), inputs.top_p)
+        least = least_kept(logits, jax.nn.softmax(logits, axis=-1), inputs.top_p)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-def _least_kept(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+def least_kept(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     """Return the largest number, float32 [B, 1], such that the weights of the values that reach it sum to `target`."""
     # Found bit by bit, in 32 passes over values [B, V]: dozens of times as fast as to sort them.
     # As integers, floats keep their order once those below zero are turned around.

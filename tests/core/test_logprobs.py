@@ -174,7 +174,7 @@ def test_options_that_make_no_sense_are_refused(unchecked) -> None:
 @settings(max_examples=200, deadline=None)
 @given(positions=st.integers(1, 10**6), vocabulary=st.integers(1, 300_000), chunk=st.none() | st.integers(1, 10**5))
 def test_a_block_is_never_larger_than_chunk_rows_of_logits(positions, vocabulary, chunk) -> None:
-    groups = logprobs._number_of_groups(positions, vocabulary, chunk)
+    groups = logprobs.number_of_groups(positions, vocabulary, chunk)
     assert 1 <= groups <= vocabulary
     columns = math.ceil(vocabulary / groups)
     bound = (chunk or max(1, logprobs.BLOCK_BYTES // (4 * vocabulary))) * vocabulary
@@ -184,7 +184,7 @@ def test_a_block_is_never_larger_than_chunk_rows_of_logits(positions, vocabulary
 
 
 def test_default_block_is_64_megabytes() -> None:
-    groups = logprobs._number_of_groups(512, 262_144, None)
+    groups = logprobs.number_of_groups(512, 262_144, None)
     assert 512 * 262_144 // groups * 4 <= 64 * 2**20 < 512 * 262_144 // (groups - 1) * 4
 
 
@@ -201,7 +201,7 @@ def test_compiled_gradient_holds_one_block_of_logits(vocabulary: int) -> None:
     found = re.findall(r"\b(?:f|bf|pred|s|u)\d*\[([\d,]+)\]", compiled.as_text())
     shapes = {tuple(int(n) for n in dims.split(",")) for dims in found}
     block = chunk * vocabulary
-    groups = logprobs._number_of_groups(positions, vocabulary, chunk)
+    groups = logprobs.number_of_groups(positions, vocabulary, chunk)
     padded = -(-vocabulary // groups)
     assert (positions, padded) in shapes, "the blocks are not found: the test reads the program wrongly"
     assert block < positions * vocabulary / 8

@@ -5,6 +5,7 @@ Usage: python -m helpers.import_checks FOLDER, a model folder of several shards;
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.hf import load, load_hf, safetensors, save_hf
+from ctpd_jax.models.hf import load_hf, safetensors, save_hf
 
 
 def split(mesh: Mesh, axis_of: dict[int, str]):
@@ -39,23 +40,28 @@ def by_stack(path: tuple[str, ...]) -> PartitionSpec:
 def check(folder: Path, placement, dtype: str) -> dict[str, int]:
     """The import under a placement against the plain one: values, the shards' sizes, what was read and held."""
     _, plain = load_hf(folder, dtype)
-    held, read = [], []
-    real_empty, real_preadv = load.empty_aligned, safetensors.os.preadv
+    memory, read = {}, []  # of each array that was read into: itself, and the bytes that were
+    real_read, real_preadv = safetensors.read_into, os.preadv
 
-    def empty(shape, dtype):
-        held.append(int(np.prod(shape)) * dtype.itemsize)
-        return real_empty(shape, dtype)
+    def read_into(tensor, name, out, index=()):
+        owner = out
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        memory.setdefault(id(owner), (owner, []))[1].append(out.nbytes)
+        real_read(tensor, name, out, index)
 
     def preadv(fd, buffers, offset):
         done = real_preadv(fd, buffers, offset)
         read.append(done)
         return done
 
-    load.empty_aligned, safetensors.os.preadv = empty, preadv
+    safetensors.read_into, os.preadv = read_into, preadv
     try:
         _, found = load_hf(folder, dtype, placement)
     finally:
-        load.empty_aligned, safetensors.os.preadv = real_empty, real_preadv
+        safetensors.read_into, os.preadv = real_read, real_preadv
+    held = [sum(filled) for _, filled in memory.values()]
+    assert all(owner.nbytes < sum(filled) + 4096 for owner, filled in memory.values())  # nothing larger than its part
 
     assert jax.tree.structure(plain) == jax.tree.structure(found)
     largest = parts = 0

@@ -12,7 +12,7 @@ from helpers.tiny import random_model
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models import sampling as module
-from ctpd_jax.models.decoder import apply
+from ctpd_jax.models.decoder import apply, hidden_states
 from ctpd_jax.models.sampling import cut_at_stop, generate
 from ctpd_jax.schema import RowLayout
 
@@ -48,19 +48,29 @@ def test_greedy_with_cache_is_greedy_without(name):
 def test_layers_in_a_stack_answer_as_layers_one_by_one(monkeypatch):
     """The way of the accelerators, which the CPU does not go by itself."""
     config, params = random_model("smollm3_windows")
+    config = replace(config, max_positions=501)  # a config that no other test has compiled
+    attend, traced = module.attention.attend, []
+    monkeypatch.setattr(module.attention, "attend", lambda *args, **more: traced.append(1) or attend(*args, **more))
     answers = generate(config, params, PROMPTS, 12, stop_ids=())
+    one_by_one = len(traced)
     monkeypatch.setattr(jax, "default_backend", lambda: "some accelerator")
-    monkeypatch.setattr(module, "_one_by_one", None)
     assert generate(config, params, PROMPTS, 12, stop_ids=()) == answers
+    assert one_by_one < len(traced) < 2 * one_by_one  # a layer of a stack is traced once for all
 
 
 def test_layers_one_by_one_share_the_memory_of_the_stack():
-    _, params = random_model("llama_biases")
+    """Looked at in the middle of an answer, when it is shown to `decode`."""
+    config, params = random_model("llama_biases")
     stack = params["model"]["layers"]["mlp"]["down_proj"]["weight"]  # 6144 bytes a layer: no part is out of line
-    for number, layer in enumerate(module._one_by_one(params["model"]["layers"])):
-        part = layer["mlp"]["down_proj"]["weight"]
-        np.testing.assert_array_equal(part, stack[number])
-        assert part.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + number * part.nbytes
+    size, places = stack.nbytes // len(stack), set()
+
+    def look(_):
+        layers = [array for array in jax.live_arrays() if array.shape == stack.shape[1:]]
+        places.update(layer.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer() for layer in layers)
+        return ""
+
+    generate(config, params, PROMPTS, 2, stop_ids=(), stop_strings=["never"], decode=look)
+    assert {number * size for number in range(len(stack))} <= places
 
 
 def test_an_answer_does_not_depend_on_what_else_is_asked():
@@ -83,33 +93,40 @@ def test_an_answer_ends_before_its_stop_token_and_the_others_go_on():
     assert generate(config, params, PROMPTS, 0) == [[], [], []] and generate(config, params, [], 5) == []
 
 
-def test_numbers_of_prompts_share_a_program_and_no_token_is_run_in_vain(monkeypatch):
+@pytest.fixture
+def passes(monkeypatch):
+    """(one entry for each pass that is traced, one for each that runs): of the prompts, and of one token each after."""
+    logits_of, traced, ran = module.decoder.logits_of, [], []
+
+    def spy(*args):
+        traced.append(1)
+        jax.debug.callback(lambda: ran.append(1))
+        return logits_of(*args)
+
+    monkeypatch.setattr(module.decoder, "logits_of", spy)
+    return traced, ran
+
+
+def test_numbers_of_prompts_share_a_program_and_no_token_is_run_in_vain(passes):
     """One program for 3 and 4 prompts; a decode step only where a further token is wanted by a real prompt."""
     config, params = random_model("llama_biases")
     config = replace(config, max_positions=500)  # a config that no other test has compiled
-    traced, decoded = [], []
-    prefill, decode = module._prefill, module._decode
-
-    def counting_decode(*args):
-        jax.debug.callback(lambda: decoded.append(1))
-        return decode(*args)
-
-    monkeypatch.setattr(module, "_prefill", lambda *args: traced.append(1) or prefill(*args))
-    monkeypatch.setattr(module, "_decode", counting_decode)
+    traced, ran = passes
 
     def steps(prompts, count, stop):
-        decoded.clear()
+        ran.clear()
         answers = generate(config, params, prompts, count, stop_ids=[stop])
         jax.effects_barrier()
-        return answers, len(decoded)
+        return answers, len(ran) - 1
 
     prompts = [[3, 4], [5, 6, 7], [8], [9, 10]]
     four, taken = steps(prompts, 9, 10**6)
-    assert taken == 8 and [len(answer) for answer in four] == [9] * 4
+    programs = len(traced)
+    assert programs and taken == 8 and [len(answer) for answer in four] == [9] * 4
     assert steps(prompts[:3], 9, 10**6) == (four[:3], 8)
-    assert len(traced) == 1
     stop = next(token for token in four[0][1:] if token not in four[0][:1])
     assert steps(prompts[:1] * 3, 9, stop) == ([four[0][: four[0].index(stop)]] * 3, four[0].index(stop))
+    assert len(traced) == programs
 
 
 def test_the_config_s_own_stop_tokens_are_the_default():
@@ -140,18 +157,20 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_string(place):
     assert stopped == [whole[0], whole[1][:place], whole[2]]
 
 
-def test_a_stop_string_may_span_tokens_and_blocks_end_when_all_answers_have(monkeypatch):
+def test_a_stop_string_may_span_tokens_and_blocks_end_when_all_answers_have(passes):
     config, params = random_model("smollm3_windows")
+    config = replace(config, max_positions=502)  # a config that no other test has compiled
     whole = generate(config, params, PROMPTS, 60, stop_ids=())
-    blocks = []
-    go_on = module._go_on
-    monkeypatch.setattr(module, "_go_on", lambda *args: blocks.append(args[-1]) or go_on(*args))
+    jax.effects_barrier()
+    _, ran = passes
+    ran.clear()
     # From the middle of token 17, over 18, to the colon of 19; the answers draw their own tokens.
     texts = [_spell(answer) for answer in whole]
     stops = [text[text.index("17:") + 1 : text.index("19:") + 3] for text in texts]
     answers = generate(config, params, PROMPTS, 60, stop_ids=(), stop_strings=stops, decode=_spell)
     assert answers == [answer[:19] for answer in whole]
-    assert blocks == [17, 33]
+    jax.effects_barrier()
+    assert len(ran) == 33  # the blocks end with tokens 17, 33, 49
     for stop, text, answer in zip(stops, texts, answers):
         assert cut_at_stop(_spell(answer), [stop]) == text[: text.index("17:") + 1]
 
@@ -216,25 +235,20 @@ SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8), (1.3, 6,
 
 @pytest.mark.parametrize("temperature, top_k, top_p", SETTINGS)
 def test_draws_follow_the_exact_probabilities(temperature, top_k, top_p):
-    """And they do not fit any other of the settings."""
+    """And they do not fit any other of the settings. All tokens have one embedding, so that all draws are alike."""
+    config, params = random_model("llama")
+    embedding = params["model"]["embed_tokens"]["weight"]
+    params["model"]["embed_tokens"]["weight"] = jnp.tile(embedding[3], (len(embedding), 1))
+    hidden = np.asarray(hidden_states(config, params, np.array([[3, 4]])))[0, -1]
     logits = np.float32(np.random.default_rng(2).normal(size=97, scale=2.0))
-    program = module._Program(None, 1, True, top_k > 0, top_p < 1, "float32")
-    inputs = module._Inputs(None, None, None, None, None, temperature, top_k, top_p, None)
-    tokens = module._choose(program, inputs, np.tile(logits, (4096, 1)), jax.random.key(1))
-    counts = np.bincount(tokens, minlength=97)
+    params["lm_head"]["weight"] = jnp.asarray(np.outer(logits, hidden / (hidden @ hidden)))
+    np.testing.assert_allclose(apply(config, params, np.array([[8, 7, 6]]))[0, 2], logits, atol=1e-5)
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": jax.random.key(1), "stop_ids": ()}
+    answers = np.array(generate(config, params, [[3]] * 64, 64, **drawn))
+    counts = np.bincount(answers.flat, minlength=97)
     for other in SETTINGS:
         deviation = _deviation(counts, _exact(logits, *other))
         assert (deviation < 4) == (other == (temperature, top_k, top_p)), (other, deviation)
-
-
-def test_first_tokens_of_many_equal_prompts_follow_the_model(monkeypatch):
-    monkeypatch.setattr(module, "BUCKET", 2)
-    config, params = random_model("llama")
-    flat = {**params, "lm_head": {"weight": params["lm_head"]["weight"] / 4}}  # so that more tokens matter
-    logits = np.asarray(apply(config, flat, np.array([[3, 4]])))[0, -1]
-    drawn = {"temperature": 1.3, "top_k": 6, "top_p": 0.8, "key": jax.random.key(1), "stop_ids": ()}
-    answers = np.array(generate(config, flat, [[3, 4]] * 1024, 1, **drawn))
-    assert _deviation(np.bincount(answers[:, 0], minlength=config.vocab_size), _exact(logits, 1.3, 6, 0.8)) < 4
 
 
 def test_what_is_kept_is_what_sorting_keeps():
@@ -245,7 +259,7 @@ def test_what_is_kept_is_what_sorting_keeps():
     values[::3, 5:10] = -np.inf
     weights = np.float32(random.uniform(size=values.shape))
     targets = np.float32(random.uniform(0.1, 15, size=200))
-    found = np.asarray(jax.jit(module._least_kept)(values, weights, targets[:, None]))[:, 0]
+    found = np.asarray(jax.jit(module.least_kept)(values, weights, targets[:, None]))[:, 0]
     for row, own, target, least in zip(values, weights, targets, found):
         enough = [value for value in row if own[row >= value].sum() >= target]
         assert least == max(enough, default=row.min())

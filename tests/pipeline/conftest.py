@@ -11,11 +11,10 @@ from ctpd_jax.cli import main
 
 
 @pytest.fixture(scope="session")
-def adapted_micro(made_once, new_workdir) -> Path:
+def adapted_micro(made_once) -> Path:
     """The workdir of a whole run whose stages train adapters (helpers.ADAPTED). Who changes it takes a copy."""
 
     def make(folder: Path) -> None:
-        new_workdir("adapted").rename(folder)
         assert main(["run", "--config", MICRO, "--workdir", str(folder), *ADAPTED]) == 0
 
     return made_once("adapted_micro", make)

@@ -1,71 +1,75 @@
 """A run whose stages train adapters."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
-from helpers import MICRO
-from helpers.jobs import adapted, files_of, job_in
+from helpers import ADAPTED, MICRO
 from helpers.peft_folder import load_peft
+from toy import world_on_disk
 
 from ctpd_jax.annotate.scorer import make_scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import open_store
-from ctpd_jax.cli import load_config, main
+from ctpd_jax.cli import main
 from ctpd_jax.data.loader import plan_shapes
-from ctpd_jax.job import lineage
-from ctpd_jax.job.pairs import load_pairs
-from ctpd_jax.job.recipe import packing
+from ctpd_jax.data.packing import Rows
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.hf import load_hf
+from ctpd_jax.models.lora import merge, with_lora
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 
-ADAPTED = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
-SMALL = ["--config.student_sft.steps=-1", "--config.student_dpo.steps=-1"]
-
 
 @pytest.fixture(scope="module")
-def run(new_workdir):
-    """A whole run with adapters, as the job that sees it."""
-    workdir = new_workdir("adapters")
-    overrides = [*ADAPTED, *SMALL]
-    assert main(["run", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
-    return job_in(workdir, load_config(MICRO, overrides))
+def workdir(adapted_micro, tmp_path_factory):
+    return shutil.copytree(adapted_micro, tmp_path_factory.mktemp("adapters") / "run")
 
 
-def test_only_adapters_are_trained_and_kept(run):
-    for stage, model in (("teacher_sft", "teacher"), ("positive", "teacher"), ("train", "student")):
-        stored, _ = load_params(run.workdir / stage / "params")
-        names = {path[-1].key for path, _ in jax.tree.leaves_with_path(stored)}
-        assert names == {"lora_a", "lora_b"}
-        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(stored))  # B has left zero
-        assert len(read_metrics(run.workdir, stage)) == 4
-        merged, base = (
-            lineage.merged(files_of(run), run.config, stage, model),
-            lineage.base(files_of(run), run.config, stage, "float32").params,
-        )
-        after, before = (tree["model"]["layers"]["mlp"]["up_proj"]["weight"] for tree in (merged, base))
-        assert np.abs(after - before).max() > 0
-        np.testing.assert_array_equal(merged["model"]["norm"]["weight"], base["model"]["norm"]["weight"])
+def load_base(workdir, stage):
+    """The config and the parameters that a stage began with: the user's checkpoint, SFT merged into the teacher's."""
+    if stage in ("positive", "negative"):
+        return load_merged(workdir, "teacher_sft")
+    world = world_on_disk()
+    return load_hf(world.student if stage == "train" else world.teacher)
 
 
-def test_training_starts_at_the_base(run):
-    first = read_metrics(run.workdir, "positive")[0]
+def load_merged(workdir, stage):
+    """The config without adapters, and the parameters that a stage left with its adapters merged."""
+    config, base = load_base(workdir, stage)
+    return config, merge(with_lora(config, 4, 16.0), base, load_params(workdir / stage / "params")[0])
+
+
+@pytest.mark.parametrize("stage", ["teacher_sft", "positive", "train"])
+def test_only_adapters_are_trained_and_kept(workdir, stage):
+    stored, _ = load_params(workdir / stage / "params")
+    names = {path[-1].key for path, _ in jax.tree.leaves_with_path(stored)}
+    assert names == {"lora_a", "lora_b"}
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(stored))  # B has left zero
+    assert len(read_metrics(workdir, stage)) == 4
+    (_, merged), (_, base) = load_merged(workdir, stage), load_base(workdir, stage)
+    after, before = (tree["model"]["layers"]["mlp"]["up_proj"]["weight"] for tree in (merged, base))
+    assert np.abs(after - before).max() > 0
+    np.testing.assert_array_equal(merged["model"]["norm"]["weight"], base["model"]["norm"]["weight"])
+
+
+def test_training_starts_at_the_base(workdir):
+    first = read_metrics(workdir, "positive")[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4) and first["rewards/margins"] == pytest.approx(
         0, abs=1e-3
     )
 
 
-def test_two_adapters_read_together_as_two_merged_models_read_alone(run):
-    store, pairs = open_store(run.workdir / "annotations", verify=False), load_pairs(run, "train").aligned[:6]
+def test_two_adapters_read_together_as_two_merged_models_read_alone(workdir):
+    store, rows = open_store(workdir / "annotations", verify=False), Rows("shared", buckets=1)
+    pairs = [store[i][0] for i in range(6)]
     items = [plain_item(pair, "teacher") for pair in pairs]
     spans = [tuple(pair.tokens("teacher", side).span_ids for side in (CHOSEN, REJECTED)) for pair in pairs]
-    differ, decoder, rows = 0.0, files_of(run).decoder("teacher"), packing(run.config, run.mesh)
+    differ = 0.0
     for name in ("positive", "negative"):
-        scorer, params = (
-            make_scorer(decoder, Compute(mesh=run.mesh)),
-            lineage.merged(files_of(run), run.config, name, "teacher"),
-        )
+        config, params = load_merged(workdir, name)
+        scorer = make_scorer(config, Compute())
         (alone,) = score_pairs(
             lambda batch, slots, scorer=scorer, params=params: scorer({}, params, batch, slots),
             items, spans, 2, rows, plan_shapes(items, [range(len(items))], 2, rows),
@@ -78,29 +82,31 @@ def test_two_adapters_read_together_as_two_merged_models_read_alone(run):
     assert differ > 1e-2  # the adapters do something
 
 
-def test_the_export_is_base_and_adapters_merged(run):
-    _, exported = load_hf(run.workdir / "export")
-    jax.tree.map(np.testing.assert_array_equal, exported, lineage.merged(files_of(run), run.config, "train", "student"))
+def test_the_export_is_base_and_adapters_merged(workdir):
+    _, exported = load_hf(workdir / "export")
+    jax.tree.map(np.testing.assert_array_equal, exported, load_merged(workdir, "train")[1])
 
 
-def test_adapters_are_exported_for_peft(run):
-    overrides = [*ADAPTED, *SMALL, "--config.export.adapters=True"]
-    assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 0
-    config, adapters = load_peft(run.workdir / "adapters", files_of(run).decoder("student"))
-    assert config.lora == adapted(run, "train", "student").lora
-    jax.tree.map(np.testing.assert_array_equal, adapters, files_of(run).adapters("train"))
+def test_adapters_are_exported_for_peft(workdir):
+    overrides = [*ADAPTED, "--config.export.adapters=True"]
+    assert main(["export", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
+    plain = load_base(workdir, "train")[0]
+    config, adapters = load_peft(workdir / "adapters", plain)
+    assert config.lora == with_lora(plain, 4, 16.0).lora
+    jax.tree.map(np.testing.assert_array_equal, adapters, load_params(workdir / "train" / "params")[0])
 
 
-def test_other_settings_than_the_adapters_were_trained_with_are_refused(run, capsys):
+def test_other_settings_than_the_adapters_were_trained_with_are_refused(workdir, capsys):
     """Another alpha would fit their shapes, and count them another number of times."""
-    overrides = [*ADAPTED, *SMALL, "--config.train.lora.alpha=64"]
-    assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 2
+    overrides = [*ADAPTED, "--config.train.lora.alpha=64"]
+    assert main(["export", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 2
     assert "alpha is 16.0 there and 64.0 here" in capsys.readouterr().err
 
 
-def test_adapters_need_the_users_own_checkpoint_as_base(run, capsys):
-    overrides = [*ADAPTED, "--config.export.adapters=True", "--config.student_dpo.steps=-1"]
-    assert main(["export", "--config", MICRO, "--workdir", str(run.workdir), *overrides]) == 2
+def test_adapters_need_the_users_own_checkpoint_as_base(workdir, capsys):
+    sft = [setting for setting in ADAPTED if "student_sft" not in setting]
+    overrides = [*sft, "--config.export.adapters=True"]
+    assert main(["export", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 2
     assert "student_sft" in capsys.readouterr().err
 
 

@@ -131,8 +131,8 @@ def test_no_boundary_where_a_normaliser_composes_across_it():
 @example("a\u0302\u0331\u0323\u0302\u0302", "byte-nfc")
 def test_long_stretches_are_cut_as_short_ones(text, kind):
     """The incremental rule for long runs of marks, forced onto every stretch, equals the definition."""
-    tok, ref = small(kind), REFERENCES[kind]
-    normal = tok._normalizer.normalize_str
+    ref = REFERENCES[kind]
+    normal = core(kind).normalizer.normalize_str
     short = cuts.SHORT_STRETCH
     cuts.SHORT_STRETCH = 0
     try:
@@ -151,7 +151,7 @@ def test_a_long_run_of_marks_is_linear_work(run):
     """
     seen = [0, 0]
     for round_, length in enumerate((1000, 4000)):
-        normal = small("byte-nfc")._normalizer.normalize_str
+        normal = core("byte-nfc").normalizer.normalize_str
 
         def counted(text: str, round_: int = round_, normal=normal) -> str:
             seen[round_] += len(text)

@@ -47,7 +47,7 @@ def abstract_batch() -> Batch:
 def forbidden(text: str, config: DecoderConfig) -> set[tuple[int, ...]]:
     """Array shapes of a compiled program in which more logits could be alive than one block has."""
     vocabulary, width = config.vocab_size, config.hidden_size
-    groups = logprobs._number_of_groups(SCORED, vocabulary, None)
+    groups = logprobs.number_of_groups(SCORED, vocabulary, None)
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)}
     found = set()
     for shape in shapes:
