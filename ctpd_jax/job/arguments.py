@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ctpd_jax.job.table import TRAINED
+from ctpd_jax.job.table import STAGES, TRAINED
 
 COMMANDS = {
     "run": "every stage in order; picks up where it stopped",
     "sft": "supervised fine-tuning of teacher and student",
     "dpo": "the contrastive pair: DPO, and with --reverse the pair swapped; --student: the plain DPO student",
-    "annotate": "span log-probabilities of reference, contrastive pair and start -> DIR/annotations",
-    "train": "CTPD of the student on the annotated data",
-    "evaluate": "preference accuracies, lambda, sampled answers -> DIR/evaluation.json, DIR/report.html",
-    "export": "the trained student in Hugging Face format -> DIR/export",
+    # Every other stage has a command of its own name.
+    **{name: stage.says for name, stage in STAGES.items() if stage.kind not in ("sft", "dpo")},
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
     "inspect": "one aligned pair as text, with weights where they are known; --data: what becomes of a data set's rows",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",

@@ -26,8 +26,7 @@ from ctpd_jax.models.hf.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import row_devices, shard_shapes
-from ctpd_jax.train.loop import Recipe
-from ctpd_jax.train.step import Objective, preference_sums, sft_sums
+from ctpd_jax.train.loop import Objective, Recipe, preference_sums, sft_sums
 
 UNKNOWN_STEPS = 100  # where no data says how many updates there are; no shape depends on it
 

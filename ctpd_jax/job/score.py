@@ -26,9 +26,8 @@ from ctpd_jax.processes import preempt
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
 from ctpd_jax.sharding import first_process, place_batch, place_rows, told_by_first
 from ctpd_jax.text.prepare import steered_prompt
-from ctpd_jax.train.loop import require_shapes
+from ctpd_jax.train.loop import compiled_programs, require_shapes
 from ctpd_jax.train.metrics import Progress
-from ctpd_jax.train.step import compiled_programs
 
 Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabilities of chosen and rejected, float32 [S]
 

@@ -19,10 +19,9 @@ class Stage:
     name: str  # also its folder in the workdir and, where it trains, its section of the config
     kind: str  # the file of stages/ that carries it out
     command: str  # what runs it alone
-    says: str  # what it does
+    says: str  # what it makes, in words; {model} for the one that the config names
     model: Model | None = None  # whose parameters it trains; None: config.weights names it, or nothing is trained
     starts_from: str = "{model}_sft"  # the stage whose model it begins with; "": the user's checkpoint
-    reference: str = ""  # what its loss is held against: its own "start", or what the "store" has
     row: str = ""  # its model in the table of the evaluation
 
     @property
@@ -34,32 +33,37 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage(
-            "teacher_sft", "sft", "ctpd sft --model teacher", "the teacher on the chosen responses",
+            "teacher_sft", "sft", "ctpd sft --model teacher", "teacher, SFT on the chosen responses",
             model="teacher", starts_from="", row="teacher",
         ),
         Stage(
-            "student_sft", "sft", "ctpd sft --model student", "the student on the chosen responses",
+            "student_sft", "sft", "ctpd sft --model student", "student, SFT on the chosen responses",
             model="student", starts_from="", row="student_start",
         ),
         Stage(
-            "positive", "dpo", "ctpd dpo", "the better half of the contrastive pair",
-            reference="start", row="teacher_dpo",
+            "positive", "dpo", "ctpd dpo", "{model}, leaning to the chosen responses",
+            row="teacher_dpo",
         ),
         Stage(
-            "negative", "dpo", "ctpd dpo --reverse", "the worse half, with chosen and rejected swapped",
-            reference="start",
-        ),
-        Stage("annotate", "annotate", "ctpd annotate", "span log-probabilities of every model -> annotations/"),
-        Stage(
-            "student_dpo", "dpo", "ctpd dpo --student", "plain DPO of the student, for comparison",
-            model="student", reference="start", row="student_dpo",
+            "negative", "dpo", "ctpd dpo --reverse", "{model}, leaning to the rejected responses",
         ),
         Stage(
-            "train", "train", "ctpd train", "CTPD of the student on the annotated pairs",
-            model="student", reference="store", row="ctpd",
+            "annotate", "annotate", "ctpd annotate",
+            "span log-probabilities of reference, contrastive pair and start -> DIR/annotations",
         ),
-        Stage("evaluate", "evaluate", "ctpd evaluate", "every model on the held-out pairs -> evaluation.json"),
-        Stage("export", "export", "ctpd export", "the trained student in Hugging Face format -> export/"),
+        Stage(
+            "student_dpo", "dpo", "ctpd dpo --student", "student, plain DPO, for comparison",
+            model="student", row="student_dpo",
+        ),
+        Stage(
+            "train", "train", "ctpd train", "student, CTPD on the annotated data",
+            model="student", row="ctpd",
+        ),
+        Stage(
+            "evaluate", "evaluate", "ctpd evaluate",
+            "accuracies, lambda, sampled answers -> DIR/evaluation.json, DIR/report.html",
+        ),
+        Stage("export", "export", "ctpd export", "the trained student in Hugging Face format -> DIR/export"),
     )
 }  # fmt: skip
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
@@ -156,3 +160,9 @@ def row_starts(config: ConfigDict) -> dict[str, str]:
     own = {stage: row for row, (stage, _) in table.items()}
     starts = {row: starts_from(config, stage) for row, (stage, _) in table.items()}
     return {row: own[start] for row, start in starts.items() if start}
+
+
+def way_to(config: ConfigDict, row: str) -> dict[str, str]:
+    """What the training stages on the way to a student of the table make, in words."""
+    way = [name for name in TRAINED if name != "student_dpo"] if row == "ctpd" else ["student_sft"]
+    return {name: STAGES[name].says.format(model=trained_model(config, name)) for name in way}

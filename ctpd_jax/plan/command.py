@@ -17,13 +17,11 @@ from ctpd_jax.plan.planner import (
     Candidate,
     Plan,
     candidates,
-    kernels,
     make_plan,
     smaller,
-    vocabulary_arrays,
     with_settings,
 )
-from ctpd_jax.plan.programs import STAGES, Bases, Program, Programs, decoders
+from ctpd_jax.plan.programs import STAGES, Bases, Programs, decoders
 from ctpd_jax.sharding import AXES
 
 TRIED = 4  # candidates of a search that are compiled, at most
@@ -152,10 +150,6 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
     yield from memory_table(plan)
     yield ""
     yield from time_lines(plan, utilisation)
-    for program in stage.programs:
-        text = plan.texts.get(program.name)
-        if text and program.name != "update":
-            yield f"  in {program.name}: {contents(text, program, stage)}"
     free = (topology.chip.memory - plan.largest) / GIB
     estimated = ", by estimate" if any(memory.source == "estimated" for memory in plan.memory.values()) else ""
     verdict = f"fits, {free:.1f} GiB left" if free >= 0 else f"DOES NOT FIT, {-free:.1f} GiB too much"
@@ -205,19 +199,6 @@ def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
     best, usual = pairs / plan.seconds(), pairs / plan.seconds(utilisation)
     share = f"{100 * utilisation:.0f} %"
     yield f"  {best:.1f} {units(plan.stage)}/s at 100 %, {usual:.1f} at {share} of the peak arithmetic"
-
-
-def contents(text: str, program: Program, stage: Programs) -> str:
-    """What a compiled program holds of attention kernels and of arrays with a vocabulary axis."""
-    arrays = vocabulary_arrays(text, program.decoder, stage.mesh)
-    largest = {kind: " x ".join(f"{size:,}" for size in shapes[-1]) for kind, shapes in arrays.items() if shapes}
-    told = [
-        f"{name} up to {largest[kind]}"
-        for kind, name in (("unembedding", "shapes of the unembedding"), ("block", "blocks of logits"))
-        if kind in largest
-    ]
-    told.append(f"OTHERS up to {largest['other']}" if "other" in largest else "nothing else")
-    return f"{kernels(text)} splash kernels; with a vocabulary axis {', '.join(told)}"
 
 
 def billions(count: int) -> str:

@@ -20,7 +20,6 @@ from ctpd_jax.core.logprobs import BLOCK_BYTES
 from ctpd_jax.data.rows import BatchShape
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import OWN_MESH
-from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.plan.chips import Topology, devices_of
 from ctpd_jax.plan.costs import Work, work
 from ctpd_jax.plan.programs import Bases, Program, Programs, plan_stage, share, usual_padding
@@ -208,37 +207,6 @@ def over_links(stage: Programs, program: Program) -> float:
     scattered = trained * (fsdp - 1) / fsdp + 2 * trained / fsdp * (data - 1) / data
     summed = 2 * passes * config.num_layers * tokens * config.hidden_size * size * 2 * (tensor - 1) / tensor
     return gathered + scattered + summed
-
-
-# ------------------------------------------------------------------------------------------------ what is in a program
-
-
-def kernels(text: str) -> int:
-    """How many splash attention kernels a compiled program holds."""
-    calls = text.split('custom_call_target="tpu_custom_call"')[1:]
-    return sum("splash" in call[:4000] for call in calls)  # in the call's own metadata
-
-
-def vocabulary_arrays(text: str, decoder: DecoderConfig, mesh: Mesh) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes in a compiled program that have the vocabulary, or some devices' part of it, for an axis.
-
-    "unembedding": two axes, the other one the width D or its part on a device; its gradient and moments look the same.
-    "block": of logits, no larger than what `core.logprobs` holds at once. "other": what should not be there.
-    """
-    sizes = [mesh.shape[axis] for axis in AXES]
-    parts = {math.prod(chosen) for count in range(4) for chosen in itertools.combinations(sizes, count)}
-    vocabulary = {decoder.vocab_size // part for part in parts}
-    widths = {decoder.hidden_size, decoder.hidden_size // mesh.shape["fsdp"]}
-    found: dict[str, set[tuple[int, ...]]] = {"unembedding": set(), "block": set(), "other": set()}
-    for dims in set(re.findall(r"\b(?:f32|bf16|f16|s32|u32|s8|pred)\[([\d,]+)\]", text)):
-        shape = tuple(int(size) for size in dims.split(",") if size != "1")
-        if len(shape) < 2 or not vocabulary & set(shape):
-            continue
-        if len(shape) == 2 and widths & set(shape):
-            found["unembedding"].add(shape)
-        else:
-            found["block" if math.prod(shape) * 4 <= BLOCK_BYTES else "other"].add(shape)
-    return {kind: sorted(shapes, key=math.prod) for kind, shapes in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ search

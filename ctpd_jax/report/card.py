@@ -19,20 +19,12 @@ from ctpd_jax.report.format import TEMPLATES, harmless
 MAX_TEXT = 120  # characters of one name or setting
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-# The stages on the way to the student, and what each of them makes.
-STAGES = {
-    "teacher_sft": "teacher, SFT on the chosen responses",
-    "student_sft": "student, SFT on the chosen responses",
-    "positive": "{positive_scorer}, leaning to the chosen responses",
-    "negative": "{negative_scorer}, leaning to the rejected responses",
-    "train": "student, CTPD",
-}
-
 
 def model_card(
     config: Mapping[str, Any],
     row: str,
     updates: Mapping[str, int],
+    says: Mapping[str, str],
     pairs: int | None,
     template: str,
     evaluation: Mapping[str, Any] | None,
@@ -44,6 +36,7 @@ def model_card(
         config: the run's settings as a nested dict.
         row: "ctpd", or "student_start" where CTPD was left out.
         updates: stage -> the number of its updates, of the stages that were not left out.
+        says: stage -> what it makes, in words, of the stages on the way to this model.
         pairs: how many training pairs there were, if that is known.
         template: "chat" or "plain": how the student was asked.
         evaluation: what `evaluate` found for this very model; None: it was not evaluated.
@@ -68,7 +61,7 @@ def model_card(
         teacher=_model(config["teacher"]["path"], "teacher"),
         data=code(train if train.startswith(("hf:", "tfds:")) else Path(train).name),
         pairs="" if pairs is None else f", {pairs:,} pairs",
-        stages=_stages(config, updates, distilled),
+        stages=_stages(config, updates, says),
         config=config,
         row=row,
         distilled=distilled,
@@ -101,14 +94,14 @@ def _model(path: str, which: str) -> str:
     return code(path if _is_hub_id(path) else _base_name(path, which))
 
 
-def _stages(config: Mapping[str, Any], updates: Mapping[str, int], distilled: bool) -> list[list[str]]:
+def _stages(config: Mapping[str, Any], updates: Mapping[str, int], says: Mapping[str, str]) -> list[list[str]]:
     """Return the cells of a row for each training stage on the way to the exported model."""
     rows = []
-    for stage, what in STAGES.items():
-        if stage not in updates or not (distilled or stage == "student_sft"):
+    for stage, what in says.items():
+        if stage not in updates:
             continue
         settings = config[stage]
-        cells = [what.format_map(config["weights"]), f"{updates[stage]:,}", str(settings["batch_size"])]
+        cells = [what, f"{updates[stage]:,}", str(settings["batch_size"])]
         cells.append(f"{settings['lr']:g}")
         # A contrastive pair that was trained on responses has neither beta nor loss, though its settings do.
         responses = stage in ("positive", "negative") and config["weights"]["source"] == "sft"

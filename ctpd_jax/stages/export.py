@@ -14,7 +14,7 @@ from ctpd_jax.artifacts import kept, read_json, write_json
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job, result
 from ctpd_jax.job.models import decoder_of, folder, text_of
-from ctpd_jax.job.table import TRAINED, left_out, rows
+from ctpd_jax.job.table import TRAINED, left_out, rows, way_to
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.lora import save_peft
 from ctpd_jax.processes import preempt
@@ -100,6 +100,7 @@ def card_of(job: Job, row: str) -> str:
         config.to_dict(),
         row,
         updates={name: found["steps"] for name, found in results.items() if found is not None},
+        says=way_to(config, row),
         pairs=annotated["data"]["count"] if annotated else None,
         template=text_of(job, model).template.kind,
         evaluation=read_json(job.workdir / "evaluation.json") if fresh else None,

@@ -1,8 +1,13 @@
-"""One training stage from its first update to its last, resumable at every checkpoint.
+"""One training stage: its loop, its two jitted programs, and the losses that they take the gradient of.
 
 Where the parameters of a stage come from, first match wins:
   1. its newest whole checkpoint: parameters, optimizer, step; the data follow from the step
   2. its beginning: the parameters handed in, a fresh optimizer, step 0
+
+Every number is a pair (sum, count) until it is logged, so that neither the split into micro-batches nor the devices
+change it.
+
+Letters: R rows, K scored tokens of a row, P pairs.
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +27,29 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ctpd_jax.core.losses import (
+    lambda_diagnostics,
+    preference_loss,
+    response_returns,
+    reward_metrics,
+    sft_loss,
+    sft_term,
+)
+from ctpd_jax.core.projection import response_sums
 from ctpd_jax.data.loader import Updates
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.compute import Compute
+from ctpd_jax.models.compute import Compute, scored_logprobs
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
+from ctpd_jax.models.lora import join
 from ctpd_jax.processes import preempt
-from ctpd_jax.schema import Batch, Model
-from ctpd_jax.sharding import place_batch
+from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch, Model
+from ctpd_jax.sharding import place_batch, replicated
 from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.metrics import MetricLog, Progress
 from ctpd_jax.train.optimizer import learning_rate, make_optimizer
-from ctpd_jax.train.step import (
-    Sums,
-    TrainState,
-    add_sums,
-    compiled_programs,
-    init_state,
-    make_steps,
-    mean_of,
-    state_shapes,
-)
+
+Sums = dict[str, jax.Array]  # name -> float32 [2]: sum and count
 
 
 @dataclass(frozen=True)
@@ -181,3 +189,175 @@ def ahead(batches: Callable[[int], list[Batch]], first: int, steps: int) -> Iter
             if step + 1 < steps:
                 coming = worker.submit(batches, step + 1)
             yield now
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a preference stage minimises; see core.losses.preference_loss."""
+
+    beta: float
+    label_smoothing: float = 0.0
+    loss: str = "sigmoid"
+    sft_weight: float = 0.0
+
+
+def response_ids(batch: Batch) -> Array:
+    """Returns the place of each slot's response among [P, 2], flattened: int32 [R, K], -1 in padding."""
+    return jnp.where(batch.pair >= 0, 2 * batch.pair + batch.side, -1)
+
+
+def preference_sums(
+    config: DecoderConfig, objective: Objective, compute: Compute, params: Params, batch: Batch
+) -> tuple[Array, Sums]:
+    """Returns the summed loss of the batch's pairs, and the sums that are logged.
+
+    The return of a response is sum_t w_t log pi(y_t) - c: the identity of section 2 of the method (arXiv 2601.11865),
+    which is what keeps the teacher out of the training job.
+    """
+    # 1. What the policy gives each scored token, and which response that token belongs to.
+    logps = scored_logprobs(config, params, batch, compute)
+    ids, shape = response_ids(batch), batch.constant.shape
+    plain = response_sums(logps, ids, batch.constant.size).reshape(shape)  # [P, 2]
+    counts = response_sums(jnp.ones_like(logps), ids, batch.constant.size).reshape(shape)
+
+    # 2. The loss of each pair.
+    returns = response_returns(logps, batch.weight, ids, batch.constant)
+    out = preference_loss(
+        returns[:, CHOSEN],
+        returns[:, REJECTED],
+        beta=objective.beta,
+        label_smoothing=objective.label_smoothing,
+        loss=objective.loss,
+    )
+    loss = out.loss + objective.sft_weight * sft_term(plain[:, CHOSEN], counts[:, CHOSEN])
+    real = batch.real
+    total = jnp.sum(loss * real)
+
+    # 3. What is logged. Rewards with weights of one: annotated weights know the label, and a policy that has learnt
+    # nothing would seem to agree with it.
+    moved = objective.beta * (plain - batch.start)
+    means = {
+        "loss": loss,
+        **reward_metrics("rewards/", *(objective.beta * (plain - batch.reference)).T),
+        **reward_metrics("rewards/weighted_", out.chosen_rewards, out.rejected_rewards),
+        "rewards/margin_from_start": moved[:, CHOSEN] - moved[:, REJECTED],
+        "logps/chosen": plain[:, CHOSEN],
+        "logps/rejected": plain[:, REJECTED],
+    }
+    pairs = jnp.sum(real)
+    sums = {name: jnp.stack([jnp.sum(jnp.where(real > 0, value, 0.0)), pairs]) for name, value in means.items()}
+    if objective.loss == "sigmoid":  # of the other links it is not the pair's weight in the gradient
+        weights = out.lam - objective.label_smoothing
+        sums |= {f"lambda/{name}": jnp.stack(part) for name, part in lambda_diagnostics(weights, real > 0).items()}
+    return total, sums | token_sums(batch)
+
+
+def sft_sums(config: DecoderConfig, compute: Compute, params: Params, batch: Batch) -> tuple[Array, Sums]:
+    """Returns the summed negative log-likelihood of the scored tokens; its count is the number of tokens."""
+    logps = scored_logprobs(config, params, batch, compute)
+    total, count = sft_loss(logps, batch.weight)
+    return total, {"loss": jnp.stack([total, count])} | token_sums(batch)
+
+
+def token_sums(batch: Batch) -> Sums:
+    """Tokens of the batch, scored tokens, and the share of the rows that is padding."""
+    used = jnp.sum(batch.layout.segment > 0).astype(jnp.float32)
+    one = jnp.ones((), jnp.float32)
+    return {
+        "num_tokens": jnp.stack([used, one * 0]),  # count 0: a total, not a mean
+        "num_scored_tokens": jnp.stack([jnp.sum(batch.pair >= 0).astype(jnp.float32), one * 0]),
+        "padding": jnp.stack([batch.tokens.size - used, one * batch.tokens.size]),
+    }
+
+
+def add_sums(total: dict[str, Any], new: Sums) -> dict[str, Any]:
+    return {name: value + total.get(name, 0.0) for name, value in new.items()}
+
+
+def mean_of(sums: dict[str, Any]) -> dict[str, float]:
+    """Divides once, at the very end; a count of zero marks a total."""
+    return {name: float(part if count == 0 else part / count) for name, (part, count) in sums.items()}
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+
+class TrainState(NamedTuple):
+    """Everything that a resumed run needs besides its settings; `step` counts finished updates."""
+
+    step: Array  # int32 []
+    params: Params  # float32
+    opt_state: Any
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def state_shapes(mesh: Mesh, optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """The state of parameters given as jax.ShapeDtypeStruct with shardings; their moments lie as they do."""
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+
+    def placed(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, param: placed(leaf, param.sharding),
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda leaf: placed(leaf, replicated(mesh)),
+    )
+    return TrainState(placed(shapes.step, replicated(mesh)), params, opt_state)
+
+
+def make_steps(
+    sums_of: Callable[[Params, Batch], tuple[Array, Sums]],
+    optimizer: optax.GradientTransformation,
+    placed: TrainState | None = None,
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """Returns (accumulate, update). `placed`, from `state_shapes`, says where the state lies, and gradients with it.
+
+    accumulate(params, frozen, gradient, batch) -> (gradient + this batch's, sums); the gradient's buffer is reused.
+    `frozen` are parameters that are not trained: the base under adapters, or {}.
+    update(state, gradient, count) -> (state, norm of gradient / count before clipping); the state's buffers are reused.
+    """
+
+    of_state = None if placed is None else jax.tree.map(lambda leaf: leaf.sharding, placed)
+    of_params = None if of_state is None else of_state.params
+    of_sums = None if placed is None else placed.step.sharding  # whole everywhere
+
+    @partial(jax.jit, donate_argnums=(2,), out_shardings=(of_params, of_sums))
+    def accumulate(params: Params, frozen: Params, gradient: Params, batch: Batch) -> tuple[Params, Sums]:
+        def sums_with(params: Params) -> tuple[Array, Sums]:
+            return sums_of(join(frozen, params), batch)
+
+        (_, sums), new = jax.value_and_grad(sums_with, has_aux=True)(params)
+        return jax.tree.map(jnp.add, gradient, new), sums
+
+    @partial(jax.jit, donate_argnums=(0,), out_shardings=(of_state, of_sums))
+    def update(state: TrainState, gradient: Params, count: Array) -> tuple[TrainState, Array]:
+        mean = jax.tree.map(lambda g: g / count, gradient)
+        changes, opt_state = optimizer.update(mean, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        return TrainState(state.step + 1, params, opt_state), optax.global_norm(mean)
+
+    return accumulate, update
+
+
+def compiled_programs(stage: str, program: Any, shapes: int) -> int:
+    """How many programs a jitted function was compiled to, one for each shape of its batches.
+
+    Raises:
+        RuntimeError: they are more than the shapes that were planned; a run would spend its time on compiling.
+    """
+    count = program._cache_size()
+    if count > shapes:
+        raise RuntimeError(
+            f"{stage}: {count} programs were compiled for batches of {shapes} planned shapes, so something else than "
+            "their shape changes between calls: a dtype, a sharding, or the structure of the parameters."
+        )
+    return count

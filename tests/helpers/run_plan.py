@@ -11,7 +11,20 @@ from ctpd_jax.plan.chips import devices_of, parse_topology, quiet_compiler
 
 if sys.argv[1] != "logits":
     from ctpd_jax.cli import main
+    from ctpd_jax.plan import command
+    from helpers.compiled_text import contents
 
+    make_plan = command.make_plan
+
+    def told(*args):
+        """The plan, after a line on what each of its programs holds."""
+        plan = make_plan(*args)
+        for program in plan.stage.programs:
+            if plan.texts.get(program.name) and program.name != "update":
+                print(f"  in {program.name}: {contents(plan.texts[program.name], program, plan.stage)}")
+        return plan
+
+    command.make_plan = told
     print(main(sys.argv[1:]))
 else:
     quiet_compiler()
@@ -20,8 +33,8 @@ else:
 
     from ctpd_jax.models.decoder import apply, param_shapes
     from ctpd_jax.models.hf.config import from_hf
-    from ctpd_jax.plan.planner import vocabulary_arrays
     from ctpd_jax.sharding import make_mesh, replicated, shard_shapes
+    from helpers.compiled_text import vocabulary_arrays
 
     config = from_hf(
         {

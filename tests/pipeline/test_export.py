@@ -58,7 +58,11 @@ def test_the_card_tells_this_run(trained):
     found = json.loads((workdir / "evaluation.json").read_text())
     bits = found["models"]["ctpd"]["bits_per_byte"]
     assert f"| {bits:.3f} |" in text and "**`ctpd`**" in text
-    assert "every span counts alike" in text and "48 pairs" in text and "| student, CTPD | 4 | 8 |" in text
+    assert (
+        "every span counts alike" in text
+        and "48 pairs" in text
+        and "| student, CTPD on the annotated data | 4 | 8 |" in text
+    )
 
 
 def test_what_is_exported_already_is_left_alone(trained):

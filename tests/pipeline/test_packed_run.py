@@ -12,8 +12,8 @@ from helpers import MICRO
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import main
 from ctpd_jax.schema import SIDES
+from ctpd_jax.train.loop import compiled_programs
 from ctpd_jax.train.metrics import read_metrics
-from ctpd_jax.train.step import compiled_programs
 
 OVERRIDES = [
     "--config.rows.layout=response", "--config.rows.buckets=2", "--config.rows.multiple=16",

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import MICRO, ROOT
+from helpers.compiled_text import vocabulary_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +35,6 @@ from ctpd_jax.plan.planner import (
     meshes,
     micro_batches,
     over_links,
-    vocabulary_arrays,
 )
 from ctpd_jax.plan.programs import Program, decoders, largest_shape, passes, plan_stage, share, usual_padding
 from ctpd_jax.settings import default_config

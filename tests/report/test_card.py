@@ -8,6 +8,7 @@ import pytest
 from helpers import made_up
 from huggingface_hub import ModelCard
 
+from ctpd_jax.job.table import way_to
 from ctpd_jax.report.card import model_card
 from ctpd_jax.settings import default_config
 
@@ -21,7 +22,14 @@ def card(changes=None, row="ctpd", updates=None, template="chat", evaluation=Non
     config.update_from_flattened_dict(changes or {})
     versions = {"ctpd-jax": "0.1.0", "jax": "0.10.2"}
     return model_card(
-        config.to_dict(), row, UPDATES if updates is None else updates, pairs, template, evaluation, versions
+        config.to_dict(),
+        row,
+        UPDATES if updates is None else updates,
+        way_to(config, row),
+        pairs,
+        template,
+        evaluation,
+        versions,
     )
 
 
@@ -38,7 +46,7 @@ def test_it_says_how_the_model_was_made():
     for said in (
         *("`maker/big-teacher`", "`maker/small-student`", "arxiv.org/abs/2601.11865", "1,234 pairs", "seed: 17"),
         *("mu 1, k 1, exponents between -0.25 and 1.5", "reference: the teacher", "`0.10.2`", "`0.1.0`"),
-        "| student, CTPD | 5,000 | 16 | 1e-06 | 0.07 | `sigmoid` | adapters, rank 8, alpha 16 |",
+        "| student, CTPD on the annotated data | 5,000 | 16 | 1e-06 | 0.07 | `sigmoid` | adapters, rank 8, alpha 16 |",
         "| student, SFT on the chosen responses | 40 | 16 | 2e-06 |  |  | all parameters |",
         "| teacher, leaning to the rejected responses | 1,300 |",
         "This model was not evaluated",

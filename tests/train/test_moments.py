@@ -17,9 +17,9 @@ from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.settings import check_config, training
 from ctpd_jax.sharding import make_mesh, shard_shapes
 from ctpd_jax.train.checkpoint import Checkpoints
+from ctpd_jax.train.loop import init_state, state_shapes
 from ctpd_jax.train.metrics import read_metrics
 from ctpd_jax.train.optimizer import adam, decay_mask, learning_rate, make_optimizer
-from ctpd_jax.train.step import init_state, state_shapes
 
 MODEL = from_hf(student_config() | {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
 STEPS = 40

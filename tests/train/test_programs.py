@@ -19,8 +19,8 @@ from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import preference
+from ctpd_jax.train.loop import Objective, init_state, make_steps, preference_sums
 from ctpd_jax.train.optimizer import make_optimizer
-from ctpd_jax.train.step import Objective, init_state, make_steps, preference_sums
 
 SMOLLM2 = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

@@ -18,8 +18,7 @@ from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import apply, init_params
 from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.settings import preference
-from ctpd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
-from ctpd_jax.train.step import (
+from ctpd_jax.train.loop import (
     Objective,
     add_sums,
     init_state,
@@ -28,6 +27,7 @@ from ctpd_jax.train.step import (
     preference_sums,
     sft_sums,
 )
+from ctpd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
 
 VOCABULARY = 512
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
