@@ -6,6 +6,8 @@ The names are ml_collections keys: `ctpd run --config configs/demo.py --config.t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -186,6 +188,8 @@ def paper_on_tpu(teacher: str, student: str, micro_batch: int, layout: str = "sh
     return config
 
 
+Range = tuple[Callable[[Any], bool], str]  # what has to hold of a value, and what is said where it does not
+
 CHOICES = {
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "attention": ("auto", "plain", "xla", "cudnn", "splash"),
@@ -206,6 +210,35 @@ CHOICES = {
     "annotate.teacher_weights": ("float32", "bfloat16"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
+POSITIVE = (lambda x: 0 < x < math.inf, "it has to be positive and finite")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "it cannot be negative")
+SHARE = (lambda x: 0 <= x <= 1, "it is a share, from 0 to 1")
+DTYPE = (lambda x: x in ("float32", "bfloat16"), "choose one of float32, bfloat16")
+# What every stage that trains has, and those with a `beta` besides: settings, what has to hold, and else what is said.
+OF_STAGES: tuple[tuple[str, Range], ...] = (
+    ("lr epochs batch_size micro_batch clip save_every lora.alpha", POSITIVE),
+    ("weight_decay", NOT_NEGATIVE),
+    ("warmup", (SHARE[0], "it is a share of the steps, from 0 to 1")),
+    ("moments lora.base", DTYPE),
+    ("adam_b1 adam_b2", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
+    ("lora.rank", (lambda x: x >= 0, "it cannot be negative; 0 trains all parameters")),
+    ("steps", (lambda x: x >= -1, "0 means as many as the epochs give, -1 leaves the stage out")),
+)
+OF_PREFERENCES: tuple[tuple[str, Range], ...] = (
+    ("beta", POSITIVE),
+    ("label_smoothing", (lambda x: 0 <= x < 0.5, "it lies in [0, 0.5)")),
+    ("sft_weight", NOT_NEGATIVE),
+)
+OF_OTHERS: tuple[tuple[str, Range], ...] = (
+    ("data.max_prompt_tokens data.max_response_tokens rows.buckets rows.multiple log_every", POSITIVE),
+    ("annotate.micro_batch annotate.pairs_per_shard evaluate.max_new_tokens weights.k", POSITIVE),
+    ("data.limit data.test_limit rows.length annotate.compared_pairs", NOT_NEGATIVE),
+    ("evaluate.samples evaluate.temperature", NOT_NEGATIVE),
+    ("data.min_kept", SHARE),
+    ("evaluate.length_tolerance", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
+    ("weights.top_share", (lambda x: 0 < x <= 1, "it lies in (0, 1]")),
+    ("weights.mu weights.lower weights.upper", (math.isfinite, "it has to be finite; 1e9 as a bound switches it off")),
+)
 
 
 def check_config(config: ConfigDict) -> None:
@@ -215,24 +248,33 @@ def check_config(config: ConfigDict) -> None:
       UserError: a value that is no choice, a number out of its range, or a combination that means nothing.
     """
 
-    def value(name: str) -> object:
-        found: object = config
+    def value(name: str) -> Any:
+        found: Any = config
         for part in name.split("."):
-            found = getattr(found, part)
+            found = found[part]
         return found
 
     def require(holds: bool, name: str, what: str) -> None:
         if not holds:
             raise UserError(f"config.{name} is {value(name)!r}; {what}.")
 
+    def require_ranges(ranges: tuple[tuple[str, Range], ...], prefix: str = "") -> None:
+        for names, (holds, what) in ranges:
+            for name in names.split():
+                require(holds(value(prefix + name)), prefix + name, what)
+
+    # 1. Everything is there: a config that does not begin with the defaults would fail much later.
     expected = default_config()
-    for section, keys in {"": expected, **{k: v for k, v in expected.items() if isinstance(v, ConfigDict)}}.items():
+    sections = {name: part for name, part in expected.items() if isinstance(part, ConfigDict)}
+    for section, keys in {"": expected, **sections}.items():
         missing = [key for key in keys if key not in (config if not section else config.get(section, {}))]
         if missing:
             name = f"{section}.{missing[0]}" if section else missing[0]
             raise UserError(f"config.{name} is missing; begin get_config() with ctpd_jax.settings.default_config().")
     if not config.data.train:
         raise UserError("config.data.train is empty; give FILE.jsonl, tfds:NAME or hf:NAME.")
+
+    # 2. Each value by itself.
     if config.annotate.teacher_weights == "int8":
         raise UserError(
             "config.annotate.teacher_weights is 'int8'; choose one of float32, bfloat16. An int8 teacher is another "
@@ -240,56 +282,30 @@ def check_config(config: ConfigDict) -> None:
         )
     for name, choices in CHOICES.items():
         require(value(name) in choices, name, f"choose one of {', '.join(choices)}")
-    for stage in (name for name, part in expected.items() if isinstance(part, ConfigDict) and "steps" in part):
+    require_ranges(OF_OTHERS)
+
+    # 3. The stages that train.
+    for stage in (name for name, part in sections.items() if "steps" in part):
         settings = config[stage]
-        for name in ("lr", "epochs", "batch_size", "micro_batch", "clip", "save_every"):
-            require(0 < settings[name] < math.inf, f"{stage}.{name}", "it has to be positive and finite")
-        require(settings.moments in ("float32", "bfloat16"), f"{stage}.moments", "choose one of float32, bfloat16")
+        require_ranges(OF_STAGES, f"{stage}.")
         # One update has to move a bfloat16 by more than it is rounded.
         coarse = settings.moments == "bfloat16" and settings.adam_b1 > 0.98
         require(not coarse, f"{stage}.adam_b1", "with moments in bfloat16 it can be 0.98 at most")
-        for name in ("adam_b1", "adam_b2"):
-            require(0 <= settings[name] < 1, f"{stage}.{name}", "it lies in [0, 1)")
-        lora = settings.lora
-        require(lora.rank >= 0, f"{stage}.lora.rank", "it cannot be negative; 0 trains all parameters")
-        require(0 < lora.alpha < math.inf, f"{stage}.lora.alpha", "it has to be positive and finite")
-        require(lora.base in ("float32", "bfloat16"), f"{stage}.lora.base", "choose one of float32, bfloat16")
-        frozen = lora.rank > 0 or lora.base == "float32"
+        frozen = settings.lora.rank > 0 or settings.lora.base == "float32"
         require(frozen, f"{stage}.lora.base", f"without adapters ({stage}.lora.rank 0) parameters train in float32")
-        require(settings.weight_decay >= 0, f"{stage}.weight_decay", "it cannot be negative")
-        require(settings.steps >= -1, f"{stage}.steps", "0 means as many as the epochs give, -1 leaves the stage out")
-        require(0 <= settings.warmup <= 1, f"{stage}.warmup", "it is a share of the steps, from 0 to 1")
         if "beta" in settings:
-            require(settings.beta > 0, f"{stage}.beta", "it has to be positive")
-            require(0 <= settings.label_smoothing < 0.5, f"{stage}.label_smoothing", "it lies in [0, 0.5)")
+            require_ranges(OF_PREFERENCES, f"{stage}.")
             smoothed = settings.loss == "sigmoid" or settings.label_smoothing == 0
             require(smoothed, f"{stage}.label_smoothing", f"the {settings.loss} loss has none, set it to 0")
-            require(settings.sft_weight >= 0, f"{stage}.sft_weight", "it cannot be negative")
-    counts = ("data.max_prompt_tokens", "data.max_response_tokens", "rows.buckets", "rows.multiple")
-    for name in (*counts, "annotate.micro_batch", "annotate.pairs_per_shard", "evaluate.max_new_tokens", "log_every"):
-        require(value(name) > 0, name, "it has to be positive")  # type: ignore[operator]
-    for name in (
-        "data.limit",
-        "data.test_limit",
-        "rows.length",
-        "annotate.compared_pairs",
-        "evaluate.samples",
-        "evaluate.temperature",
-    ):
-        require(value(name) >= 0, name, "it cannot be negative")  # type: ignore[operator]
-    require(0 <= config.data.min_kept <= 1, "data.min_kept", "it is a share, from 0 to 1")
+
+    # 4. What does not go together.
     weights = config.weights
-    for name in ("mu", "k", "lower", "upper"):
-        require(math.isfinite(weights[name]), f"weights.{name}", "it has to be finite; 1e9 as a bound switches it off")
-    require(weights.k > 0, "weights.k", "it has to be positive")
     require(weights.lower < weights.upper, "weights.lower", "it has to lie below weights.upper")
     if weights.source in ("dpo", "sft"):
         for stage in ("positive", "negative"):
             require(config[stage].steps >= 0, f"{stage}.steps", f"weights.source {weights.source!r} needs that stage")
     ranked = weights.source == "uniform" and weights.transform != "none"
     require(not ranked, "weights.transform", "uniform weights have nothing to transform, set it to none")
-    require(0 <= config.evaluate.length_tolerance < 1, "evaluate.length_tolerance", "it lies in [0, 1)")
-    require(0 < config.weights.top_share <= 1, "weights.top_share", "it lies in (0, 1]")
     own = config.train.lora.rank and config.train.steps != -1 and config.student_sft.steps == -1
     if config.export.adapters and not own:
         raise UserError(
