@@ -41,7 +41,7 @@ from ctpd_jax.sharding import (
 )  # fmt: skip
 from ctpd_jax.text.columns import Reading
 from ctpd_jax.text.preferences import load_preferences, overlap, require_kept
-from ctpd_jax.text.prepare import Limits, prepare_pairs
+from ctpd_jax.text.prepare import RULES, Limits, prepare_pairs
 from ctpd_jax.text.prompts import TextModel, load_text_model
 from ctpd_jax.toy.builder import prepare_toy
 from ctpd_jax.toy.models import make_toy_models
@@ -51,7 +51,6 @@ from ctpd_jax.train.step import Compute, Params
 from ctpd_jax.workdir import read_json, require_same
 
 Split = Literal["train", "test"]
-RULES = 2  # raise it when ctpd_jax/text/ makes other tokens or spans of the same pairs
 MODELS: tuple[Model, Model] = ("teacher", "student")
 
 

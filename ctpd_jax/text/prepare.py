@@ -15,6 +15,7 @@ from ctpd_jax.text.spans import align_batch, truncate, with_end_of_turn
 from ctpd_jax.text.tokens import can_spell, merges_across, special_literals
 
 ONE_SIDE_CUT = "pairs without end of turn, one side cut"
+RULES = 2  # raise it when this room makes other tokens or spans of the same pairs; tests/text/test_rules.py tells
 BATCH = 1024  # pairs tokenized at a time: enough for the tokenizer's threads, small enough for memory
 
 
