@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ctpd_jax.schema import SIDES, Counters, TokenSide
-from ctpd_jax.text.preferences import HARMLESS
-from ctpd_jax.text.probe import CONTROL
+from ctpd_jax.text.read_row import HARMLESS
+from ctpd_jax.text.tokenizer_json import CONTROL
 from ctpd_jax.text.tokens import TextTokenizer
 
 WIDTH = 110  # columns of the example and of the table

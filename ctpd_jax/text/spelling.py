@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ctpd_jax.text.probe import Prefix, Vocabulary
+from ctpd_jax.text.tokenizer_json import Prefix, Vocabulary
 
 
 def compare(

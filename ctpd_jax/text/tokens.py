@@ -27,7 +27,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.text import probe, spelling
+from ctpd_jax.text import spelling, tokenizer_json
 from ctpd_jax.text.backends import (
     STAND_INS,
     bos_of_post_processor,
@@ -37,7 +37,7 @@ from ctpd_jax.text.backends import (
     written_added_tokens,
 )
 from ctpd_jax.text.cuts import clean_cuts, code_points, utf8_lengths
-from ctpd_jax.text.probe import CONTROL, Prefix, Vocabulary
+from ctpd_jax.text.tokenizer_json import CONTROL, Prefix, Vocabulary
 
 BORDER = 64  # characters on either side of a border that decide whether a token reaches over it
 
@@ -177,7 +177,7 @@ def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
             )
     named = {str(token) for token in hf.all_special_tokens}
     control = {t["content"] for t in state["added_tokens"] if t["special"] or t["content"] in named}
-    facts = probe.read_facts(state, name)  # refuses what cannot be lossless
+    facts = tokenizer_json.read_facts(state, name)  # refuses what cannot be lossless
     tok = TextTokenizer(
         name=name,
         hf=hf,
@@ -189,10 +189,10 @@ def _probed(hf: Any, content: str, name: str) -> TextTokenizer:
         marker=facts.marker,
         form=facts.form,
         prefix=facts.prefix,
-        vocabulary=probe.read_vocabulary(state, facts, name),
+        vocabulary=tokenizer_json.read_vocabulary(state, facts, name),
         control={},
         stand_ins={},
-        _normalizer=probe.form_normalizer(facts.form),
+        _normalizer=tokenizer_json.form_normalizer(facts.form),
     )
     return _with_control(tok, control)
 
@@ -231,7 +231,7 @@ def _try_out(tok: TextTokenizer) -> None:
         if token_id not in there or there[token_id].content != token.content:
             raise UserError(f"The tokenizer {tok.name!r} cannot be copied: {token.content!r} loses its id {token_id}.")
     words = [token.content for token in tok.added.values() if token.content not in tok.control]
-    texts = list(probe.TEXTS)
+    texts = list(tokenizer_json.TEXTS)
     for word in words:
         texts += [word, f"{word}{word}", f"x.{word} {word}\n{word}y", f" a {word}  b"]
     texts = [text for text in texts if not tok.names_control(text)]
@@ -240,7 +240,7 @@ def _try_out(tok: TextTokenizer) -> None:
     typed = [*names[:16], *("a {} b ".format(" ".join(names[i : i + 64])) for i in range(0, len(names), 64))]
     try:
         found = encode_batch(tok, texts)
-        encode_batch(tok, [*typed, *(text for text in probe.TEXTS if tok.names_control(text))])
+        encode_batch(tok, [*typed, *(text for text in tokenizer_json.TEXTS if tok.names_control(text))])
     except UserError as error:
         raise UserError(f"The tokenizer {tok.name!r} is not lossless and cannot be aligned. {error}") from error
     for text, ids, encoding in zip(texts, found, theirs, strict=True):
@@ -309,7 +309,7 @@ def _spelled(tok: TextTokenizer, name: str) -> list[int]:
         return [token_id for token_id in found if token_id is not None]
 
     if tok.byte_level:
-        alphabet = {byte: chr(point) for point, byte in probe.byte_alphabet().items()}
+        alphabet = {byte: chr(point) for point, byte in tokenizer_json.byte_alphabet().items()}
         return ids(alphabet[byte] for byte in name.encode("utf-8"))
     characters = name.replace(" ", tok.marker or " ")
     whole = {c: ids([c]) for c in characters if c not in tok.control}

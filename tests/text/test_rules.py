@@ -1,6 +1,6 @@
 """A change of tokens or spans must come with another RULES: else a run goes on with what older rules have made.
 
-The golden file holds one digest per awkward pair, and the RULES that it was written under. After a change that is meant:
+The golden file holds one digest per awkward pair, and the RULES that it was written under. After an intended change:
 raise text.prepare.RULES and run `python tests/text/test_rules.py`.
 """
 

@@ -1,24 +1,24 @@
-"""One row of a preference data set, in any of the usual column layouts -> prompt, chosen, rejected.
+"""One row of a preference data set, in any of the usual column layouts -> PreferencePair.
 
-A layout says by which columns it is known and how its answers are ranked (answers.py); the prompt is read the same way
-for all of them: from a column of its own (PROMPT_COLUMNS), from the conversations before the answers (UltraFeedback
-Binarized), or, for bare texts, before the last separator (HH-RLHF: "\\n\\nAssistant:").
-
-A prompt is never guessed from the characters that two texts share: "Paris" and "Pari is" share a prefix that is no
-prompt. Conversations are divided between messages, texts at a declared separator.
+The layouts of answers are in answers.py. The prompt is read alike for all of them: from a column of its own
+(PROMPT_COLUMNS), from the conversations before the answers (UltraFeedback Binarized), or, for bare texts, before the
+last separator (HH-RLHF: "\\n\\nAssistant:"). It is never guessed from the characters that two texts share: "Paris" and
+"Pari is" share a prefix that is no prompt.
 
 Readers take out of the row what they understand; what is left is harmless, or the row is left out (columns.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ctpd_jax.schema import Counters, Message
+from ctpd_jax.schema import Counters, Message, PreferencePair
 from ctpd_jax.text import dialogue
-from ctpd_jax.text.answers import EXPECTED, Answer, Row, chosen_pairs, read_answers, refuse_token_ids
+from ctpd_jax.text.answers import EXPECTED, LAYOUTS, Answer, Row, compared, read_answers
 from ctpd_jax.text.columns import (
     AS_IT_STANDS,
     LISTS,
@@ -26,11 +26,13 @@ from ctpd_jax.text.columns import (
     Reading,
     empty,
     from_json,
+    harmless,
     plain,
+    quoted,
     renamed,
     require_understood,
 )
-from ctpd_jax.text.dialogue import HH_SEPARATOR, messages
+from ctpd_jax.text.dialogue import HH_SEPARATOR, carries_template, messages
 
 # The first of these that a row holds is its prompt. "conversations" is ShareGPT's name for the turns so far; OpenAI's
 # "input" holds "messages".
@@ -39,53 +41,81 @@ PROMPT_COLUMNS = (
     *("input", "history"),
 )
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-
-
-@dataclass(frozen=True)
-class RawPair:
-    """A row after its layout has been understood."""
-
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
+# What the report notes of columns by name, and a count.
+SEEN, HARMLESS, UNKNOWN = "columns", "harmless columns", "columns not understood"
+TEMPLATED = "rows that carry a chat template"
 
 
 def read_row(
-    row: Mapping[str, Any], separator: str, counters: Counters, reading: Reading = AS_IT_STANDS
-) -> list[RawPair | LeftOut]:
-    """Understands one row: one pair, or, of ranked answers, several.
+    row: Mapping[str, Any], separator: str, report: Counters, reading: Reading = AS_IT_STANDS
+) -> list[PreferencePair | LeftOut]:
+    """Read one row: one pair, or several of ranked answers.
 
     Args:
       row: its columns; values as JSON, TFDS (bytes, NumPy) or a Hugging Face data set has them.
       separator: what stands between prompt and answer where both are one text, as in HH-RLHF.
-      counters: receives what was seen and not used ("completions not used", "prompt column differs").
+      report: receives the columns, and what was seen and not used ("completions not used").
       reading: names, and what is to be done with templates and ranks.
 
     Returns:
-      The pairs, and in place of one that cannot be used the reason. A row is never an error.
+      The pairs, without a source, and in place of one that cannot be used the reason. A row is never an error.
     """
     try:
+        # 1. The columns under the names that are known here, in Python's own types.
         left = {name: plain(value) for name, value in row.items() if name not in reading.ignore}
+        _note_columns(left, report)
         left = renamed(left, reading.columns)
         if reading.strip_template:
             left = dialogue.without_template(left)
-        refuse_token_ids(left, PROMPT_COLUMNS)
+        # 2. Each reader takes its columns out of `left`.
+        _refuse_token_ids(left)
         answers = read_answers(left, reading)
-        prompt = _prompt(left, answers, reading)
-        system = _system(left)
-        found: list[RawPair | LeftOut] = []
-        for better, worse in chosen_pairs(answers, reading.ranked, counters):
+        prompt = _own_prompt(left, answers, reading)
+        system = next((left.pop(name) for name in SYSTEM_COLUMNS if isinstance(left.get(name), str) and left[name]), "")
+        # 3. One pair of each two answers that are compared, if nothing is left that could change it.
+        found: list[PreferencePair | LeftOut] = []
+        for better, worse in compared(answers, reading.ranked, report):
             try:
-                pair = _with_system(_pair(prompt, better.value, worse.value, separator, counters, reading), system)
+                pair = _with_system(_pair(prompt, better.value, worse.value, separator, report, reading), system)
                 said = [pair.chosen, pair.rejected, *(message.content for message in pair.prompt)]
                 said += [better.value, worse.value, *([prompt.raw] if prompt else ())]
                 require_understood(left, reading, said=said)
-                found.append(_checked(pair))
+                found.append(_usable(pair))
             except LeftOut as reason:
                 found.append(reason)
         return found
     except LeftOut as reason:
         return [reason]
+    except RecursionError:
+        return [LeftOut("values nested too deeply")]
+
+
+def _note_columns(row: Row, report: Counters) -> None:
+    said = {name: value for name, value in row.items() if not empty(value)}
+    read = {name: value for name, value in said.items() if not harmless(name, value)}
+    for name in said:
+        report.note(SEEN if name in read else HARMLESS, name, most=50)
+    if any(map(carries_template, read.values())):
+        report.add(TEMPLATED)
+
+
+def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a pair's texts and roles."""
+    texts = [[[message.role, message.content] for message in prompt], chosen, rejected]
+    return hashlib.sha256(json.dumps(texts, ensure_ascii=True).encode("ascii")).hexdigest()[:16]
+
+
+def _refuse_token_ids(row: Row) -> None:
+    def ids(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+    known = {*PROMPT_COLUMNS, *(name for columns, _ in LAYOUTS for name in columns)}
+    tokenized = [name for name in row if (name.endswith("input_ids") or name in known) and ids(row[name])]
+    if tokenized and not ("chosen" in row and "chosen" not in tokenized):
+        raise LeftOut(
+            "token ids instead of texts",
+            f"the columns {quoted(tokenized)} hold token ids; two tokenizers are to read the text, so give the text",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ prompt
@@ -101,8 +131,9 @@ class Prompt:
     dialogue: bool = False  # the answers go on in HH-RLHF's notation
 
 
-def _prompt(row: Row, answers: list[Answer], reading: Reading) -> Prompt | None:
-    """The prompt that stands in a column of its own, with the history before it; None where there is none."""
+def _own_prompt(row: Row, answers: list[Answer], reading: Reading) -> Prompt | None:
+    """Read the prompt that stands in a column of its own, with the history before it; None where there is none."""
+    # 1. The column: the first one that says something, or else one that says that there is no prompt.
     for name in PROMPT_COLUMNS:
         if any(_is_end(row.get(name), answer.value) for answer in answers):
             del row[name]  # UltraFeedback's "messages" are "chosen" once more
@@ -118,9 +149,11 @@ def _prompt(row: Row, answers: list[Answer], reading: Reading) -> Prompt | None:
         rest = dict(value)
         value = from_json(rest.pop("messages"))
         require_understood(rest, reading, 'field of "input"')
+    # 2. The turns before it.
     before: tuple[Message, ...] = ()
     if name != "history" and not isinstance(row.get("history"), str | None):
         before = dialogue.history(row.pop("history"), reading)
+    # 3. Its messages: a list of them, or a text, perhaps a dialogue in HH-RLHF's notation.
     if not isinstance(value, str):
         said = dialogue.history(value, reading) if name == "history" else messages(value, name, reading)
         return Prompt(before + said, raw)
@@ -135,15 +168,7 @@ def _is_end(turns: Any, conversation: Any) -> bool:
     return both and conversation[-len(turns) :] == turns
 
 
-def _system(row: Row) -> str:
-    """What a column of its own says as the system; one that says it a second time is left to be judged."""
-    for name in SYSTEM_COLUMNS:
-        if isinstance(row.get(name), str) and row[name]:
-            return row.pop(name)
-    return ""
-
-
-def _with_system(pair: RawPair, system: str) -> RawPair:
+def _with_system(pair: PreferencePair, system: str) -> PreferencePair:
     said = [message.content for message in pair.prompt if message.role == "system"]
     if not system or said == [system]:
         return pair
@@ -156,16 +181,17 @@ def _with_system(pair: RawPair, system: str) -> RawPair:
 
 
 def _pair(
-    prompt: Prompt | None, chosen: Any, rejected: Any, separator: str, counters: Counters, reading: Reading
-) -> RawPair:
+    prompt: Prompt | None, chosen: Any, rejected: Any, separator: str, report: Counters, reading: Reading
+) -> PreferencePair:
+    """Put the prompt and two answers together, whether they are texts or conversations. The id comes later."""
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise LeftOut("one answer is a text and one is not", "they must both be texts or both be messages")
     if isinstance(chosen, str):
         if prompt is None:
-            return _split_texts(chosen, rejected, separator, counters)
+            return _split_texts(chosen, rejected, separator, report)
         if prompt.dialogue:
-            chosen, rejected = (dialogue.dialogue_answer(text, counters) for text in (chosen, rejected))
-        return RawPair(prompt.messages, chosen, rejected)
+            chosen, rejected = (dialogue.dialogue_answer(text, report) for text in (chosen, rejected))
+        return PreferencePair("", prompt.messages, chosen, rejected)
 
     before, chosen = _answer(messages(chosen, "chosen", reading), "chosen")
     before_rejected, rejected = _answer(messages(rejected, "rejected", reading), "rejected")
@@ -174,13 +200,13 @@ def _pair(
     if prompt is None:
         if not before:
             raise LeftOut("one message each and no prompt", f"expected {EXPECTED}")
-        return RawPair(before, chosen, rejected)
-    if prompt.text is not None and before:
+    elif prompt.text is not None and before:
         # UltraFeedback repeats the first user message as a text; the conversation is the fuller account of the two.
         if prompt.text and prompt.text not in [message.content for message in before]:
-            counters.add("prompt column differs from the conversation")
-        return RawPair(before, chosen, rejected)
-    return RawPair(_joined(prompt.messages, before), chosen, rejected)
+            report.add("prompt column differs from the conversation")
+    else:
+        before = _joined(prompt.messages, before)
+    return PreferencePair("", before, chosen, rejected)
 
 
 def _answer(said: tuple[Message, ...], column: str) -> tuple[tuple[Message, ...], str]:
@@ -195,7 +221,7 @@ def _answer(said: tuple[Message, ...], column: str) -> tuple[tuple[Message, ...]
 
 
 def _joined(prompt: tuple[Message, ...], before: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The prompt column and the turns before the answer, which repeat it, continue it, or are its end."""
+    """Join the prompt column and the turns before the answer, which repeat it, continue it, or are its end."""
     if before[: len(prompt)] == prompt:
         return before
     if prompt[len(prompt) - len(before) :] == before:
@@ -205,12 +231,14 @@ def _joined(prompt: tuple[Message, ...], before: tuple[Message, ...]) -> tuple[M
     raise LeftOut("the prompt and the turns before the answer neither repeat nor continue each other")
 
 
-def _split_texts(chosen: str, rejected: str, separator: str, counters: Counters) -> RawPair:
+def _split_texts(chosen: str, rejected: str, separator: str, report: Counters) -> PreferencePair:
+    """Cut two texts at the last separator, before which they must be the same."""
     if not chosen or not rejected:
         raise LeftOut("empty answer")
     in_notation = separator == HH_SEPARATOR and dialogue.is_dialogue(chosen)
-    cut_chosen, cut_rejected = chosen.rfind(separator), rejected.rfind(separator)
-    if cut_chosen < 0 or cut_rejected < 0:
+    head, found, chosen = chosen.rpartition(separator)
+    head_rejected, found_rejected, rejected = rejected.rpartition(separator)
+    if not found or not found_rejected:
         if in_notation:
             raise LeftOut('"Human:" and "Assistant:" without blank lines before them')
         raise LeftOut(
@@ -218,19 +246,19 @@ def _split_texts(chosen: str, rejected: str, separator: str, counters: Counters)
             f"there is no {separator!r} inside the texts, so the prompt is unknown; "
             f'expected {EXPECTED}. An empty "prompt" declares that there is none',
         )
-    if chosen[:cut_chosen] != rejected[:cut_rejected]:
+    if head != head_rejected:
         raise LeftOut("the answers follow different prompts")
-    head, answers = chosen[:cut_chosen], [text[cut_chosen + len(separator) :] for text in (chosen, rejected)]
-    if not in_notation:
-        answers = [text.removeprefix(" ") for text in answers]  # it belongs to the layout, not to the answer
-        return RawPair((Message("user", head),) if head else (), answers[0], answers[1])
+    if not in_notation:  # a space after the separator belongs to the layout, not to the answer
+        prompt = (Message("user", head),) if head else ()
+        return PreferencePair("", prompt, chosen.removeprefix(" "), rejected.removeprefix(" "))
     if not head.strip():
         raise LeftOut("a dialogue that the assistant begins")
-    answers = [dialogue.dialogue_answer(text, counters) for text in answers]
-    return RawPair(dialogue.turns(head), answers[0], answers[1])
+    chosen, rejected = (dialogue.dialogue_answer(text, report) for text in (chosen, rejected))
+    return PreferencePair("", dialogue.turns(head), chosen, rejected)
 
 
-def _checked(pair: RawPair) -> RawPair:
+def _usable(pair: PreferencePair) -> PreferencePair:
+    """Return the pair with its id. Raises LeftOut where nothing can be learned from it."""
     if not pair.chosen.strip() or not pair.rejected.strip():
         raise LeftOut("empty answer")
     if pair.chosen == pair.rejected:
@@ -239,4 +267,4 @@ def _checked(pair: RawPair) -> RawPair:
         "".join([pair.chosen, pair.rejected, *(message.content for message in pair.prompt)]).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, or bytes that are no UTF-8: no tokenizer can read it
         raise LeftOut("text with a lone surrogate") from None
-    return pair
+    return replace(pair, id=pair_id(pair.prompt, pair.chosen, pair.rejected))
