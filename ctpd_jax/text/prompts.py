@@ -193,7 +193,7 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
 
 def _only_template_control(tok: TextTokenizer, whole: str, pieces: Sequence[Piece]) -> bool:
     """Whether every control token that can be read in the whole prompt lies inside one piece of the template."""
-    if not tok.names_control(whole):
+    if not tok.control_pattern.search(whole):
         return True
     edges = list(accumulate((len(piece.text) for piece in pieces), initial=0))
     for match in tok.control_pattern.finditer(whole):
