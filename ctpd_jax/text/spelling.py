@@ -1,8 +1,8 @@
 """Where each token ends in the bytes of a text, found by spelling the text with the tokens' bytes.
 
-Nearly every token stands for the same bytes wherever it occurs, and one vectorised comparison settles a text (`compare`).
-A token by token `search` is for the rest: a dummy space after an added token, an added token that takes the white space
-beside it along (`lstrip`, `rstrip`) or that the model spells otherwise than the text does.
+Nearly every token stands for the same bytes wherever it occurs, and one vectorised comparison settles a text. What it
+does not settle is searched token by token: a dummy space after an added token, an added token that takes white space
+along (`lstrip`, `rstrip`) or that the model spells otherwise than the text does.
 
 Letters: T tokens, B bytes of the text.
 """

@@ -165,7 +165,7 @@ class Vocabulary:
 
 
 def read_vocabulary(state: dict[str, Any], facts: Facts, name: str) -> Vocabulary:
-    """Read the bytes of every token, out of the vocabulary alone; raise UserError if a byte that texts need has none."""
+    """Read the bytes of every token, from the vocabulary alone; raise UserError if a byte that texts need has none."""
     # 1. Piece -> id, and the token of unknown characters.
     model = state["model"]
     if model["type"] == "Unigram":
