@@ -369,8 +369,13 @@ def byte_ends(
 def cut_offsets(tok: TextTokenizer, text: str) -> np.ndarray:
     """Return the byte offset in N(text) of each character that N can be cut before, else -1: int64 [n + 1]."""
     marker = tok.marker
-    if tok.form is not None:
-        return clean_cuts(text, lambda t: normalize(tok, t), lambda t: t.replace(marker, " ") if marker else t)
+
+    def plain(part: str) -> str:
+        return part.replace(marker, " ") if marker else part
+
+    if tok.form is not None and normalize(tok, text) != plain(text):
+        return clean_cuts(text, lambda part: normalize(tok, part), plain)
+    # A normalised text has normalised prefixes and suffixes: it can be cut anywhere.
     points = code_points(text)
     lengths = utf8_lengths(points)
     if marker:
