@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig as Rows
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 
 UPDATES = 5

@@ -20,7 +20,7 @@ import numpy as np
 
 from ctpd_jax.annotate.teacher import plain_item
 from ctpd_jax.data.loader import batch_indices, plan_shapes, steps_per_epoch, update_batches
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig as Rows
 from ctpd_jax.data.rows import PairItem
 from ctpd_jax.errors import UserError
 from ctpd_jax.text.preferences import load_preferences

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig as Rows
 from ctpd_jax.errors import UserError
 from ctpd_jax.files import sha256_file, write_json
 from ctpd_jax.models.config import DecoderConfig

@@ -12,7 +12,7 @@ import numpy as np
 
 from ctpd_jax.core.projection import span_sums
 from ctpd_jax.data.loader import micro_batches
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig as Rows
 from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.lora import join

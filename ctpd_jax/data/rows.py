@@ -56,7 +56,7 @@ class BatchShape:
 
 
 def unit_needs(item: PairItem, layout: str) -> list[tuple[int, int]]:
-    """Returns the tokens and the scored tokens of each unit of the item."""
+    """Return the tokens and the scored tokens of each unit of the item."""
     if layout not in LAYOUTS:
         raise UserError(f"rows.layout is {layout!r}; choose one of {', '.join(LAYOUTS)}.")
     prompt, sizes = len(item.prompt), [len(r.tokens) for r in item.responses]
@@ -73,14 +73,14 @@ def build_batch(
     pairs: int,
     places: Sequence[int] | np.ndarray | None = None,
 ) -> Batch:
-    """Lays `items` out in a batch of `shape`.
+    """Lay `items` out in a batch of `shape`.
 
-    Args:
-        pairs: the batch has room for so many, and missing ones are padding.
-        places: the row of each unit, in the order of the items; None: each has a row of its own.
+    pairs: the batch has room for so many, and missing ones are padding.
+    places: the row of each unit, in the order of the items; None: each has a row of its own.
     """
     if len(items) > pairs:
         raise ValueError(f"{len(items)} items do not fit a batch of {pairs} pairs.")
+    # 1. An empty batch.
     of_row, of_slot = (shape.rows, shape.length), (shape.rows, shape.scored)
     row_ints = {name: np.zeros(of_row, np.int32) for name in ("tokens", "positions", "segment", "parent")}
     slot_ints = {name: np.zeros(of_slot, np.int32) for name in ("predictor", "target", "pair", "side")}
@@ -98,6 +98,7 @@ def build_batch(
         row_ints["segment"][place], row_ints["parent"][place] = segments[row], parent or segments[row]
         used[row] += len(tokens)
 
+    # 2. Item by item: a prompt where the layout has one, a response, and the slots of its tokens.
     numbers = iter(range(shape.rows) if places is None else places)
     for number, item in enumerate(items):
         row = last = parent = 0

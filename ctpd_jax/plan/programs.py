@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.teacher import make_scorer
 from ctpd_jax.data.loader import padding, plan_shapes
-from ctpd_jax.data.packing import Rows, round_up
+from ctpd_jax.data.packing import PackingConfig as Rows
+from ctpd_jax.data.packing import round_up
 from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig

@@ -272,7 +272,7 @@ def fit_prompt(
             messages[last] = Message("user", messages[last].content[dropped:])
         pieces = [render_prompt(model.template, messages) for model in (teacher, student)]
         ends = ["".join(piece.text for piece in each)[-BORDER:] for each in pieces]
-        return FittedPrompt(teacher.encode(pieces[0]), student.encode(pieces[1]), *ends, dropped)
+        return FittedPrompt(teacher.encode(pieces[0]), student.encode(pieces[1]), ends[0], ends[1], dropped)
 
     def fits(found: FittedPrompt) -> bool:
         return len(found.teacher) <= max_teacher and len(found.student) <= max_student

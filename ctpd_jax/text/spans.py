@@ -83,14 +83,14 @@ def align_ids(
     if unit not in ("character", "byte"):
         raise UserError(f"Unknown span unit {unit!r}: use 'character' or 'byte'.")
     # 1. Where the text can be cut at all: in its own bytes, and in those of both normalised texts.
+    sides = _Side(response, teacher, teacher_ids), _Side(response, student, student_ids)
     lengths = utf8_lengths(code_points(response))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    cuts = [tokens.cut_offsets(tok, response) for tok in (teacher, student)]
+    cuts = [tokens.cut_offsets(side.tok, response, side.normalized) for side in sides]
     if unit == "byte":
-        cuts = [_cuts_in_bytes(response, lengths, own, tok) for own, tok in zip(cuts, (teacher, student))]
+        cuts = [_cuts_in_bytes(response, lengths, side, own) for side, own in zip(sides, cuts)]
         offsets = np.arange(offsets[-1] + 1)
     # 2. Where both tokenizations end a token there.
-    sides = [_Side(response, teacher, teacher_ids), _Side(response, student, student_ids)]
     shared = sides[0].has_end(cuts[0]) & sides[1].has_end(cuts[1])
     # 3. The span of each token.
     return Aligned(
@@ -104,10 +104,10 @@ class _Side:
     """One tokenization, in offsets of its own normalised text."""
 
     def __init__(self, text: str, tok: TextTokenizer, ids: np.ndarray) -> None:
-        normalized = normalize(tok, text)
+        self.tok, self.normalized = tok, normalize(tok, text)
         self.ids = np.asarray(ids, np.int32)
-        self.ends = tokens.byte_ends(tok, self.ids, normalized)  # int64 [T]
-        self.ends_here = np.zeros(len(normalized.encode("utf-8")) + 1, bool)  # [B + 1]
+        self.ends = tokens.byte_ends(tok, self.ids, self.normalized)  # int64 [T]
+        self.ends_here = np.zeros(len(self.normalized.encode("utf-8")) + 1, bool)  # [B + 1]
         self.ends_here[0] = True
         self.ends_here[self.ends] = True
 
@@ -126,14 +126,14 @@ class _Side:
         return np.where(self.ends <= positions[-1], np.minimum(spans, len(inner) - 1), -1).astype(np.int32)
 
 
-def _cuts_in_bytes(text: str, lengths: np.ndarray, cuts: np.ndarray, tok: TextTokenizer) -> np.ndarray:
+def _cuts_in_bytes(text: str, lengths: np.ndarray, side: _Side, cuts: np.ndarray) -> np.ndarray:
     """Return for each byte of the text its offset in N(text), -1 where it is no clean cut: [n + 1] -> [B + 1].
 
     A position inside a character is one where both the character's edges are and its bytes stand in N(text) unchanged.
     """
-    if normalize(tok, text) == text:
+    if side.normalized == text:
         return np.arange(cuts[-1] + 1)
-    unchanged = per_character(code_points(text), lambda character: normalize(tok, character) == character, bool)
+    unchanged = per_character(code_points(text), lambda character: normalize(side.tok, character) == character, bool)
     base = np.where((cuts[:-1] >= 0) & (cuts[1:] >= 0) & unchanged, cuts[:-1], -1)
     character = np.repeat(np.arange(len(lengths)), lengths)  # of each byte
     within = np.arange(len(character)) - (np.cumsum(lengths) - lengths)[character]

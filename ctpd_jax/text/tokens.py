@@ -366,14 +366,14 @@ def byte_ends(
     raise UserError(f"The tokens of {tok.name!r} do not spell the text: they differ at byte {place}, near {near}.")
 
 
-def cut_offsets(tok: TextTokenizer, text: str) -> np.ndarray:
+def cut_offsets(tok: TextTokenizer, text: str, normalized: str) -> np.ndarray:
     """Return the byte offset in N(text) of each character that N can be cut before, else -1: int64 [n + 1]."""
     marker = tok.marker
 
     def plain(part: str) -> str:
         return part.replace(marker, " ") if marker else part
 
-    if tok.form is not None and normalize(tok, text) != plain(text):
+    if tok.form is not None and normalized != plain(text):
         return clean_cuts(text, lambda part: normalize(tok, part), plain)
     # A normalised text has normalised prefixes and suffixes: it can be cut anywhere.
     points = code_points(text)
@@ -401,8 +401,9 @@ def merges_across(tok: TextTokenizer, contexts: Sequence[str], responses: Sequen
     count = 0
     for (context, head), ids in zip(heads, encode_batch(tok, [context + head for context, head in heads])):
         text = context + head
-        border = int(cut_offsets(tok, text)[len(context)])
-        count += border < 0 or border not in byte_ends(tok, ids, normalize(tok, text))
+        normalized = normalize(tok, text)
+        border = int(cut_offsets(tok, text, normalized)[len(context)])
+        count += border < 0 or border not in byte_ends(tok, ids, normalized)
     return count
 
 

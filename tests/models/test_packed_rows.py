@@ -10,7 +10,7 @@ from tiny import random_model
 
 from ctpd_jax.annotate.teacher import make_scorer, score_pairs
 from ctpd_jax.data.loader import micro_batches, plan_shapes
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig as Rows
 from ctpd_jax.data.rows import LAYOUTS, PairItem, ScoredResponse
 from ctpd_jax.train.step import Compute, Objective, preference_sums
 

@@ -16,7 +16,7 @@ import numpy as np
 from tiny import CONFIGS
 
 from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig as Rows
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.models.decoder import init_params, param_shapes
 from ctpd_jax.models.lora import adapter_shapes, init_adapters, with_lora

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ctpd_jax.cli import load_config
 from ctpd_jax.data.loader import batch_indices, plan_shapes
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig as Rows
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.plan import command

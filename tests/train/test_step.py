@@ -11,7 +11,7 @@ import pytest
 from ctpd_jax.core.losses import ctpd_loss
 from ctpd_jax.core.projection import span_sums
 from ctpd_jax.data.loader import micro_batches, plan_shapes
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig as Rows
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch
 from ctpd_jax.models.decoder import apply, init_params
 from ctpd_jax.models.hf_config import from_hf
