@@ -55,6 +55,7 @@ def open_tokenizer(source: str) -> tuple[Any, str]:
     except Exception as error:  # transformers raises anything here, KeyError included; the user needs the name
         raise UserError(f"The tokenizer {source!r} cannot be loaded: {_first_line(error)}") from error
     if content is None:
+        # 3. A folder without tokenizer.json: transformers has made one, or it cannot.
         if not getattr(hf, "is_fast", False):
             raise UserError(
                 f"The tokenizer {source!r} has no tokenizer.json and transformers makes none of it; convert it with "

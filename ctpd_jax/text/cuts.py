@@ -109,9 +109,6 @@ def _opens(character: str) -> bool:
     return unicodedata.combining(first) == 0 and first not in _composes_backwards()
 
 
-# ------------------------------------------------------------------------------------------------ stretches
-
-
 def _cuts_of_stretch(stretch: str, normalise: Normaliser, plain: Normaliser) -> np.ndarray:
     """Return the clean cuts inside a stretch, int64 [len + 1], as byte offsets in its normal form."""
     whole = normalise(stretch)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import math
 import os
 import zlib
 from collections import Counter
@@ -80,13 +81,14 @@ def read_preferences(
     """Do what `load_preferences` does, without a judgement of what came of it."""
     if limit is not None and limit < 1:
         raise UserError(f"The limit on preference pairs is {limit}; it must be at least 1.")
+    most = math.inf if limit is None else limit
     report = Counters()
     pairs: list[PreferencePair] = []
     seen: Counter[str] = Counter()
     for source, row in _rows(spec, split, data_dir):
         report.add("rows")
         for found in [row] if isinstance(row, LeftOut) else read_row(row, separator, report, reading):
-            if limit is not None and len(pairs) >= limit:
+            if len(pairs) >= most:
                 break
             if isinstance(found, LeftOut):
                 report.leave_out(found.reason, source, found.detail)
@@ -100,7 +102,7 @@ def read_preferences(
             if repeating := _repeats_of_prompt(found):
                 report.add("answers that repeat the prompt", repeating)
             pairs.append(replace(found, id=f"{found.id}-{times}" if times > 1 else found.id, source=source))
-        if limit is not None and len(pairs) >= limit:
+        if len(pairs) >= most:
             break
     report.add("kept", len(pairs))
     return pairs, report
@@ -220,14 +222,16 @@ def _file_rows(path: Path) -> Iterator[Located]:
 def _tfds_rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Iterator[Located]:
     name = spec.removeprefix("tfds:")
     module, _, rest = name.partition(":")
+    # 1. The library, and the module that registers the builder.
     try:
         import tensorflow_datasets as tfds
 
         if "." in module and "/" not in module and rest:
-            importlib.import_module(module)  # registers the builder
+            importlib.import_module(module)
             name = rest
     except ImportError as error:
         raise UserError(f'"{spec}" cannot be read: {error}.') from None
+    # 2. The data set: a prepared folder, or one that is prepared now if it is not there.
     try:
         if Path(name, "dataset_info.json").is_file():
             source = tfds.builder_from_directory(name).as_data_source(split)

@@ -13,17 +13,10 @@ import numpy as np
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
+from ctpd_jax.text import tokens
 from ctpd_jax.text.backends import stand_in
 from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, marks_for, render_chat, render_prompt
-from ctpd_jax.text.tokens import (
-    BORDER,
-    TextTokenizer,
-    load_tokenizer,
-    require_readable,
-    spelling_of,
-    with_control,
-    without_control,
-)
+from ctpd_jax.text.tokens import TextTokenizer
 
 
 class PromptTooLong(UserError):
@@ -53,13 +46,13 @@ class TextModel:
 
 def load_text_model(path: str, template: str = "auto", template_variables: str = "") -> TextModel:
     """Load the tokenizer of a folder or hub id, and its template; the arguments are those of `load_template`."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = tokens.load_tokenizer(path)
     chosen = load_template(tokenizer, template, template_variables=template_variables)
     end = end_of_turn_id(tokenizer, chosen)
     used = frame_tokens(tokenizer, chosen)
     if end in tokenizer.added:
         used.add(tokenizer.added[end].content)
-    model = TextModel(with_control(tokenizer, used), chosen, end)
+    model = TextModel(tokens.with_control(tokenizer, used), chosen, end)
     _try_prompts(model)
     return model
 
@@ -171,12 +164,12 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
         tokens do not spell the prompt.
     """
     whole = "".join(piece.text for piece in pieces)
-    require_readable(tok, whole)
+    tokens.require_readable(tok, whole)
     if _only_template_control(tok, whole, pieces):
         ids = tok.backend.encode(whole, add_special_tokens=False).ids
     else:
         ids = encode_beside_typed(tok, pieces)
-    ids = spelling_of(tok, ids, whole, control=True).tolist()
+    ids = tokens.spelling_of(tok, ids, whole, control=True).tolist()
     if bos and tok.bos_id is not None and ids[:1] != [tok.bos_id]:
         ids = [tok.bos_id, *ids]
     if not ids:
@@ -225,7 +218,7 @@ def encode_beside_typed(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[int
                 parts[key] = (text, None)
                 missed = True
         if not missed:
-            return [tok.stand_ins.get(number, number) for number in without_control(tok, encoding.ids)]
+            return [tok.stand_ins.get(number, number) for number in tokens.without_control(tok, encoding.ids)]
 
 
 # ------------------------------------------------------------------------------------------------ limits
@@ -271,7 +264,7 @@ def fit_prompt(
         if last is not None:
             messages[last] = Message("user", messages[last].content[dropped:])
         pieces = [render_prompt(model.template, messages) for model in (teacher, student)]
-        ends = ["".join(piece.text for piece in each)[-BORDER:] for each in pieces]
+        ends = ["".join(piece.text for piece in each)[-tokens.BORDER :] for each in pieces]
         return FittedPrompt(teacher.encode(pieces[0]), student.encode(pieces[1]), ends[0], ends[1], dropped)
 
     def fits(found: FittedPrompt) -> bool:

@@ -17,22 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ctpd_jax.schema import Counters, Message, PreferencePair
-from ctpd_jax.text import dialogue
+from ctpd_jax.text import columns, dialogue
 from ctpd_jax.text.answers import EXPECTED, LAYOUTS, Answer, Row, compared, read_answers
-from ctpd_jax.text.columns import (
-    AS_IT_STANDS,
-    LISTS,
-    LeftOut,
-    Reading,
-    empty,
-    from_json,
-    harmless,
-    plain,
-    quoted,
-    renamed,
-    require_understood,
-)
-from ctpd_jax.text.dialogue import HH_SEPARATOR, carries_template, messages
+from ctpd_jax.text.columns import LeftOut, Reading, empty, from_json, require_understood
+from ctpd_jax.text.dialogue import messages
 
 # The first of these that a row holds is its prompt. "conversations" is ShareGPT's name for the turns so far; OpenAI's
 # "input" holds "messages".
@@ -47,24 +35,21 @@ TEMPLATED = "rows that carry a chat template"
 
 
 def read_row(
-    row: Mapping[str, Any], separator: str, report: Counters, reading: Reading = AS_IT_STANDS
+    row: Mapping[str, Any], separator: str, report: Counters, reading: Reading = columns.AS_IT_STANDS
 ) -> list[PreferencePair | LeftOut]:
-    """Read one row: one pair, or several of ranked answers.
+    """Read one row: one pair, or several of ranked answers, and in place of one that cannot be used the reason.
 
     Args:
       row: its columns; values as JSON, TFDS (bytes, NumPy) or a Hugging Face data set has them.
       separator: what stands between prompt and answer where both are one text, as in HH-RLHF.
       report: receives the columns, and what was seen and not used ("completions not used").
       reading: names, and what is to be done with templates and ranks.
-
-    Returns:
-      The pairs, without a source, and in place of one that cannot be used the reason. A row is never an error.
     """
     try:
         # 1. The columns under the names that are known here, in Python's own types.
-        left = {name: plain(value) for name, value in row.items() if name not in reading.ignore}
+        left = {name: columns.plain(value) for name, value in row.items() if name not in reading.ignore}
         _note_columns(left, report)
-        left = renamed(left, reading.columns)
+        left = columns.renamed(left, reading.columns)
         if reading.strip_template:
             left = dialogue.without_template(left)
         # 2. Each reader takes its columns out of `left`.
@@ -92,10 +77,10 @@ def read_row(
 
 def _note_columns(row: Row, report: Counters) -> None:
     said = {name: value for name, value in row.items() if not empty(value)}
-    read = {name: value for name, value in said.items() if not harmless(name, value)}
+    read = {name: value for name, value in said.items() if not columns.harmless(name, value)}
     for name in said:
         report.note(SEEN if name in read else HARMLESS, name, most=50)
-    if any(map(carries_template, read.values())):
+    if any(map(dialogue.carries_template, read.values())):
         report.add(TEMPLATED)
 
 
@@ -109,12 +94,13 @@ def _refuse_token_ids(row: Row) -> None:
     def ids(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
-    known = {*PROMPT_COLUMNS, *(name for columns, _ in LAYOUTS for name in columns)}
+    known = {*PROMPT_COLUMNS, *(name for layout, _ in LAYOUTS for name in layout)}
     tokenized = [name for name in row if (name.endswith("input_ids") or name in known) and ids(row[name])]
     if tokenized and not ("chosen" in row and "chosen" not in tokenized):
         raise LeftOut(
             "token ids instead of texts",
-            f"the columns {quoted(tokenized)} hold token ids; two tokenizers are to read the text, so give the text",
+            f"the columns {columns.quoted(tokenized)} hold token ids; two tokenizers are to read the text, so give "
+            "the text",
         )
 
 
@@ -138,7 +124,7 @@ def _own_prompt(row: Row, answers: list[Answer], reading: Reading) -> Prompt | N
         if any(_is_end(row.get(name), answer.value) for answer in answers):
             del row[name]  # UltraFeedback's "messages" are "chosen" once more
     if "history" in row:
-        row["history"] = None if empty(row["history"]) else from_json(row["history"], LISTS)
+        row["history"] = None if empty(row["history"]) else from_json(row["history"], columns.LISTS)
     given = [name for name in PROMPT_COLUMNS if isinstance(row.get(name), str) or not empty(row.get(name))]
     if not given:
         return None
@@ -164,8 +150,8 @@ def _own_prompt(row: Row, answers: list[Answer], reading: Reading) -> Prompt | N
 
 
 def _is_end(turns: Any, conversation: Any) -> bool:
-    both = isinstance(turns, list) and isinstance(conversation, list) and bool(turns)
-    return both and conversation[-len(turns) :] == turns
+    both = isinstance(turns, list) and isinstance(conversation, list)
+    return both and bool(turns) and conversation[-len(turns) :] == turns
 
 
 def _with_system(pair: PreferencePair, system: str) -> PreferencePair:
@@ -175,9 +161,6 @@ def _with_system(pair: PreferencePair, system: str) -> PreferencePair:
     if said:
         raise LeftOut("the system column and the conversation's system message differ")
     return replace(pair, prompt=(Message("system", system), *pair.prompt))
-
-
-# ------------------------------------------------------------------------------------------------ pairs
 
 
 def _pair(
@@ -235,7 +218,7 @@ def _split_texts(chosen: str, rejected: str, separator: str, report: Counters) -
     """Cut two texts at the last separator, before which they must be the same."""
     if not chosen or not rejected:
         raise LeftOut("empty answer")
-    in_notation = separator == HH_SEPARATOR and dialogue.is_dialogue(chosen)
+    in_notation = separator == dialogue.HH_SEPARATOR and dialogue.is_dialogue(chosen)
     head, found, chosen = chosen.rpartition(separator)
     head_rejected, found_rejected, rejected = rejected.rpartition(separator)
     if not found or not found_rejected:

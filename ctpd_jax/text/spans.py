@@ -141,9 +141,6 @@ def _cuts_in_bytes(text: str, lengths: np.ndarray, side: _Side, cuts: np.ndarray
     return np.append(np.where(within == 0, cuts[character], inner), cuts[-1])
 
 
-# ------------------------------------------------------------------------------------------------ changes
-
-
 def truncate(aligned: Aligned, max_teacher_tokens: int, max_student_tokens: int) -> tuple[Aligned, bool]:
     """Cut both sides at the last common boundary that fits both limits.
 

@@ -256,7 +256,7 @@ def _amid_marks(template: PromptTemplate, messages: Sequence[Message]) -> tuple[
 
 
 def _edited(template: PromptTemplate, messages: Sequence[Message]) -> list[str]:
-    """Return what a template makes of each message, each rendered for real amid marks."""
+    """Return what a template makes of each message, rendered for real amid marks."""
     marked, marks = marks_for([message.role for message in messages])
     around = _prompt_text(template, marked)
     contents = []
@@ -304,9 +304,6 @@ def render_chat(template: PromptTemplate, messages: Sequence[Message], ask: bool
 @lru_cache(maxsize=256)
 def _compiled(source: str) -> jinja2.Template:
     return _environment().from_string(source)
-
-
-# ------------------------------------------------------------------------------------------------ Jinja
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

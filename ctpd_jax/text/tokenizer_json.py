@@ -61,15 +61,10 @@ class Facts:
     prefix: Prefix
 
 
-# ------------------------------------------------------------------------------------------------ facts
-
-
 def _flat(component: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
-    if component is None:
-        return []
-    if component["type"] == "Sequence":
-        return [part for child in component[inside] for part in _flat(child, inside)]
-    return [component]
+    if component is None or component["type"] != "Sequence":
+        return [component] if component else []
+    return [part for child in component[inside] for part in _flat(child, inside)]
 
 
 def _refuse(name: str, reason: str) -> UserError:

@@ -26,15 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.text import spelling, tokenizer_json
-from ctpd_jax.text.backends import (
-    STAND_INS,
-    bos_of_post_processor,
-    open_tokenizer,
-    ordinary_copy,
-    without_limits,
-    written_added_tokens,
-)
+from ctpd_jax.text import backends, spelling, tokenizer_json
 from ctpd_jax.text.cuts import clean_cuts, code_points, utf8_lengths
 from ctpd_jax.text.tokenizer_json import CONTROL, Prefix, Vocabulary
 
@@ -117,15 +109,15 @@ def normalize(tok: TextTokenizer, text: str) -> str:
 def load_tokenizer(source: Any) -> TextTokenizer:
     """Load a tokenizer from a folder, a hub name, a transformers fast tokenizer or a TextTokenizer.
 
-    Raises UserError with the tokenizer's name and the reason if it is not lossless: its tokens must spell the text
-    back, up to canonical equivalence (NFC, NFD) and a dummy space in front.
+    Raises UserError if it is not lossless: its tokens must spell the text back, up to canonical equivalence (NFC, NFD)
+    and a dummy space in front.
     """
     if isinstance(source, TextTokenizer):
         return source
     if hasattr(source, "backend_tokenizer") or hasattr(source, "convert_tokens_to_ids"):
         # An object is tried once, and once more when it has grown or its special tokens have other names.
         return _of_object(source, len(source), str(getattr(source, "special_tokens_map", None)))
-    hf, content = open_tokenizer(str(source))
+    hf, content = backends.open_tokenizer(str(source))
     return _of_content(hf, content, str(source))
 
 
@@ -142,11 +134,11 @@ def _of_object(hf: Any, size: int, special_tokens: str) -> TextTokenizer:
 
 def _of_content(hf: Any, content: str, name: str) -> TextTokenizer:
     """Make a tokenizer of the content of tokenizer.json, whose ids are the truth; `hf` names its special tokens."""
-    backend = without_limits(content)
+    backend = backends.without_limits(content)
     state = json.loads(backend.to_str())
     # 1. What would have other ids here than elsewhere. The library numbers anew what does not follow the vocabulary
     # without a gap, and a token that only the settings name would be text here and a token to transformers.
-    for token in written_added_tokens(content):
+    for token in backends.written_added_tokens(content):
         if backend.token_to_id(token["content"]) != token["id"]:
             raise UserError(
                 f"The tokenizer {name!r} gives the added token {token['content']!r} the id {token['id']}, but reads it "
@@ -169,7 +161,7 @@ def _of_content(hf: Any, content: str, name: str) -> TextTokenizer:
         backend=backend,
         ordinary=backend,
         fingerprint="",
-        bos_id=bos_of_post_processor(hf, name),
+        bos_id=backends.bos_of_post_processor(hf, name),
         byte_level=facts.byte_level,
         marker=facts.marker,
         form=facts.form,
@@ -194,7 +186,7 @@ def with_control(tok: TextTokenizer, names: Iterable[str]) -> TextTokenizer:
         return tok
     ids = {token: tok.ids_of_added[token] for token in sorted(control)}
     content = tok.backend.to_str()
-    ordinary, stand_ins = ordinary_copy(Tokenizer.from_str(content), ids)
+    ordinary, stand_ins = backends.ordinary_copy(Tokenizer.from_str(content), ids)
     lengths = tok.vocabulary.lengths.copy()
     lengths[list(ids.values())] = CONTROL
     found = replace(
@@ -210,7 +202,7 @@ def with_control(tok: TextTokenizer, names: Iterable[str]) -> TextTokenizer:
 
 
 def _try_out(tok: TextTokenizer) -> None:
-    """Hold the copy against the original, token by token and on texts, and both against the texts' bytes."""
+    """Hold the copy against the original, and both against the bytes of texts."""
     # 1. The copy has the added tokens under their ids.
     there = tok.ordinary.get_added_tokens_decoder()
     for token_id, token in tok.added.items():
@@ -305,7 +297,7 @@ def _in_characters(tok: TextTokenizer, text: str) -> list[int]:
 
 def require_readable(tok: TextTokenizer, text: str) -> None:
     """Raise UserError for text that no tokenizer can read, and for text that poses as a control token's stand-in."""
-    if posing := STAND_INS.search(text):
+    if posing := backends.STAND_INS.search(text):
         raise UserError(
             f"The text {_excerpt(text, posing.start())} holds a number between the noncharacters U+FDD0 and "
             "U+FDD1, which are reserved here; remove them or drop the example."
@@ -381,9 +373,6 @@ def cut_offsets(tok: TextTokenizer, text: str, normalized: str) -> np.ndarray:
     if marker:
         lengths[points == ord(marker)] = 1
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-
-
-# ------------------------------------------------------------------------------------------------ questions
 
 
 def special_literals(tok: TextTokenizer, text: str) -> int:
