@@ -12,6 +12,9 @@ from ctpd_jax.data.rows import BatchShape, PairItem, build_batch
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch
 
+Items = Sequence[PairItem]
+Parts = Iterable[Sequence[int] | np.ndarray]  # updates, or shards: the places of their items
+
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """Return the whole batches of an epoch; what is left over waits for the next epoch's order."""
@@ -37,30 +40,22 @@ def batch_indices(seed: int, step: int, examples: int, batch_size: int) -> np.nd
     return _order(seed, epoch, examples)[place * batch_size : (place + 1) * batch_size]
 
 
-def plan_shapes(
-    items: Sequence[PairItem], parts: Iterable[Sequence[int] | np.ndarray], micro_batch: int, packing: PackingConfig
-) -> tuple[BatchShape, ...]:
+def plan_shapes(items: Items, parts: Parts, micro_batch: int, packing: PackingConfig) -> tuple[BatchShape, ...]:
     """Choose the shapes of all micro-batches of a stage before it begins, so that none of them can exceed them.
 
-    `parts` are the updates, or the shards, that `micro_batches` will be asked for: the places of their items.
+    parts: what `micro_batches` will be asked for.
     """
     return choose_shapes(_units(items, parts, micro_batch, packing), packing)
 
 
 def padding(
-    items: Sequence[PairItem],
-    parts: Iterable[Sequence[int] | np.ndarray],
-    micro_batch: int,
-    packing: PackingConfig,
-    shapes: Sequence[BatchShape],
+    items: Items, parts: Parts, micro_batch: int, packing: PackingConfig, shapes: Sequence[BatchShape]
 ) -> float:
     """Return the share of the tokens laid out that is padding, over such parts."""
     return padding_share(_units(items, parts, micro_batch, packing), shapes, packing)
 
 
-def _units(
-    items: Sequence[PairItem], parts: Iterable[Sequence[int] | np.ndarray], micro_batch: int, packing: PackingConfig
-) -> Units:
+def _units(items: Items, parts: Parts, micro_batch: int, packing: PackingConfig) -> Units:
     # Each update, or shard, is cut into micro-batches by itself.
     needs = needs_of(items, packing.layout)
     groups: list[np.ndarray] = []
@@ -70,7 +65,7 @@ def _units(
 
 
 def micro_batches(
-    items: Sequence[PairItem], micro_batch: int, packing: PackingConfig, shapes: Sequence[BatchShape]
+    items: Items, micro_batch: int, packing: PackingConfig, shapes: Sequence[BatchShape]
 ) -> Iterator[tuple[Batch, list[int]]]:
     """Cut items into batches of at most `micro_batch` pairs, each in the cheapest of the shapes that takes it.
 
@@ -84,12 +79,7 @@ def micro_batches(
 
 
 def update_batches(
-    items: Sequence[PairItem],
-    seed: int,
-    batch_size: int,
-    micro_batch: int,
-    packing: PackingConfig,
-    shapes: Sequence[BatchShape],
+    items: Items, seed: int, batch_size: int, micro_batch: int, packing: PackingConfig, shapes: Sequence[BatchShape]
 ) -> Callable[[int], list[Batch]]:
     """Return step -> the micro-batches of that update."""
     micro_batch = min(micro_batch, batch_size)

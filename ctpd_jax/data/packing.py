@@ -82,9 +82,6 @@ def split(needs: np.ndarray, micro_batch: int, packed: bool) -> list[np.ndarray]
     return [order[owner == group] for group in range(count)]
 
 
-# ------------------------------------------------------------------------------------------------ places
-
-
 def pack(units: Units, length: np.ndarray, scored: np.ndarray) -> np.ndarray:
     """Put units into rows by best fit, the longest first: each into the fullest row that takes it, or a new one.
 
@@ -150,9 +147,6 @@ def fit(units: Units, shapes: Sequence[BatchShape], packing: PackingConfig) -> t
     return choice, own
 
 
-# ------------------------------------------------------------------------------------------------ shapes
-
-
 def choose_shapes(units: Units, packing: PackingConfig) -> tuple[BatchShape, ...]:
     """Choose at most `packing.buckets` shapes that take all micro-batches at the least cost, the cheapest first.
 
@@ -210,16 +204,13 @@ def cost(shape: BatchShape) -> float:
 def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchShape]:
     """Return at most `count` shapes that take all micro-batches, by the rows that each needs of each kind, [C, B]."""
     # 1. The candidates, and what each micro-batch costs in each of them.
-    shapes = sorted(
-        {
-            BatchShape(int(number), int(length), int(scored))
-            for (length, scored), own in zip(kinds, needed)
-            for number in np.unique(own[np.isfinite(own)])
-        },
-        key=lambda shape: (cost(shape), shape),
-    )
-    kind = {(int(length), int(scored)): own for (length, scored), own in zip(kinds, needed)}
-    costs = np.array([np.where(kind[s.length, s.scored] <= s.rows, cost(s), np.inf) for s in shapes])  # [S, B]
+    found: list[tuple[float, BatchShape, np.ndarray]] = []
+    for (length, scored), own in zip(kinds.tolist(), needed):
+        for number in np.unique(own[np.isfinite(own)]):
+            shape = BatchShape(int(number), length, scored)
+            found.append((cost(shape), shape, np.where(own <= number, cost(shape), np.inf)))
+    found.sort(key=lambda each: each[:2])
+    costs = np.array([own for _, _, own in found])  # [S, B]
 
     def totals(chosen: list[int]) -> np.ndarray:
         """Return the cost of all micro-batches with each of the shapes added to the chosen ones: [S]."""
@@ -239,7 +230,7 @@ def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchSh
             if sums.min() < best * (1 - 1e-9):
                 chosen, best, improved = [*rest, int(sums.argmin())], sums.min(), True
     used = np.unique(np.array(sorted(chosen))[costs[sorted(chosen)].argmin(axis=0)])
-    return [shapes[i] for i in used]
+    return [found[i][1] for i in used]
 
 
 def padding_share(units: Units, shapes: Sequence[BatchShape], packing: PackingConfig) -> float:
