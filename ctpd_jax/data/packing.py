@@ -86,8 +86,7 @@ def pack(units: Units, length: np.ndarray, scored: np.ndarray) -> np.ndarray:
     """Put units into rows by best fit, the longest first: each into the fullest row that takes it, or a new one.
 
     length, scored: int [B], what a row of each micro-batch takes; no unit may need more.
-    Returns the row of each unit, int64 [B, U], -1 where there is none. What becomes of one micro-batch does not depend
-    on the others.
+    Returns the row of each unit, int64 [B, U], -1 where there is none; it does not depend on the other micro-batches.
     """
     count = len(units.tokens)
     empty = np.stack([length, scored])[:, :, None]  # [2, B, 1]
@@ -98,6 +97,7 @@ def pack(units: Units, length: np.ndarray, scored: np.ndarray) -> np.ndarray:
         if not fits.any(axis=1).all():
             free = np.concatenate([free, empty], axis=2)
             fits = np.concatenate([fits, np.ones((count, 1), bool)], axis=1)
+        # The fullest row that takes it has the least room.
         row = np.where(fits, free[0], np.iinfo(np.int64).max).argmin(axis=1)
         free[:, every, row] -= np.stack([tokens, slots])
         places[:, number] = np.where(tokens > 0, row, -1)
@@ -110,6 +110,7 @@ def place(units: Units, kinds: np.ndarray, packing: PackingConfig) -> tuple[np.n
     Returns the row of each unit, int64 [C, B, U], -1 where there is none; and how many rows that makes,
     float64 [C, B], infinity where a unit is too long for that kind of row.
     """
+    # Every pair of a kind and a micro-batch is one more micro-batch.
     size, count = units.tokens.shape, len(kinds)
     units = Units(*(np.tile(array, (count, 1)) for array in units))
     length, scored = np.repeat(np.asarray(kinds, np.int64), size[0], axis=0).T

@@ -55,6 +55,7 @@ def _ranked(row: Row, reading: Reading, column: str) -> list[Answer]:
     """Read a list of records, each an answer and its rank (0 is the best) or its score (more is better)."""
     answers = []
     for record in map(dict, records(row.pop(column), column)):
+        # The first name of each list that the record holds; a rank counts from the best.
         text = next((name for name in _TEXTS if record.get(name) is not None), None)
         name = next((name for name in _SCORES if record.get(name) is not None), "rank")
         score = number(record.pop(name, None))
@@ -166,6 +167,7 @@ def read_answers(row: Row, reading: Reading) -> list[Answer]:
             if not isinstance(row[columns[0]], list | dict):
                 continue
         return read(row, reading, *columns)
+    # The columns are there, and one of them holds nothing.
     if any(set(columns) <= row.keys() and read is _in_order for columns, read in LAYOUTS):
         raise LeftOut("empty answer")
     raise LeftOut(UNKNOWN_LAYOUT, f"found the columns {quoted(row)}; expected {EXPECTED}")

@@ -137,6 +137,7 @@ def _cuts_incrementally(stretch: str, normalise: Normaliser) -> np.ndarray:
     before = ""  # the text from there, without the marks which cannot matter any more
     seen: Counter[int] = Counter()  # marks of each class since the last starter
     for position in range(1, len(stretch)):
+        # 1. One more character on the left.
         for part in unicodedata.normalize("NFD", stretch[position - 1]):
             combining = unicodedata.combining(part)
             if combining == 0:
@@ -146,6 +147,7 @@ def _cuts_incrementally(stretch: str, normalise: Normaliser) -> np.ndarray:
             else:
                 seen[combining] += 1
             before += part
+        # 2. Whether it can be cut here; from a cut on all that is before it is forgotten.
         after = following[position]
         if normalise(before) + normalise(after) == normalise(before + after):
             cuts[position] = cuts[since] + len(normalise(stretch[since:position]).encode())
@@ -165,6 +167,7 @@ def _following_marks(stretch: str) -> list[str]:
             if combining == 0:
                 marks = [part]
                 continue
+            # Only the first few of a class: the last one goes where one comes in front.
             marks.insert(0, part)
             same = [i for i, mark in enumerate(marks) if unicodedata.combining(mark) == combining]
             if len(same) > MARKS_PER_CLASS:

@@ -116,6 +116,7 @@ def _records(path: Path, file: BinaryIO) -> Iterator[Numbered]:
     csv.field_size_limit((1 << 31) - 1)  # of Python's, 128 KB: an answer may be longer
     # Bytes that are no UTF-8 become lone surrogates, which no prompt and no answer may hold.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    # The delimiter is the one that the header has most of.
     head = text.readline()
     delimiter = max(",;\t", key=head.count)
     columns = next(csv.reader([head], delimiter=delimiter), [])
@@ -162,6 +163,7 @@ def _parquet(path: Path, file: BinaryIO) -> Iterator[Numbered]:
         names = source.schema_arrow.names
         if len(set(names)) < len(names):
             raise UserError(f"{path}: two columns have the same name ({', '.join(names)}).")
+        # A row group may be larger than memory has room for: a few rows at a time.
         for batch in source.iter_batches(batch_size=256):
             for row in zip(*map(_values, batch.columns)):
                 number += 1

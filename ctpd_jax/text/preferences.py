@@ -90,11 +90,13 @@ def read_preferences(
         for found in [row] if isinstance(row, LeftOut) else read_row(row, separator, report, reading):
             if len(pairs) >= most:
                 break
+            # 1. Not usable: the reason is counted, with the first rows that it was met in.
             if isinstance(found, LeftOut):
                 report.leave_out(found.reason, source, found.detail)
                 for name in found.fields:
                     report.note(UNKNOWN, name, most=50)
                 continue
+            # 2. Usable: the id says which of its repeats it is.
             seen[found.id] += 1
             times = seen[found.id]
             if times > 1:
@@ -181,6 +183,7 @@ def _rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ite
 
 def _paths(spec: str, split: str) -> list[Path]:
     """Find the file, or the shards of a split in a folder."""
+    # 1. A folder has one file or several shards of each split.
     path = Path(spec.replace("{split}", split)).expanduser()
     if path.is_dir():
         for ending in ENDINGS:
@@ -192,6 +195,7 @@ def _paths(spec: str, split: str) -> list[Path]:
             f'The folder "{path}" holds neither {split}.jsonl nor {split}.jsonl.gz nor another file or shards of the '
             f"split in a known format ({', '.join(ENDINGS)})."
         )
+    # 2. A file is the split.
     if not path.is_file():
         raise UserError(
             f'There is no preference file "{path}"; give a .jsonl, .json, .csv or .parquet file, a folder of them, '
@@ -214,7 +218,8 @@ def _file_rows(path: Path) -> Iterator[Located]:
             f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch or make it again."
         ) from None
     except OSError as error:
-        if error.strerror is None:  # of a library that unpacks
+        # Without a reason of the system it is the library that unpacks which has given up.
+        if error.strerror is None:
             raise UserError(f"{path}:{number + 1}: the file is damaged ({error}); fetch or make it again.") from None
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 

@@ -152,10 +152,12 @@ def _closed(
     A response cut short must not teach to stop there. Where only the other one ended its turn, the loss would push
     stopping up or down with no counterpart, and the sums of an evaluation would be as lopsided.
     """
+    # 1. Within the limit, with room for the end of the turn.
     room = limits.response - int(limits.end_of_turn)
     short = [truncate(response, room, room) for response in aligned]
     if any(response.num_spans == 0 for response, _ in short):
         raise LeftOut("no common boundary within the response limit")
+    # 2. The ends of turn.
     cuts = [cut for _, cut in short]
     neither = not limits.end_of_turn or (limits.end_of_turn_both and any(cuts))
     closed = []
@@ -163,6 +165,7 @@ def _closed(
         if not cut and not neither:
             response = with_end_of_turn(response, teacher.end_of_turn, student.end_of_turn)
         closed.append((response, cut))
+    # 3. Pairs that differ only in what was cut teach nothing.
     ids = [[*response.teacher.ids, -1, *response.student.ids] for response, _ in closed]
     if ids[CHOSEN] == ids[REJECTED]:
         raise LeftOut("answers identical within the response limit")
@@ -181,6 +184,7 @@ def _count_texts(
     escaped = sum(special_literals(model.tokenizer, text) for text in texts)
     counters.add(f"{name} tokens that would merge across the prompt's border", _merges(model, ends, responses))
     counters.add(f"{name} literal special tokens escaped", escaped)
+    # A prompt may open a thought that the answer is to close.
     for end, response in zip(ends, responses):
         block = opened_block(end)
         if block and f"<{block}>" in response:

@@ -120,6 +120,7 @@ def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]
         except UserError:  # many a template takes no system message
             continue
         found.update(token for token in tokenizer.added_pattern.findall(text) if re.search(r"[^\w\s\u2581]", token))
+        # A pair such as <think></think> with no message inside.
         for block in re.finditer(r"(<(\w+)>)[^\ue0f1]*?(</\2>)", text):
             inner.update(block.group(1, 3))
     return found - inner
@@ -165,6 +166,7 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
     """
     whole = "".join(piece.text for piece in pieces)
     tokens.require_readable(tok, whole)
+    # The tokenizer itself reads the whole prompt, if it takes nothing that was typed for a control token.
     if _only_template_control(tok, whole, pieces):
         ids = tok.backend.encode(whole, add_special_tokens=False).ids
     else:

@@ -221,6 +221,7 @@ def _split_texts(chosen: str, rejected: str, separator: str, report: Counters) -
     in_notation = separator == dialogue.HH_SEPARATOR and dialogue.is_dialogue(chosen)
     head, found, chosen = chosen.rpartition(separator)
     head_rejected, found_rejected, rejected = rejected.rpartition(separator)
+    # 1. Why there is no prompt.
     if not found or not found_rejected:
         if in_notation:
             raise LeftOut('"Human:" and "Assistant:" without blank lines before them')
@@ -231,9 +232,11 @@ def _split_texts(chosen: str, rejected: str, separator: str, report: Counters) -
         )
     if head != head_rejected:
         raise LeftOut("the answers follow different prompts")
-    if not in_notation:  # a space after the separator belongs to the layout, not to the answer
+    # 2. A space after the separator belongs to the layout, not to the answer.
+    if not in_notation:
         prompt = (Message("user", head),) if head else ()
         return PreferencePair("", prompt, chosen.removeprefix(" "), rejected.removeprefix(" "))
+    # 3. In HH-RLHF's notation the prompt is a dialogue, and an answer may be followed by more of it.
     if not head.strip():
         raise LeftOut("a dialogue that the assistant begins")
     chosen, rejected = (dialogue.dialogue_answer(text, report) for text in (chosen, rejected))

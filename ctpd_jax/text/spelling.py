@@ -75,6 +75,7 @@ def _ends(
     vocabulary: Vocabulary, prefix: Prefix, token_id: int, data: bytes, place: int, dummy: bool, names: bool
 ) -> Iterator[int]:
     """Yield the places where a token may end that begins at `place`, the likeliest first."""
+    # 1. What it may stand for.
     added = vocabulary.added.get(token_id)
     start = int(vocabulary.starts[token_id])
     usual = vocabulary.pool[start : start + int(vocabulary.sizes[token_id])].tobytes()
@@ -84,6 +85,7 @@ def _ends(
     if dummy and prefix.present:
         shorter = tuple(spelling[1:] for spelling in spellings if spelling.startswith(b" "))
         spellings = (*shorter, *spellings) if prefix.always else (*spellings, *shorter)
+    # 2. Where it may begin and end, white space included.
     begins = _white(data, place) if added and added.lstrip else [place]
     for begin in begins:
         for spelling in spellings:

@@ -147,6 +147,7 @@ def _settings(source: str, template_variables: str, name: str) -> str:
         raise UserError(f"template_variables = {template_variables!r} is not valid JSON: {error}.") from None
     if not isinstance(chosen, dict):
         raise UserError(f"template_variables = {template_variables!r} is not a JSON object of variables.")
+    # A variable that a template reads without setting it is one that it can be told.
     known = jinja2.meta.find_undeclared_variables(_environment().parse(source)) - _OURS
     for key in chosen:
         if key not in known:

@@ -184,6 +184,7 @@ def with_control(tok: TextTokenizer, names: Iterable[str]) -> TextTokenizer:
     control = tok.control.keys() | tok.ids_of_added.keys() & set(names)
     if tok.fingerprint and control == tok.control.keys():
         return tok
+    # The copy reads them as text, and in ids of ordinary text they stand for nothing.
     ids = {token: tok.ids_of_added[token] for token in sorted(control)}
     content = tok.backend.to_str()
     ordinary, stand_ins = backends.ordinary_copy(Tokenizer.from_str(content), ids)
@@ -261,6 +262,7 @@ def spelling_of(tok: TextTokenizer, ids: Sequence[int], text: str, control: bool
     if names and "<0x" in normalized:
         ends = spelling.search(tok.vocabulary, tok.prefix, found, normalized.encode("utf-8"), whole=True, names=True)
         if ends is not None and not np.array_equal(ends, np.cumsum(tok.vocabulary.sizes[found])):
+            # A token longer than its byte is one that was typed.
             apart: list[int] = []
             for token_id, size in zip(ids, np.diff(ends, prepend=0).tolist()):
                 typed = token_id in names and size > 1
