@@ -57,8 +57,8 @@ def load_preferences(
 
     Returns:
       The pairs in the order of the source, and the report: "rows", "kept", and one count per reason for leaving out
-      ("left out: identical answers", ...) with the first rows of each. A pair's id is a hash of its texts, whatever the
-      order of the file; exact repeats get "-2", "-3", ... appended.
+      ("left out: identical answers", ...) with the first rows of each. A pair's id is a hash of its texts; exact
+      repeats get "-2", "-3", ... appended.
 
     Raises:
       UserError: nothing there, a file that cannot be read on, too few usable pairs, or texts that carry a template.

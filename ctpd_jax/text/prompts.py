@@ -60,10 +60,8 @@ def load_text_model(path: str, template: str = "auto", template_variables: str =
 def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
     """Return the token with which an assistant ends its turn.
 
-    That is the added token that the chat template puts after the answer, white space aside, else EOS.
-
-    Raises:
-      UserError: neither is there, or the template refuses every conversation.
+    That is the added token that the chat template puts after the answer, white space aside, else EOS. Raises UserError
+    where neither is there, or the template refuses every conversation.
     """
     if template.kind == "chat":
         found = tokenizer.added_pattern.match(_after_answer(tokenizer, template))
@@ -156,13 +154,10 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
     Only pieces of the template may hold control tokens: what a user typed never becomes one, not even together with
     the template text beside it. Where nobody typed one, these are the ids that the tokenizer gives the whole text.
 
-    Args:
-      bos: put the tokenizer's BOS in front, exactly once, if its own post-processor adds one. A chat template writes
-        its own.
-
-    Raises:
-      UserError: the prompt is empty and gets no BOS, so nothing would predict the response's first token; or the
-        tokens do not spell the prompt.
+    bos: put the tokenizer's BOS in front, exactly once, if its own post-processor adds one. A chat template writes its
+    own.
+    Raises UserError for an empty prompt without BOS: nothing would predict the response's first token; and if the
+    tokens do not spell the prompt.
     """
     whole = "".join(piece.text for piece in pieces)
     tokens.require_readable(tok, whole)
@@ -253,11 +248,8 @@ def fit_prompt(
     """Return both models' prompt ids, the last user message shortened from its left until both limits hold.
 
     Both models lose the same characters, and the template loses none. The limits are in tokens, BOS and template
-    included.
-
-    Raises:
-      PromptTooLong: the rest of the prompt alone exceeds a limit.
-      UserError: a template refuses the messages, or nothing predicts the first token of the response.
+    included. Raises PromptTooLong where the rest of the prompt alone exceeds a limit, else UserError as
+    `TextModel.prompt` does.
     """
     last = last_user(pair.prompt)
 

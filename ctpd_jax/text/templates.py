@@ -169,12 +169,9 @@ def told_source(template: PromptTemplate) -> str:
 
 
 def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list[Piece]:
-    """Return the pieces of a prompt, up to where the response starts.
+    """Return the pieces of a prompt, up to where the response starts; joined they are what the template renders.
 
-    In every case the whole, rendered for real, must be the pieces joined.
-
-    Raises:
-      UserError: the template refuses the messages, leaves one out, repeats one, or changes its own text with them.
+    Raises UserError where it refuses the messages, leaves one out, repeats one, or changes its own text with them.
     """
     if template.kind == "plain":
         return _plain_pieces(template.source, messages)

@@ -65,29 +65,25 @@ class TextTokenizer:
         """The id of the token that the folder calls eos_token; None if it names none."""
         return None if self.hf.eos_token is None else self.backend.token_to_id(self.hf.eos_token)
 
+    # Added tokens and control tokens by id and by name, and patterns that find their names in a text.
     @cached_property
     def added(self) -> dict[int, AddedToken]:
-        """The added tokens by id."""
         return self.backend.get_added_tokens_decoder()
 
     @cached_property
     def ids_of_added(self) -> dict[str, int]:
-        """The ids of the added tokens by name."""
         return {token.content: token_id for token_id, token in self.added.items()}
 
     @cached_property
     def added_pattern(self) -> re.Pattern[str]:
-        """Finds the names of added tokens."""
         return _pattern(self.ids_of_added)
 
     @cached_property
     def control_names(self) -> dict[int, str]:
-        """The names of the control tokens by id."""
         return {token_id: name for name, token_id in self.control.items()}
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Finds the names of control tokens."""
         return _pattern(self.control)
 
 
@@ -316,16 +312,11 @@ def require_readable(tok: TextTokenizer, text: str) -> None:
 def byte_ends(
     tok: TextTokenizer, ids: np.ndarray, normalized: str, whole: bool = False, control: bool = False
 ) -> np.ndarray:
-    """Return where each token ends in the bytes of N(text): int [T] -> int64 [T].
+    """Return where each token ends in the bytes of N(text), which is `normalized`: int [T] -> int64 [T].
 
-    Args:
-      ids: may stop before the text does (truncation) unless `whole`.
-      normalized: N(text), see `normalize`. The dummy space counts zero bytes, so a token that is nothing else has the
-        end of the token before it.
-      control: a control token spells its name, as in the text of a template; else it is refused.
-
-    Raises:
-      UserError: the tokens do not spell the text.
+    The dummy space counts zero bytes: a token that is nothing else has the end of the token before it. ids may stop
+    before the text does (truncation) unless `whole`. With `control` a control token spells its name, as in the text of
+    a template; else it is refused. Raises UserError if the tokens do not spell the text.
     """
     # 1. Every id stands for bytes.
     ids = np.asarray(ids, np.int64)
