@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 
 UPDATES = 5
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[16, 256, 4096], help="of an update")
     for pairs in parser.parse_args().pairs:
         items = made_up(UPDATES * pairs, np.random.default_rng(0))
-        rows = Rows("shared", packed=True, buckets=4, multiple=128, length=1024, row_multiple=pairs)
+        rows = PackingConfig("shared", packed=True, buckets=4, multiple=128, length=1024, row_multiple=pairs)
         updates = [batch_indices(0, step, len(items), pairs) for step in range(UPDATES)]
         began = time.perf_counter()
         shapes = plan_shapes(items, updates, pairs, rows)

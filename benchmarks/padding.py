@@ -20,7 +20,7 @@ import numpy as np
 from ctpd_jax.annotate.teacher import plain_item
 
 from ctpd_jax.data.loader import batch_indices, plan_shapes, steps_per_epoch, update_batches
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem
 from ctpd_jax.errors import UserError
 from ctpd_jax.text.preferences import load_preferences
@@ -31,7 +31,9 @@ from ctpd_jax.text.prompts import load_text_model
 PACKED = {(16, 1): 0.13, (64, 1): 0.05, (16, 8): None, (64, 8): None}
 
 
-def measure(items: list[PairItem], rows: Rows, batch_size: int, micro_batch: int, epochs: int) -> dict[str, Any]:
+def measure(
+    items: list[PairItem], rows: PackingConfig, batch_size: int, micro_batch: int, epochs: int
+) -> dict[str, Any]:
     """The batches of `epochs` passes over the items, counted."""
     steps = epochs * steps_per_epoch(len(items), batch_size)
     began = time.perf_counter()
@@ -107,8 +109,8 @@ def main() -> None:
         f"{len(items):,} pairs; tokens of prompt, chosen, rejected on average: " + ", ".join(f"{n:.0f}" for n in means)
     )
 
-    def rows(layout: str, packed: bool, devices: int = 1) -> Rows:
-        return Rows(layout, packed, args.buckets, args.multiple, row_multiple=devices)
+    def rows(layout: str, packed: bool, devices: int = 1) -> PackingConfig:
+        return PackingConfig(layout, packed, args.buckets, args.multiple, row_multiple=devices)
 
     records = [
         measure(items, replace(rows("response", False), buckets=buckets), 16, micro_batch, args.epochs)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ctpd_jax.core.projection import span_sums
 from ctpd_jax.data.loader import micro_batches
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.models.compute import Compute, scored_logprobs
 from ctpd_jax.models.config import DecoderConfig
@@ -59,7 +59,7 @@ def score_pairs(
     items: Sequence[PairItem],
     spans: Sequence[tuple[np.ndarray, np.ndarray]],
     micro_batch: int,
-    rows: Rows,
+    rows: PackingConfig,
     shapes: Sequence[BatchShape],
     done: Callable[[int], object] = lambda pairs: None,
 ) -> list[list[tuple[np.ndarray, np.ndarray]]]:

@@ -8,14 +8,17 @@ from functools import lru_cache
 
 import numpy as np
 
-from ctpd_jax.data.packing import Rows, Units, choose_shapes, fit, needs_of, padding_share, split, units_of
+from ctpd_jax.data.packing import PackingConfig, Units, choose_shapes, fit, needs_of, padding_share, split, units_of
 from ctpd_jax.data.rows import BatchShape, PairItem, build_batch
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch
 
+Items = Sequence[PairItem]
+Parts = Iterable[Sequence[int] | np.ndarray]  # updates, or shards: the places of their items
+
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Returns the whole batches of an epoch; what is left over waits for the next epoch's order."""
+    """Return the whole batches of an epoch; what is left over waits for the next epoch's order."""
     if examples < batch_size:
         raise UserError(f"{examples} examples do not fill one batch of {batch_size}: lower batch_size or add data.")
     return examples // batch_size
@@ -29,7 +32,7 @@ def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 
 def batch_indices(seed: int, step: int, examples: int, batch_size: int) -> np.ndarray:
-    """Returns the examples of update `step` (counted from 0): int64 [batch_size].
+    """Return the examples of update `step` (counted from 0): int64 [batch_size].
 
     index = permutation(seed, epoch)[(step mod steps_per_epoch) * batch_size + i], so a resumed run, on any number of
     hosts, sees what the undisturbed one would have seen.
@@ -38,53 +41,42 @@ def batch_indices(seed: int, step: int, examples: int, batch_size: int) -> np.nd
     return _order(seed, epoch, examples)[place * batch_size : (place + 1) * batch_size]
 
 
-def plan_shapes(
-    items: Sequence[PairItem], parts: Iterable[Sequence[int] | np.ndarray], micro_batch: int, rows: Rows
-) -> tuple[BatchShape, ...]:
-    """Chooses the shapes of all micro-batches of a stage before it begins, so that none of them can exceed them.
+def plan_shapes(items: Items, parts: Parts, micro_batch: int, packing: PackingConfig) -> tuple[BatchShape, ...]:
+    """Choose the shapes of all micro-batches of a stage before it begins, so that none of them can exceed them.
 
-    `parts` are the updates, or the shards, that `micro_batches` will be asked for: the places of their items.
+    parts: what `micro_batches` will be asked for.
     """
-    return choose_shapes(_units(items, parts, micro_batch, rows), rows)
+    return choose_shapes(_units(items, parts, micro_batch, packing), packing)
 
 
 def padding(
-    items: Sequence[PairItem],
-    parts: Iterable[Sequence[int] | np.ndarray],
-    micro_batch: int,
-    rows: Rows,
-    shapes: Sequence[BatchShape],
+    items: Items, parts: Parts, micro_batch: int, packing: PackingConfig, shapes: Sequence[BatchShape]
 ) -> float:
-    """The share of the tokens laid out that is padding, over such parts."""
-    return padding_share(_units(items, parts, micro_batch, rows), shapes, rows)
+    """Return the share of the tokens laid out that is padding, over such parts."""
+    return padding_share(_units(items, parts, micro_batch, packing), shapes, packing)
 
 
-def _units(
-    items: Sequence[PairItem], parts: Iterable[Sequence[int] | np.ndarray], micro_batch: int, rows: Rows
-) -> Units:
-    needs = needs_of(items, rows.layout)
-    return units_of(
-        needs,
-        [
-            np.asarray(part)[group]
-            for part in parts
-            for group in split(needs[np.asarray(part)], micro_batch, rows.packed)
-        ],
-    )
+def _units(items: Items, parts: Parts, micro_batch: int, packing: PackingConfig) -> Units:
+    # Each update, or shard, is cut into micro-batches by itself.
+    needs = needs_of(items, packing.layout)
+    groups: list[np.ndarray] = []
+    for part in map(np.asarray, parts):
+        groups += [part[group] for group in split(needs[part], micro_batch, packing.packed)]
+    return units_of(needs, groups)
 
 
 def micro_batches(
-    items: Sequence[PairItem], micro_batch: int, rows: Rows, shapes: Sequence[BatchShape]
+    items: Items, micro_batch: int, packing: PackingConfig, shapes: Sequence[BatchShape]
 ) -> Iterator[tuple[Batch, list[int]]]:
-    """Cuts items into batches of at most `micro_batch` pairs, each in the cheapest of the shapes that takes it.
+    """Cut items into batches of at most `micro_batch` pairs, each in the cheapest of the shapes that takes it.
 
     Yields the batch, which has room for `micro_batch` pairs, and the places of its pairs in `items`.
     """
-    needs = needs_of(items, rows.layout)
-    groups = split(needs, micro_batch, rows.packed)
-    choice, places = fit(units_of(needs, groups), shapes, rows)
+    needs = needs_of(items, packing.layout)
+    groups = split(needs, micro_batch, packing.packed)
+    choice, places = fit(units_of(needs, groups), shapes, packing)
     for group, number, own in zip(groups, choice, places):
-        yield build_batch([items[i] for i in group], rows.layout, shapes[number], micro_batch, own), group.tolist()
+        yield build_batch([items[i] for i in group], packing.layout, shapes[number], micro_batch, own), group.tolist()
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ class Updates:
 
 
 def plan_updates(
-    items: Sequence[PairItem], seed: int, steps: int, batch_size: int, micro_batch: int, rows: Rows
+    items: Sequence[PairItem], seed: int, steps: int, batch_size: int, micro_batch: int, packing: PackingConfig
 ) -> Updates:
     """Decides which items each update sees and in which shapes, before the first of them."""
     micro_batch = min(micro_batch, batch_size)
@@ -105,10 +97,10 @@ def plan_updates(
     def parts(steps: int) -> Iterator[np.ndarray]:
         return (batch_indices(seed, step, len(items), batch_size) for step in range(steps))
 
-    shapes = plan_shapes(items, parts(steps), micro_batch, rows)
+    shapes = plan_shapes(items, parts(steps), micro_batch, packing)
 
     def batches(step: int) -> list[Batch]:
         own = [items[int(i)] for i in batch_indices(seed, step, len(items), batch_size)]
-        return [batch for batch, _ in micro_batches(own, micro_batch, rows, shapes)]
+        return [batch for batch, _ in micro_batches(own, micro_batch, packing, shapes)]
 
-    return Updates(batches, shapes, padding(items, parts(min(steps, 64)), micro_batch, rows, shapes))
+    return Updates(batches, shapes, padding(items, parts(min(steps, 64)), micro_batch, packing, shapes))

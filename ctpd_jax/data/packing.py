@@ -1,6 +1,7 @@
 """Which rows a batch's responses lie in, and the few static shapes that all batches of a stage take. NumPy only.
 
 A unit is what lies in a row as one piece: a response with its prompt, or both responses of a pair; see data.rows.
+`pack` and `place` put units into rows, `fit` chooses among given shapes, `choose_shapes` finds the shapes.
 
 Letters: B micro-batches, U units of a micro-batch, R rows, L row length, K scored tokens of a row, S shapes, C kinds of
 rows, (L, K).
@@ -26,7 +27,7 @@ SLACK = (1.0, 1.05, 1.1, 1.25)  # scored tokens of a packed row, relative to the
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackingConfig:
     """How responses are laid out in rows, and how many programs may be compiled for that."""
 
     layout: str = "response"  # see data.rows
@@ -49,14 +50,15 @@ class Units(NamedTuple):
 
 
 def needs_of(items: Sequence[PairItem], layout: str) -> np.ndarray:
-    """Tokens and scored tokens of every item's units: int64 [items, units of an item, 2]."""
+    """Return the tokens and scored tokens of every item's units: int64 [items, units of an item, 2]."""
     if not len(items):
         raise UserError("There is no pair left to train or score on.")
     return np.array([unit_needs(item, layout) for item in items], np.int64)
 
 
 def units_of(needs: np.ndarray, groups: Sequence[Sequence[int] | np.ndarray]) -> Units:
-    """The units of micro-batches, given the places of each one's items in `needs`."""
+    """Return the units of micro-batches, given the places of each one's items in `needs`."""
+    # A micro-batch with fewer items is filled up with one that needs nothing.
     places = np.full((len(groups), max(map(len, groups))), len(needs))
     for row, group in zip(places, groups):
         row[: len(group)] = group
@@ -67,33 +69,24 @@ def units_of(needs: np.ndarray, groups: Sequence[Sequence[int] | np.ndarray]) ->
 
 
 def split(needs: np.ndarray, micro_batch: int, packed: bool) -> list[np.ndarray]:
-    """Cuts items into groups of at most `micro_batch`: the places of each.
-
-    Packed, the groups come out about equally large, so that few shapes serve them all; otherwise items of about the
-    same length come together, the shortest first.
-    """
+    """Cut items into groups of at most `micro_batch`; return the places of each."""
     if not packed:
+        # Items of about the same length come together, the shortest first.
         order = np.argsort(needs[:, :, 0].max(axis=1), kind="stable")
         return [order[first : first + micro_batch] for first in range(0, len(order), micro_batch)]
+    # Groups of about equal size need few shapes: items are dealt out like cards, every second lap backwards.
     order = np.argsort(-needs[:, :, 0].sum(axis=1), kind="stable")
     count = -(-len(order) // micro_batch)
-    lap, place = np.divmod(np.arange(len(order)), count)  # dealt out like cards, every second lap backwards
+    lap, place = np.divmod(np.arange(len(order)), count)
     owner = np.where(lap % 2 == 0, place, count - 1 - place)
     return [order[owner == group] for group in range(count)]
 
 
-# ------------------------------------------------------------------------------------------------ places
-
-
 def pack(units: Units, length: np.ndarray, scored: np.ndarray) -> np.ndarray:
-    """Best fit, the longest unit first: each into the fullest row that still takes it, or else into a new one.
+    """Put units into rows by best fit, the longest first: each into the fullest row that takes it, or a new one.
 
-    Args:
-        length, scored: int [B], what a row of each micro-batch takes; no unit may need more.
-
-    Returns:
-        int64 [B, U], the row of each unit, -1 where there is none. The micro-batches are packed side by side, and what
-        becomes of one does not depend on the others.
+    length, scored: int [B], what a row of each micro-batch takes; no unit may need more.
+    Returns the row of each unit, int64 [B, U], -1 where there is none; it does not depend on the other micro-batches.
     """
     count = len(units.tokens)
     empty = np.stack([length, scored])[:, :, None]  # [2, B, 1]
@@ -104,43 +97,41 @@ def pack(units: Units, length: np.ndarray, scored: np.ndarray) -> np.ndarray:
         if not fits.any(axis=1).all():
             free = np.concatenate([free, empty], axis=2)
             fits = np.concatenate([fits, np.ones((count, 1), bool)], axis=1)
+        # The fullest row that takes it has the least room.
         row = np.where(fits, free[0], np.iinfo(np.int64).max).argmin(axis=1)
         free[:, every, row] -= np.stack([tokens, slots])
         places[:, number] = np.where(tokens > 0, row, -1)
     return places
 
 
-def place(units: Units, kinds: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Lays every micro-batch out in rows of every kind, int [C, 2].
+def place(units: Units, kinds: np.ndarray, packing: PackingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Lay every micro-batch out in rows of every kind, int [C, 2].
 
-    Returns:
-        The row of each unit, int64 [C, B, U], -1 where there is none; and how many rows that makes, float64 [C, B],
-        infinity where a unit is too long for that kind of row.
+    Returns the row of each unit, int64 [C, B, U], -1 where there is none; and how many rows that makes,
+    float64 [C, B], infinity where a unit is too long for that kind of row.
     """
+    # Every pair of a kind and a micro-batch is one more micro-batch.
     size, count = units.tokens.shape, len(kinds)
     units = Units(*(np.tile(array, (count, 1)) for array in units))
     length, scored = np.repeat(np.asarray(kinds, np.int64), size[0], axis=0).T
     possible = (units.tokens.max(axis=1) <= length) & (units.scored.max(axis=1) <= scored)
-    if rows.packed:
+    if packing.packed:
         places = np.full(units.tokens.shape, -1)
         places[possible] = pack(units.part(possible), length[possible], scored[possible])
         needed = places.max(axis=1) + 1
     else:
         places = np.where(units.tokens > 0, units.order, -1)
         needed = np.full(len(places), size[1])  # also for the last micro-batch, which may have fewer units
-    needed = np.where(possible, round_up(needed, rows.row_multiple), np.inf)
+    needed = np.where(possible, round_up(needed, packing.row_multiple), np.inf)
     return places.reshape(count, *size), needed.reshape(count, size[0])
 
 
-def fit(units: Units, shapes: Sequence[BatchShape], rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """The first of the shapes that takes each micro-batch, int64 [B]; and the row of each unit, int64 [B, U].
+def fit(units: Units, shapes: Sequence[BatchShape], packing: PackingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first of the shapes that takes each micro-batch, int64 [B]; and the row of each unit, int64 [B, U].
 
-    The units are numbered as before they were sorted.
-
-    Raises:
-        UserError: none of the shapes takes a micro-batch.
+    The units are numbered as before they were sorted. Raises UserError where no shape takes a micro-batch.
     """
-    places, needed = place(units, np.array([(shape.length, shape.scored) for shape in shapes]), rows)
+    places, needed = place(units, np.array([(shape.length, shape.scored) for shape in shapes]), packing)
     fits = needed <= np.array([shape.rows for shape in shapes])[:, None]
     taken = np.any(fits, axis=0)
     if not taken.all():
@@ -151,58 +142,59 @@ def fit(units: Units, shapes: Sequence[BatchShape], rows: Rows) -> tuple[np.ndar
         )
     choice = fits.argmax(axis=0)
     sorted_places = places[choice, np.arange(len(choice))]
+    # Back to the order in which the units came.
     own = np.empty_like(sorted_places)
     np.put_along_axis(own, units.order, sorted_places, axis=1)
     return choice, own
 
 
-# ------------------------------------------------------------------------------------------------ shapes
+def choose_shapes(units: Units, packing: PackingConfig) -> tuple[BatchShape, ...]:
+    """Choose at most `packing.buckets` shapes that take all micro-batches at the least cost, the cheapest first.
 
-
-def choose_shapes(units: Units, rows: Rows) -> tuple[BatchShape, ...]:
-    """Chooses at most `rows.buckets` shapes that take all these micro-batches at the least cost, the cheapest first.
-
-    Raises:
-        UserError: a unit is longer than `rows.length`.
+    Raises UserError where a unit is longer than `packing.length`.
     """
-    kinds = _kinds(units, rows)
-    longest = units.tokens[:, 0].argmax()  # which is to be among those that decide
+    # 1. Kinds of rows are compared on the beginning of the stage, and on the longest unit.
+    kinds = _kinds(units, packing)
+    longest = units.tokens[:, 0].argmax()
     some = np.unique(np.append(np.arange(min(len(units.tokens), -(-SAMPLE // units.tokens.shape[1]))), longest))
-    few = _cheapest(place(units.part(some), kinds, rows)[1], kinds, rows.buckets)
+    few = _cheapest(place(units.part(some), kinds, packing)[1], kinds, packing.buckets)
+    # 2. How many rows of those kinds are needed is counted on all of it.
     kinds = np.unique([(shape.length, shape.scored) for shape in few], axis=0)
-    return tuple(_cheapest(place(units, kinds, rows)[1], kinds, rows.buckets))
+    return tuple(_cheapest(place(units, kinds, packing)[1], kinds, packing.buckets))
 
 
-def _kinds(units: Units, rows: Rows) -> np.ndarray:
-    """Row lengths and scored tokens that are worth a comparison: int64 [C, 2]."""
+def _kinds(units: Units, packing: PackingConfig) -> np.ndarray:
+    """Return row lengths and scored tokens that are worth a comparison: int64 [C, 2]."""
+    # 1. Lengths: the one of the config, or some that suit the units.
     tokens, scored = units.tokens[:, 0], units.scored.max(axis=1)  # [B]
-    least = int(round_up(tokens.max(), rows.multiple))
-    if rows.length:
-        if tokens.max() > rows.length:
+    least = int(round_up(tokens.max(), packing.multiple))
+    if packing.length:
+        if tokens.max() > packing.length:
             raise UserError(
-                f"config.rows.length is {rows.length}, but a row has to take {tokens.max()} tokens at once: raise it, "
-                "set it to 0, or lower config.data.max_prompt_tokens or config.data.max_response_tokens."
+                f"config.rows.length is {packing.length}, but a row has to take {tokens.max()} tokens at once: raise "
+                "it, set it to 0, or lower config.data.max_prompt_tokens or config.data.max_response_tokens."
             )
-        lengths = np.array([rows.length])
+        lengths = np.array([packing.length])
     else:
-        if rows.packed:
+        if packing.packed:
             # A row much longer than a device's share of all the tokens would stay empty in part.
-            most = min(max(LONGEST, 3 * least), 2 * units.tokens.sum(axis=1).max() // rows.row_multiple)
+            most = min(max(LONGEST, 3 * least), 2 * units.tokens.sum(axis=1).max() // packing.row_multiple)
             lengths = np.linspace(least, max(least, most), LENGTHS)
         else:
             lengths = np.quantile(tokens, np.linspace(0, 1, LENGTHS))
-        lengths = np.unique(round_up(lengths, rows.multiple))
-    if rows.packed:
+        lengths = np.unique(round_up(lengths, packing.multiple))
+    # 2. Scored tokens: of packed rows about their share in all tokens, of others what their units need.
+    if packing.packed:
         share = units.scored.sum() / units.tokens.sum()
         slots = np.maximum(lengths[:, None] * share * np.array(SLACK), scored.max())
     else:
         slots = np.array([[scored[tokens <= length].max()] for length in lengths])
-    slots = np.minimum(round_up(slots, rows.multiple), lengths[:, None])
+    slots = np.minimum(round_up(slots, packing.multiple), lengths[:, None])
     return np.unique([(length, slot) for length, own in zip(lengths, slots) for slot in own], axis=0)
 
 
 def cost(shape: BatchShape) -> float:
-    """About how long a batch of that shape takes, in tokens.
+    """Estimate how long a batch of that shape takes, in tokens.
 
     A scored token costs a quarter more for the unembedding, and attention to a row doubles the cost at 16,384 tokens:
     the proportions of a model of about a billion parameters.
@@ -211,28 +203,25 @@ def cost(shape: BatchShape) -> float:
 
 
 def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchShape]:
-    """At most `count` shapes that take all micro-batches, by the rows that each needs of each kind, [C, B].
-
-    The cheapest one that takes all; then what saves most; then one is exchanged for another as long as that saves.
-    """
-    shapes = sorted(
-        {
-            BatchShape(int(number), int(length), int(scored))
-            for (length, scored), own in zip(kinds, needed)
-            for number in np.unique(own[np.isfinite(own)])
-        },
-        key=lambda shape: (cost(shape), shape),
-    )
-    kind = {(int(length), int(scored)): own for (length, scored), own in zip(kinds, needed)}
-    costs = np.array([np.where(kind[s.length, s.scored] <= s.rows, cost(s), np.inf) for s in shapes])  # [S, B]
+    """Return at most `count` shapes that take all micro-batches, by the rows that each needs of each kind, [C, B]."""
+    # 1. The candidates, and what each micro-batch costs in each of them.
+    found: list[tuple[float, BatchShape, np.ndarray]] = []
+    for (length, scored), own in zip(kinds.tolist(), needed):
+        for number in np.unique(own[np.isfinite(own)]):
+            shape = BatchShape(int(number), length, scored)
+            found.append((cost(shape), shape, np.where(own <= number, cost(shape), np.inf)))
+    found.sort(key=lambda each: each[:2])
+    costs = np.array([own for _, _, own in found])  # [S, B]
 
     def totals(chosen: list[int]) -> np.ndarray:
-        """The cost of all micro-batches with each of the shapes added to the chosen ones: [S]."""
+        """Return the cost of all micro-batches with each of the shapes added to the chosen ones: [S]."""
         return np.minimum(costs, costs[chosen].min(axis=0, initial=np.inf)).sum(axis=1)
 
+    # 2. The cheapest one that takes all; then what saves most.
     chosen: list[int] = []
     for _ in range(count):
         chosen.append(int(totals(chosen).argmin()))
+    # 3. One is exchanged for another as long as that saves.
     best, improved = costs[chosen].min(axis=0).sum(), True
     while improved:
         improved = False
@@ -242,17 +231,17 @@ def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchSh
             if sums.min() < best * (1 - 1e-9):
                 chosen, best, improved = [*rest, int(sums.argmin())], sums.min(), True
     used = np.unique(np.array(sorted(chosen))[costs[sorted(chosen)].argmin(axis=0)])
-    return [shapes[i] for i in used]
+    return [found[i][1] for i in used]
 
 
-def padding_share(units: Units, shapes: Sequence[BatchShape], rows: Rows) -> float:
-    """The share of all tokens that is padding where these micro-batches are laid out in these shapes."""
+def padding_share(units: Units, shapes: Sequence[BatchShape], packing: PackingConfig) -> float:
+    """Return the share of all tokens that is padding where these micro-batches are laid out in these shapes."""
     sizes = np.array([shape.rows * shape.length for shape in shapes])
-    return 1 - float(units.tokens.sum() / sizes[fit(units, shapes, rows)[0]].sum())
+    return 1 - float(units.tokens.sum() / sizes[fit(units, shapes, packing)[0]].sum())
 
 
 def in_words(padding: float) -> str:
-    """A sentence about that share, and what lowers it where it is large."""
+    """Say what share of the tokens is padding, and what lowers it where it is large."""
     advice = f"; more than {MUCH_PADDING:.0%} is time lost. Try rows.layout=response or shared with rows.length=0, "
     advice += "rows.packed=yes, a larger micro_batch"
     return f"{padding:.0%} of the tokens in rows are padding{advice if padding > MUCH_PADDING else ''}."

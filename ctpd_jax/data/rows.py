@@ -56,7 +56,7 @@ class BatchShape:
 
 
 def unit_needs(item: PairItem, layout: str) -> list[tuple[int, int]]:
-    """Returns the tokens and the scored tokens of each unit of the item."""
+    """Return the tokens and the scored tokens of each unit of the item."""
     if layout not in LAYOUTS:
         raise UserError(f"rows.layout is {layout!r}; choose one of {', '.join(LAYOUTS)}.")
     prompt, sizes = len(item.prompt), [len(r.tokens) for r in item.responses]
@@ -73,31 +73,40 @@ def build_batch(
     pairs: int,
     places: Sequence[int] | np.ndarray | None = None,
 ) -> Batch:
-    """Lays `items` out in a batch of `shape`.
+    """Lay `items` out in a batch of `shape`.
 
-    Args:
-        pairs: the batch has room for so many, and missing ones are padding.
-        places: the row of each unit, in the order of the items; None: each has a row of its own.
+    pairs: the batch has room for so many, and missing ones are padding.
+    places: the row of each unit, in the order of the items; None: each has a row of its own.
     """
     if len(items) > pairs:
         raise ValueError(f"{len(items)} items do not fit a batch of {pairs} pairs.")
+    # 1. An empty batch.
     of_row, of_slot = (shape.rows, shape.length), (shape.rows, shape.scored)
-    row_ints = {name: np.zeros(of_row, np.int32) for name in ("tokens", "positions", "segment", "parent")}
-    slot_ints = {name: np.zeros(of_slot, np.int32) for name in ("predictor", "target", "pair", "side")}
-    slot_ints["pair"][:] = -1
-    weight = np.zeros(of_slot, np.float32)
-    constant, start, reference = (np.zeros((pairs, 2), np.float32) for _ in range(3))
-    real = (np.arange(pairs) < len(items)).astype(np.float32)
+    batch = Batch(
+        tokens=np.zeros(of_row, np.int32),
+        layout=RowLayout(*(np.zeros(of_row, np.int32) for _ in RowLayout._fields)),
+        predictor=np.zeros(of_slot, np.int32),
+        target=np.zeros(of_slot, np.int32),
+        pair=np.full(of_slot, -1, np.int32),
+        side=np.zeros(of_slot, np.int32),
+        weight=np.zeros(of_slot, np.float32),
+        constant=np.zeros((pairs, 2), np.float32),
+        start=np.zeros((pairs, 2), np.float32),
+        reference=np.zeros((pairs, 2), np.float32),
+        real=(np.arange(pairs) < len(items)).astype(np.float32),
+    )
     used, slots, segments = (np.zeros(shape.rows, np.int64) for _ in range(3))  # of each row so far
 
     def write(row: int, tokens: np.ndarray, position: int, parent: int) -> None:
-        """Appends a segment, or the rest of one, to a row; `parent` 0 is the segment itself."""
+        """Append a segment, or the rest of one, to a row; `parent` 0 is the segment itself."""
         place = (row, slice(used[row], used[row] + len(tokens)))
-        row_ints["tokens"][place] = tokens
-        row_ints["positions"][place] = np.arange(position, position + len(tokens))
-        row_ints["segment"][place], row_ints["parent"][place] = segments[row], parent or segments[row]
+        batch.tokens[place] = tokens
+        batch.layout.positions[place] = np.arange(position, position + len(tokens))
+        batch.layout.segment[place] = segments[row]
+        batch.layout.parent[place] = parent or segments[row]
         used[row] += len(tokens)
 
+    # 2. Item by item: a prompt where the layout has one, a response, and the slots of its tokens.
     numbers = iter(range(shape.rows) if places is None else places)
     for number, item in enumerate(items):
         row = last = parent = 0
@@ -113,22 +122,13 @@ def build_batch(
                 segments[row] += 1
             count, first = len(response.tokens), used[row]
             write(row, response.tokens, len(item.prompt), parent)
+            # Every token but the first is predicted by the one before it.
             place = (row, slice(slots[row], slots[row] + count))
-            slot_ints["predictor"][place] = np.concatenate([[last], np.arange(first, first + count - 1)])
-            slot_ints["target"][place] = response.tokens
-            slot_ints["pair"][place], slot_ints["side"][place] = number, side
-            weight[place] = response.weights
-            constant[number, side] = response.constant
-            start[number, side], reference[number, side] = response.start, response.reference
+            batch.predictor[place] = np.concatenate([[last], np.arange(first, first + count - 1)])
+            batch.target[place] = response.tokens
+            batch.pair[place], batch.side[place] = number, side
+            batch.weight[place] = response.weights
             slots[row] += count
-
-    return Batch(
-        tokens=row_ints["tokens"],
-        layout=RowLayout(row_ints["positions"], row_ints["segment"], row_ints["parent"]),
-        weight=weight,
-        constant=constant,
-        start=start,
-        reference=reference,
-        real=real,
-        **slot_ints,
-    )
+            batch.constant[number, side] = response.constant
+            batch.start[number, side], batch.reference[number, side] = response.start, response.reference
+    return batch

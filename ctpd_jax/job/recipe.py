@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.scorer import make_scorer
 from ctpd_jax.core.losses import LOSSES
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.lineage import Shapes
@@ -137,8 +137,8 @@ def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[
     return [tuple(names) for names in groups.values()]
 
 
-def packing(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Rows:
+def packing(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> PackingConfig:
     """How responses are laid out in rows. Not packed on a CPU: its attention costs the square of a row's length."""
     rows = config.rows
     packed = rows.packed == "yes" or (rows.packed == "auto" and (platform or jax.default_backend()) != "cpu")
-    return Rows(rows.layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh))
+    return PackingConfig(rows.layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh))

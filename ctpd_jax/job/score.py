@@ -13,7 +13,7 @@ from ctpd_jax.annotate.scorer import Scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import Column, shard_ranges
 from ctpd_jax.artifacts import read_json, write_json
 from ctpd_jax.data.loader import padding, plan_shapes
-from ctpd_jax.data.packing import Rows, in_words
+from ctpd_jax.data.packing import PackingConfig, in_words
 from ctpd_jax.data.rows import BatchShape, PairItem
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
@@ -186,7 +186,7 @@ def read(
     places: Sequence[int],
     spans: Sequence[tuple[np.ndarray, np.ndarray]],
     micro_batch: int,
-    rows: Rows,
+    rows: PackingConfig,
     shapes: Sequence[BatchShape],
     done: Callable[[int], object] = lambda pairs: None,
 ) -> list[Measured]:

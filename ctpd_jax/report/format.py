@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from ctpd_jax.schema import TokenSide
-from ctpd_jax.text.probe import CONTROL
+from ctpd_jax.text.tokenizer_json import CONTROL
 from ctpd_jax.text.tokens import TextTokenizer
 
 NONE = "n/a"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ctpd_jax.report import format as wording
 from ctpd_jax.schema import SIDES, Counters
-from ctpd_jax.text.preferences import HARMLESS
+from ctpd_jax.text.read_row import HARMLESS
 
 WIDTH = 110  # columns of the example and of the table
 MAX_SPANS = 40  # of one response

@@ -1,14 +1,12 @@
-"""The answers of a row and how they are ranked, by the columns that people write them in.
+"""The answers of a row and which of them is better, by the columns that people write them in.
 
-Every layout is a line of LAYOUTS: the columns that it is known by, and who reads them. A reader takes what it reads out
-of the row.
+LAYOUTS says by which columns a layout is known and who reads it. A reader takes what it reads out of the row.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -30,20 +28,12 @@ class Answer(NamedTuple):
     score: float  # more is better
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Columns that a row is known by, and how its answers are read out of it."""
-
-    columns: tuple[str, ...]
-    answers: Callable[..., list[Answer]]  # of the row and its columns; takes what it reads out of the row
-
-
 def _in_order(row: Row, reading: Reading, better: str, worse: str) -> list[Answer]:
     return [Answer(from_json(row.pop(better)), 1), Answer(from_json(row.pop(worse)), 0)]
 
 
 def _after_messages(row: Row, reading: Reading, conversation: str, rejected: str) -> list[Answer]:
-    """A whole conversation, and another answer for its end."""
+    """Read a whole conversation, and another answer for its end."""
     said, other = from_json(row.pop(conversation)), from_json(row.pop(rejected))
     said = records(said, conversation)
     other = records([{"role": "assistant", "content": other}] if isinstance(other, str) else other, rejected)
@@ -62,9 +52,10 @@ _SCORES = ("rank", "overall_score", "score", "rating", "reward")
 
 
 def _ranked(row: Row, reading: Reading, column: str) -> list[Answer]:
-    """A list of records, each an answer and its rank (0 is the best) or its score (more is better)."""
+    """Read a list of records, each an answer and its rank (0 is the best) or its score (more is better)."""
     answers = []
     for record in map(dict, records(row.pop(column), column)):
+        # The first name of each list that the record holds; a rank counts from the best.
         text = next((name for name in _TEXTS if record.get(name) is not None), None)
         name = next((name for name in _SCORES if record.get(name) is not None), "rank")
         score = number(record.pop(name, None))
@@ -81,21 +72,17 @@ def _ranked(row: Row, reading: Reading, column: str) -> list[Answer]:
 
 
 def _labelled(row: Row, reading: Reading, first: str, second: str) -> list[Answer]:
-    """Two answers side by side and a verdict."""
+    """Read two answers side by side and a verdict."""
     if "winner_model_a" in row:  # LMSYS writes every text as a list of the turns
         row |= {name: _only_turn(row[name]) for name in ("prompt", first, second) if name in row}
     verdict = _verdict(row, first, second)
     if verdict == 0:
         raise LeftOut("a tie")
-    answers = [from_json(row.pop(name)) for name in (first, second)]
-    return [Answer(answers[0], verdict), Answer(answers[1], -verdict)]
-
-
-_LIST = re.compile(r"""\s*\[\s*([\[{"'\]]|null|None)""")  # of texts, or of nothing
+    return [Answer(from_json(row.pop(first)), verdict), Answer(from_json(row.pop(second)), -verdict)]
 
 
 def _only_turn(value: Any) -> Any:
-    turns = from_json(value, _LIST)
+    turns = from_json(value, re.compile(r"""\s*\[\s*([\[{"'\]]|null|None)"""))  # a list of texts, or of nothing
     if not isinstance(turns, list):
         return value
     if empty(turns):
@@ -105,23 +92,36 @@ def _only_turn(value: Any) -> Any:
     return turns[0]
 
 
+# Verdicts in numbers: of which first answer, its sign where the first one is better, and what is a tie.
+_NUMBERS = {
+    "overall_preference": (("response1", "response_1"), -1, 0),  # HelpSteer
+    "preference_strength": (("response1", "response_1"), -1, 0),
+    "labels": (("human_ref_A",), 1, 0.5),  # SHP: 1 prefers A
+    "better_response_id": (("response_0",), -1, 0.5),  # PKU-SafeRLHF: the better one's number
+}
+_FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
+
+
 def _verdict(row: Row, first: str, second: str) -> int:
-    """1 where the first answer is the better one, -1 the second, 0 neither.
+    """Return 1 where the first answer is the better one, -1 where the second is, 0 for a tie.
 
     A bare 0 or 1 is read only where its data set says what it means: elsewhere one half of the world counts answers
     from 0, the other writes 1 for the first.
     """
+    # 1. LMSYS: one flag for each outcome.
     flags = tuple(number(row.get(name)) for name in _FLAGS)
-    if flags in _FLAGGED:
+    if (flags[:2] in ((1, 0), (0, 1)) and flags[2] in (0, None)) or flags == (0, 0, 1):
         for name in _FLAGS:
             row.pop(name, None)
-        return _FLAGGED[flags]
+        return int(flags[0] == 1) - int(flags[1] == 1)
+    # 2. A number under a name that says what it means.
     for name, (firsts, sign, middle) in _NUMBERS.items():
         value = number(row.get(name))
         if value is not None and first in firsts:
             row.pop(name)
             ahead = sign * (value - middle)
             return (ahead > 0) - (ahead < 0)
+    # 3. A word that names one of the two.
     ends = [name.lower() for name in (first, second)]
     for name in ("winner", "label", "preference", "preferred", "choice"):
         word = row.get(name)
@@ -134,58 +134,47 @@ def _verdict(row: Row, first: str, second: str) -> int:
     raise LeftOut("two answers and no verdict that names one", f'such as "winner": "{first}"')
 
 
-_FLAGS = ("winner_model_a", "winner_model_b", "winner_tie")
-_FLAGGED: dict[tuple[float | None, ...], int] = {
-    **{(1, 0, none): 1 for none in (0, None)},
-    **{(0, 1, none): -1 for none in (0, None)},
-    (0, 0, 1): 0,
-}
-# Verdicts in numbers: of which first answer, its sign where the first one is better, and what is a tie.
-_NUMBERS = {
-    "overall_preference": (("response1", "response_1"), -1, 0),  # HelpSteer
-    "preference_strength": (("response1", "response_1"), -1, 0),
-    "labels": (("human_ref_A",), 1, 0.5),  # SHP: 1 prefers A
-    "better_response_id": (("response_0",), -1, 0.5),  # PKU-SafeRLHF: the better one's number
-}
-
-LAYOUTS = (
-    Layout(("chosen", "rejected"), _in_order),
-    Layout(("chosen_response", "rejected_response"), _in_order),
-    Layout(("accepted", "rejected"), _in_order),
-    Layout(("preferred_output", "non_preferred_output"), _in_order),  # OpenAI
+# The columns that a row is known by, and who reads its answers. The first that fits is taken.
+LAYOUTS: tuple[tuple[tuple[str, ...], Callable[..., list[Answer]]], ...] = (
+    (("chosen", "rejected"), _in_order),
+    (("chosen_response", "rejected_response"), _in_order),
+    (("accepted", "rejected"), _in_order),
+    (("preferred_output", "non_preferred_output"), _in_order),  # OpenAI
     *(
-        Layout((turns, rejected), _after_messages)
+        ((turns, rejected), _after_messages)
         for turns in ("messages", "conversations", "conversation")
         for rejected in ("rejected_response", "rejected_messages", "rejected")
     ),
-    *(Layout((name,), _ranked) for name in ("completions", "answers", "responses")),
-    *(
-        Layout((first, second), _labelled)
-        for first, second in (
-            *(("response_a", "response_b"), ("answer_a", "answer_b"), ("completion_a", "completion_b")),
-            *(("conversation_a", "conversation_b"), ("response_1", "response_2"), ("response1", "response2")),
-            *(("response_0", "response_1"), ("human_ref_A", "human_ref_B")),
-        )
-    ),
-    Layout(("output",), _best_first),
+    *(((name,), _ranked) for name in ("completions", "answers", "responses")),
+    (("response_a", "response_b"), _labelled),
+    (("answer_a", "answer_b"), _labelled),
+    (("completion_a", "completion_b"), _labelled),
+    (("conversation_a", "conversation_b"), _labelled),
+    (("response_1", "response_2"), _labelled),
+    (("response1", "response2"), _labelled),
+    (("response_0", "response_1"), _labelled),
+    (("human_ref_A", "human_ref_B"), _labelled),
+    (("output",), _best_first),
 )
 
 
 def read_answers(row: Row, reading: Reading) -> list[Answer]:
-    for layout in LAYOUTS:
-        if all(row.get(name) is not None for name in layout.columns):
-            if len(layout.columns) == 1:
-                name = layout.columns[0]
-                row[name] = from_json(row[name], LISTS)
-                if not isinstance(row[name], list | dict):
-                    continue
-            return layout.answers(row, reading, *layout.columns)
-    if any(set(layout.columns) <= row.keys() and layout.answers is _in_order for layout in LAYOUTS):
+    for columns, read in LAYOUTS:
+        if any(row.get(name) is None for name in columns):
+            continue
+        if len(columns) == 1:  # a list of answers; "output" is also the name of a single text
+            row[columns[0]] = from_json(row[columns[0]], LISTS)
+            if not isinstance(row[columns[0]], list | dict):
+                continue
+        return read(row, reading, *columns)
+    # The columns are there, and one of them holds nothing.
+    if any(set(columns) <= row.keys() and read is _in_order for columns, read in LAYOUTS):
         raise LeftOut("empty answer")
     raise LeftOut(UNKNOWN_LAYOUT, f"found the columns {quoted(row)}; expected {EXPECTED}")
 
 
-def chosen_pairs(answers: list[Answer], ranked: str, counters: Counters) -> list[tuple[Answer, Answer]]:
+def compared(answers: list[Answer], ranked: str, report: Counters) -> list[tuple[Answer, Answer]]:
+    """Return the better and the worse answer of each pair: the best against the worst, or all of different rank."""
     best, worst = max(answers, key=lambda one: one.score), min(answers, key=lambda one: one.score)
     if best.score == worst.score:
         raise LeftOut("completions of one rank")
@@ -193,18 +182,5 @@ def chosen_pairs(answers: list[Answer], ranked: str, counters: Counters) -> list
         ordered = sorted(answers, key=lambda one: -one.score)
         return [(one, other) for one, other in combinations(ordered, 2) if one.score > other.score]
     if len(answers) > 2:
-        counters.add("completions not used", len(answers) - 2)
+        report.add("completions not used", len(answers) - 2)
     return [(best, worst)]
-
-
-def refuse_token_ids(row: Row, prompts: tuple[str, ...]) -> None:
-    def ids(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
-
-    known = [name for layout in LAYOUTS for name in layout.columns] + list(prompts)
-    tokenized = [name for name in row if (name.endswith("input_ids") or name in known) and ids(row[name])]
-    if tokenized and not ("chosen" in row and "chosen" not in tokenized):
-        raise LeftOut(
-            "token ids instead of texts",
-            f"the columns {quoted(tokenized)} hold token ids; two tokenizers are to read the text, so give the text",
-        )

@@ -1,7 +1,4 @@
-"""Tokenizers of the `tokenizers` library: opened from a folder or the hub, and copied.
-
-No code of a folder is ever run, and nobody is asked whether it may be.
-"""
+"""Tokenizers of the `tokenizers` library: opened from a folder or the hub, and copied. No code of a folder is run."""
 
 from __future__ import annotations
 
@@ -23,13 +20,14 @@ STAND_INS = re.compile(_STAND_IN.format("[0-9]+"))
 
 
 def open_tokenizer(source: str) -> tuple[Any, str]:
-    """A folder or hub id -> (PreTrainedTokenizerFast, content of tokenizer.json).
+    """Open a folder or hub id as (PreTrainedTokenizerFast, content of tokenizer.json).
 
     The first knows the special tokens by their names, the chat templates, and decodes; the second has the ids. Where
     there is no tokenizer.json, as in folders that hold a SentencePiece model alone, it is what transformers makes.
 
     Raises UserError, by the tokenizer's name, where it cannot be read or needs code of its own.
     """
+    # 1. The files, and that they ask for no code.
     folder = Path(source).expanduser()
     if not folder.is_dir():
         folder = _fetched(source)
@@ -50,14 +48,14 @@ def open_tokenizer(source: str) -> tuple[Any, str]:
         refuse_impostor(file, content[:64].encode("utf-8"))
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # The base class reads tokenizer.json as it stands; the model's own class may build another tokenizer from it.
+    # 2. The base class reads tokenizer.json as it stands; the model's own class may build another tokenizer from it.
     kind = AutoTokenizer if content is None else PreTrainedTokenizerFast
     try:
         hf = kind.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises anything here, KeyError included; the user needs the name
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UserError(f"The tokenizer {source!r} cannot be loaded: {reason}") from error
+        raise UserError(f"The tokenizer {source!r} cannot be loaded: {_first_line(error)}") from error
     if content is None:
+        # 3. A folder without tokenizer.json: transformers has made one, or it cannot.
         if not getattr(hf, "is_fast", False):
             raise UserError(
                 f"The tokenizer {source!r} has no tokenizer.json and transformers makes none of it; convert it with "
@@ -73,17 +71,18 @@ def _fetched(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(_FETCHED)))
     except Exception as error:  # the hub client raises a dozen kinds, from HTTP to its own offline mode
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(
-            f"The tokenizer {source!r} is no local folder, and could not be fetched from the Hugging Face hub: {reason}"
+            f"The tokenizer {source!r} is no local folder, and could not be fetched from the Hugging Face hub: "
+            f"{_first_line(error)}"
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------ backends
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def without_limits(content: str) -> Tokenizer:
-    """The content of a tokenizer.json -> the tokenizer, whatever limits it was saved with."""
+    """Make the tokenizer of a tokenizer.json, whatever limits it was saved with."""
     backend = Tokenizer.from_str(content)
     backend.no_truncation()
     backend.no_padding()
@@ -93,13 +92,13 @@ def without_limits(content: str) -> Tokenizer:
 
 
 def written_added_tokens(content: str) -> list[dict[str, Any]]:
-    """The added tokens as a tokenizer.json has them, without the seconds that the rest of it takes."""
+    """Read the added tokens of a tokenizer.json, without the seconds that the rest of it takes."""
     place = content.find('"added_tokens"')
     return json.JSONDecoder().raw_decode(content, content.index("[", place))[0] if place >= 0 else []
 
 
 def ordinary_copy(copy: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, dict[int, int]]:
-    """Makes a copy take the names of control tokens for ordinary text; returns it and the ids of their stand-ins.
+    """Make a copy take the names of control tokens for ordinary text; return it and the ids of their stand-ins.
 
     Nothing is taken out of it, so that no id moves; the stand-ins come after all others, and each is looked for as
     its control token is: with the same flags.
@@ -107,15 +106,8 @@ def ordinary_copy(copy: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, 
     known = copy.get_added_tokens_decoder()
 
     def like(token_id: int, content: str, special: bool) -> AddedToken:
-        token = known[token_id]
-        return AddedToken(
-            content,
-            single_word=token.single_word,
-            lstrip=token.lstrip,
-            rstrip=token.rstrip,
-            normalized=token.normalized,
-            special=special,
-        )
+        flags = {name: getattr(known[token_id], name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        return AddedToken(content, special=special, **flags)
 
     copy.add_special_tokens([like(token_id, token, True) for token, token_id in control.items()])
     copy.add_tokens([like(token_id, stand_in(token_id), False) for token_id in control.values()])
@@ -125,23 +117,19 @@ def ordinary_copy(copy: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, 
 
 
 def stand_in(token_id: int) -> str:
-    """The text that stands for a control token in `TextTokenizer.ordinary`."""
+    """Return the text that stands for a control token in `TextTokenizer.ordinary`."""
     return _STAND_IN.format(token_id)
 
 
 def bos_of_post_processor(hf: Any, name: str) -> int | None:
-    """The token that the tokenizer puts before every text, found by asking its post-processor about one word.
+    """Return the token that the tokenizer puts before every text, found by asking its post-processor about one word.
 
     It is that of transformers, which follows `add_bos_token` in tokenizer_config.json.
     """
     word = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     word.post_processor = hf.backend_tokenizer.post_processor
     encoding = word.encode("a")
-    front = []
-    for token_id, special in zip(encoding.ids, encoding.special_tokens_mask):
-        if not special:
-            break
-        front.append(token_id)
+    front = encoding.ids[: encoding.special_tokens_mask.index(0)]
     if len(front) > 1:
         raise UserError(
             f"The tokenizer {name!r} puts {len(front)} special tokens before every text (ids {front}); "

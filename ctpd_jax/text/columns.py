@@ -1,7 +1,7 @@
 """What becomes of a row's fields: each one is read, known to be harmless, or a reason to leave the row out.
 
-Readers take what they understand out of a row (`dict.pop`); `require_understood` judges what is left. The same rule
-holds for the fields of a message, of a part of its content, and of a ranked answer.
+Readers take what they understand out of a row (`dict.pop`), and `require_understood` judges what is left: of a row, of
+a message, of a part of its content, of a ranked answer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SIDES = _words("chosen rejected a b x y")
 
 
 class LeftOut(Exception):
-    """A row that cannot be used. Rows are counted by `reason`; `detail` is of this one; `fields` it did not say."""
+    """A row that cannot be used: the reason that it is counted by, a detail, and fields that were not understood."""
 
     def __init__(self, reason: str, detail: str = "", fields: Collection[str] = ()) -> None:
         super().__init__(reason, detail)
@@ -70,20 +70,16 @@ class Reading:
 
     @classmethod
     def of(cls, data: Any) -> Reading:
-        """From config.data. Raises UserError for `columns` that are no list of name=name."""
-        return cls(column_map(data.columns), names_in(data.ignore), data.ranked, data.strip_template, data.min_kept)
+        """Take what config.data says. Raises UserError for `columns` that are no list of name=name."""
+        ignore = frozenset(name.strip() for name in data.ignore.split(",") if name.strip())
+        return cls(column_map(data.columns), ignore, data.ranked, data.strip_template, data.min_kept)
 
 
 AS_IT_STANDS = Reading({})
 
 
-def names_in(text: str) -> frozenset[str]:
-    """ "id, notes" -> {"id", "notes"}."""
-    return frozenset(name.strip() for name in text.split(",") if name.strip())
-
-
 def column_map(text: str) -> dict[str, str]:
-    """ "prompt=question,chosen=good" -> {"prompt": "question", "chosen": "good"}."""
+    """Read "prompt=question,chosen=good" as {"prompt": "question", "chosen": "good"}."""
     found = {}
     for part in text.split(",") if text.strip() else ():
         name, equals, column = (piece.strip() for piece in part.partition("="))
@@ -96,7 +92,7 @@ def column_map(text: str) -> dict[str, str]:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under the names that are understood; what stood under such a name before is ignored.
+    """Return the row under the names that are understood; what stood under such a name before is ignored.
 
     A row without the named column keeps its own: it is judged as it stands, and nothing of it is lost.
     """
@@ -106,16 +102,12 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 
 
 def plain(value: Any) -> Any:
-    """TFDS hands out bytes and NumPy arrays: the same value in Python's own str, int, float, list and dict.
-
-    Bytes that are no UTF-8 become lone surrogates, which no prompt and no answer may hold.
-    """
+    """Return a value of TFDS (bytes, NumPy) in Python's own str, int, float, list and dict."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, bytes):
+        # Bytes that are no UTF-8 become lone surrogates, which no prompt and no answer may hold.
         return value.decode("utf-8", errors="surrogateescape")
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -124,7 +116,7 @@ def plain(value: Any) -> Any:
 
 
 def empty(value: Any) -> bool:
-    """Whether a field says nothing: null, NaN, white space, a container of such, also written as JSON text."""
+    """Tell whether a field says nothing: null, NaN, white space, a container of such, also written as JSON text."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):
@@ -135,7 +127,7 @@ def empty(value: Any) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """A number, also as a .csv writes it; None for anything else."""
+    """Return a number, also as a .csv writes it; None for anything else."""
     try:
         found = float(value) if isinstance(value, int | float | str) else math.nan
     except (ValueError, OverflowError):  # a text, or a number of hundreds of digits
@@ -152,7 +144,8 @@ def _without_text(value: Any) -> bool:
 
 
 def harmless(name: str, value: Any) -> bool:
-    """Whether a field that nobody reads can change neither prompt nor answers; docs/data.md lists these."""
+    """Tell whether a field that nobody reads can change neither prompt nor answers; docs/data.md lists these."""
+    # 1. What says nothing, and the names of which it is known what they mean.
     name = name.lower()
     if empty(value):
         return True
@@ -160,6 +153,7 @@ def harmless(name: str, value: Any) -> bool:
         return number(value) == 1
     if name in NEVER_HARMLESS:
         return False
+    # 2. The last word of the name, or else that there is no text in it.
     words = [word for word in re.split(r"[^a-z0-9]+", name) if word]
     while len(words) > 1 and (words[-1] in _SIDES or words[-1].isdigit()):
         words.pop()
@@ -169,10 +163,9 @@ def harmless(name: str, value: Any) -> bool:
 def require_understood(
     left: Mapping[str, Any], reading: Reading, what: str = "column", said: Collection[Any] = ()
 ) -> None:
-    """Judges the fields that no reader took; those that only repeat what is `said` are fine.
+    """Raise LeftOut where a field that no reader took may change the prompt or an answer.
 
-    Raises:
-      LeftOut: one of them may change the prompt or an answer.
+    Those that only repeat what is `said` are fine.
     """
     unknown = [
         name
@@ -188,7 +181,7 @@ LISTS = re.compile(r"""\s*\[\s*[\[{"']""")
 
 
 def from_json(value: Any, form: re.Pattern[str] = MESSAGES) -> Any:
-    """What was stored as a text, in JSON or Python's own notation; any value that does not look like it as it is."""
+    """Read what was stored as a text, in JSON or Python's own notation; what does not look like it stays as it is."""
     if not isinstance(value, str) or not form.match(value):
         return value
     for read in (json.loads, ast.literal_eval):  # pandas writes the latter into a .csv

@@ -1,9 +1,9 @@
 """Where a text may be cut without its normal form changing: the clean cuts of method, section 3.
 
-A character position c is a clean cut of a normaliser N when N(text[:c]) + N(text[c:]) == N(text). For the identity
-every position is one. For the canonical forms NFC and NFD a cut is lost only where characters are composed or
-reordered across it, so the work is done in stretches between characters that never look back ("openers"), and only
-in the stretches that N really changes. The cost is linear in the text, whatever the text is.
+A character position c is a clean cut of a normaliser N when N(text[:c]) + N(text[c:]) == N(text). For the canonical
+forms NFC and NFD a cut is lost only where characters are composed or reordered across it, so the work is done in
+stretches between characters that never look back ("openers"), and only in the stretches that N really changes. The cost
+is linear in the text, whatever the text is.
 
 The normaliser itself is always the tokenizer's own. `unicodedata` only says which characters open a stretch, and
 only for characters that it knows: the Unicode stability policy fixes their behaviour in every later version.
@@ -12,6 +12,7 @@ only for characters that it knows: the Unicode stability policy fixes their beha
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -29,17 +30,18 @@ MARKS_PER_CLASS = 8
 
 
 def code_points(text: str) -> np.ndarray:
-    """Unicode code points of the text, uint32 [n]."""
+    """Return the Unicode code points of the text, uint32 [n]."""
     return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
 def utf8_lengths(points: np.ndarray) -> np.ndarray:
-    """Bytes of UTF-8 per code point: uint32 [n] -> int64 [n]."""
+    """Return the bytes of UTF-8 per code point: uint32 [n] -> int64 [n]."""
     return 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
 
 
 def per_character(points: np.ndarray, function: Callable[[str], Any], dtype: Any) -> np.ndarray:
-    """function(character) for each code point, [n] of dtype; called once per distinct character, without sorting."""
+    """Return function(character) for each code point, [n] of dtype; called once per distinct character."""
+    # A table over all code points up to the largest: sorting them would take longer.
     present = np.zeros(int(points.max(initial=0)) + 1, bool)
     present[points] = True
     distinct = np.flatnonzero(present)
@@ -49,22 +51,21 @@ def per_character(points: np.ndarray, function: Callable[[str], Any], dtype: Any
 
 
 def clean_cuts(text: str, normalise: Normaliser, plain: Normaliser) -> np.ndarray:
-    """Byte offset in N(text) of every clean cut, int64 [n + 1]; UNCLEAN (-1) where the position is none.
+    """Return the byte offset in N(text) of every clean cut, int64 [n + 1]; UNCLEAN (-1) where the position is none.
 
     normalise: N. plain: the part of N that acts on single characters (the space marker read as a space); N differs
     from it by canonical normalisation alone. Entry 0 is 0 and entry n is len(N(text)) in bytes.
     """
+    # 1. Stretches, and the offsets as they are if no stretch has more than one character.
     points = code_points(text)
-    if normalise(text) == plain(text):
-        # A normalised text has normalised prefixes and suffixes: every position is clean.
-        return _offsets(_lengths_by_character(points, plain))
     opens = per_character(points, _opens, bool)
-    opens[0] = True
-    offsets = _offsets(_lengths_by_character(points, normalise))  # right inside stretches of one character
+    opens[:1] = True
+    offsets = _character_offsets(points, normalise)
     starts = np.flatnonzero(opens)
     ends = np.append(starts[1:], len(points))
     several = ends - starts > 1
-    places: dict[str, list[int]] = {}  # a text has few distinct stretches
+    # 2. The cuts inside longer ones. A text has few distinct stretches.
+    places: dict[str, list[int]] = {}
     for start, end in zip(starts[several].tolist(), ends[several].tolist()):
         places.setdefault(text[start:end], []).append(start)
     clean = np.ones(len(points) + 1, bool)
@@ -80,21 +81,15 @@ def clean_cuts(text: str, normalise: Normaliser, plain: Normaliser) -> np.ndarra
     return np.where(clean, offsets + np.cumsum(change), UNCLEAN)
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def _character_offsets(points: np.ndarray, normalise: Normaliser) -> np.ndarray:
+    """Return where each character begins and the last one ends if N is taken of each by itself, int64 [n + 1]."""
+    lengths = per_character(points, lambda character: len(normalise(character).encode()), np.int64)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-
-
-def _lengths_by_character(points: np.ndarray, normalise: Normaliser) -> np.ndarray:
-    """Bytes of N(character) for each character, int64 [n]."""
-    return per_character(points, lambda character: len(normalise(character).encode()), np.int64)
-
-
-# ------------------------------------------------------------------------------------------------ Unicode
 
 
 @cache
 def _composes_backwards() -> frozenset[str]:
-    """Every character that can be the second half of a canonical composition."""
+    """Return every character that can be the second half of a canonical composition."""
     seconds = {chr(p) for p in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))}  # Hangul vowels and finals
     for point in range(0x110000):
         decomposition = unicodedata.decomposition(chr(point))
@@ -105,7 +100,7 @@ def _composes_backwards() -> frozenset[str]:
 
 @cache
 def _opens(character: str) -> bool:
-    """Whether nothing before this character can change it or be changed by it: a cut before it is always clean."""
+    """Tell whether nothing before a character can change it or be changed by it: a cut before it is always clean."""
     if character < "\u0300":
         return True
     if unicodedata.category(character) == "Cn":  # unassigned here, perhaps a combining mark to the tokenizer
@@ -114,23 +109,15 @@ def _opens(character: str) -> bool:
     return unicodedata.combining(first) == 0 and first not in _composes_backwards()
 
 
-# ------------------------------------------------------------------------------------------------ stretches
-
-
 def _cuts_of_stretch(stretch: str, normalise: Normaliser, plain: Normaliser) -> np.ndarray:
-    """Clean cuts inside a stretch, int64 [len + 1], as byte offsets in its normal form."""
-    if normalise(stretch) == plain(stretch):
-        return _offsets(_lengths_by_character(code_points(stretch), plain))
-    if len(stretch) <= SHORT_STRETCH:
-        return _cuts_by_definition(stretch, normalise)
-    return _cuts_incrementally(stretch, normalise)
-
-
-def _cuts_by_definition(stretch: str, normalise: Normaliser) -> np.ndarray:
+    """Return the clean cuts inside a stretch, int64 [len + 1], as byte offsets in its normal form."""
     whole = normalise(stretch)
+    if whole == plain(stretch):
+        return _character_offsets(code_points(stretch), plain)
+    if len(stretch) > SHORT_STRETCH:
+        return _cuts_incrementally(stretch, normalise)
     cuts = np.full(len(stretch) + 1, UNCLEAN, np.int64)
-    cuts[0] = 0
-    for position in range(1, len(stretch) + 1):
+    for position in range(len(stretch) + 1):
         left = normalise(stretch[:position])
         if left + normalise(stretch[position:]) == whole:
             cuts[position] = len(left.encode())
@@ -138,7 +125,7 @@ def _cuts_by_definition(stretch: str, normalise: Normaliser) -> np.ndarray:
 
 
 def _cuts_incrementally(stretch: str, normalise: Normaliser) -> np.ndarray:
-    """The same as `_cuts_by_definition` in linear time, for stretches such as a letter under a thousand marks.
+    """Return the same in linear time, for stretches such as a letter under a thousand marks.
 
     Only the text since the last clean cut matters on the left, and only what follows up to the next starter on the
     right; of marks of one combining class only the first few matter on either side.
@@ -147,50 +134,40 @@ def _cuts_incrementally(stretch: str, normalise: Normaliser) -> np.ndarray:
     cuts = np.full(len(stretch) + 1, UNCLEAN, np.int64)
     cuts[0] = 0
     since = 0  # the last clean cut
-    left = _Reduced()
+    before = ""  # the text from there, without the marks which cannot matter any more
+    seen: Counter[int] = Counter()  # marks of each class since the last starter
     for position in range(1, len(stretch)):
-        left.append(stretch[position - 1])
-        before, after = left.text(), following[position]
+        # 1. One more character on the left.
+        for part in unicodedata.normalize("NFD", stretch[position - 1]):
+            combining = unicodedata.combining(part)
+            if combining == 0:
+                seen.clear()
+            elif seen[combining] == MARKS_PER_CLASS:
+                continue
+            else:
+                seen[combining] += 1
+            before += part
+        # 2. Whether it can be cut here; from a cut on all that is before it is forgotten.
+        after = following[position]
         if normalise(before) + normalise(after) == normalise(before + after):
             cuts[position] = cuts[since] + len(normalise(stretch[since:position]).encode())
-            since = position
-            left = _Reduced()
+            since, before = position, ""
+            seen.clear()
     cuts[-1] = cuts[since] + len(normalise(stretch[since:]).encode())
     return cuts
 
 
-class _Reduced:
-    """A growing text that forgets the marks which cannot matter any more."""
-
-    def __init__(self) -> None:
-        self._characters: list[str] = []
-        self._seen: dict[int, int] = {}
-
-    def append(self, character: str) -> None:
-        for part in unicodedata.normalize("NFD", character):
-            combining = unicodedata.combining(part)
-            if combining == 0:
-                self._seen.clear()
-            elif self._seen.get(combining, 0) >= MARKS_PER_CLASS:
-                continue
-            else:
-                self._seen[combining] = self._seen.get(combining, 0) + 1
-            self._characters.append(part)
-
-    def text(self) -> str:
-        return "".join(self._characters)
-
-
 def _following_marks(stretch: str) -> list[str]:
-    """For each position the marks that follow up to the next starter, reduced, and that starter."""
+    """Return for each position the marks that follow up to the next starter, the first few, and that starter."""
     following = [""] * (len(stretch) + 1)
     marks: list[str] = []
-    for position in range(len(stretch) - 1, -1, -1):
+    for position in reversed(range(len(stretch))):
         for part in reversed(unicodedata.normalize("NFD", stretch[position])):
             combining = unicodedata.combining(part)
             if combining == 0:
                 marks = [part]
                 continue
+            # Only the first few of a class: the last one goes where one comes in front.
             marks.insert(0, part)
             same = [i for i, mark in enumerate(marks) if unicodedata.combining(mark) == combining]
             if len(same) > MARKS_PER_CLASS:

@@ -27,15 +27,14 @@ ROLES = {
 
 
 def messages(value: Any, column: str, reading: Reading) -> tuple[Message, ...]:
-    """A list of {"role", "content"} (ShareGPT: "from", "value") as messages.
+    """Read a list of {"role", "content"} (ShareGPT: "from", "value").
 
-    Raises:
-      LeftOut: a role or a field that is not understood, or what is no text.
+    Raises LeftOut for a role or a field that is not understood, and for what is no text.
     """
     found = []
-    for item in records(from_json(value), column):
-        item = dict(item)
-        role, content = (item.pop(a) if a in item else item.pop(b, None) for a, b in _FIELDS)
+    for item in map(dict, records(from_json(value), column)):
+        role = item.pop("role") if "role" in item else item.pop("from", None)
+        content = item.pop("content") if "content" in item else item.pop("value", None)
         require_understood(item, reading, "field of a message", said=(content,))
         if not isinstance(role, str) or role.lower() not in ROLES:
             raise LeftOut("a message has an unknown role", f"the role {str(role)[:30]!r} in {column!r}")
@@ -43,11 +42,9 @@ def messages(value: Any, column: str, reading: Reading) -> tuple[Message, ...]:
     return tuple(found)
 
 
-_FIELDS = (("role", "from"), ("content", "value"))
-
-
 def _content(content: Any, column: str, reading: Reading) -> str:
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):  # as multimodal data have them
+    # Multimodal data have a list of parts; one that is no text is refused below.
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         texts = []
         for part in map(dict, content):
             text, kind = part.pop("text", None), part.pop("type", "text")
@@ -63,11 +60,11 @@ def _content(content: Any, column: str, reading: Reading) -> str:
 
 
 def records(value: Any, column: str) -> list[dict[str, Any]]:
-    """A list of records. TFDS and older Hugging Face features make it a record of lists; one may stand bare."""
+    """Read a list of records. TFDS and older Hugging Face features make it a record of lists; one may stand bare."""
     if isinstance(value, dict):
         lists = list(value.values())
-        if lists and all(isinstance(item, list) for item in lists) and len({len(item) for item in lists}) == 1:
-            return [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
+        if all(isinstance(item, list) for item in lists) and len(set(map(len, lists))) == 1:
+            return [dict(zip(value, items)) for items in zip(*lists)]
         return [value]
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return value
@@ -77,7 +74,7 @@ def records(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def history(value: Any, reading: Reading) -> tuple[Message, ...]:
-    """What was said before the prompt: messages, or [[user, assistant], ...]."""
+    """Read what was said before the prompt: messages, or [[user, assistant], ...]."""
     value = from_json(value, LISTS)
     if not isinstance(value, list) or not all(isinstance(turn, list) for turn in value):
         return messages(value, "history", reading)
@@ -96,34 +93,34 @@ _HH_MARKER = re.compile(r"^[ \t]*(?:Human|Assistant):", re.MULTILINE)
 
 
 def is_dialogue(text: str) -> bool:
-    """Whether a text is in HH-RLHF's notation, well or badly."""
+    """Tell whether a text is in HH-RLHF's notation, well or badly."""
     return _HH_MARKER.match(text.lstrip()) is not None
 
 
 def turns(text: str) -> tuple[Message, ...]:
-    """A dialogue in HH-RLHF's notation up to where an answer follows, or a single user message.
+    """Read a dialogue in HH-RLHF's notation up to where an answer follows, or a single user message.
 
-    Raises:
-      LeftOut: the assistant speaks first, or a marker stands inside a turn: which part is whose then is a guess.
+    Raises LeftOut where the assistant speaks first, or a marker stands inside a turn: whose words those are is a guess.
     """
     if not is_dialogue(text):
         return (Message("user", text),) if text else ()
     _, *parts = _HH_TURN.split("\n\n" + text.lstrip())
+    # An "Assistant:" at the end only asks for the answer.
     if len(parts) > 2 and parts[-2] == "Assistant" and not parts[-1].strip():
         parts = parts[:-2]
     if parts[0] == "Assistant":
         raise LeftOut("a dialogue that the assistant begins")
-    said = []
-    for speaker, words in zip(parts[::2], parts[1::2]):
-        said.append(Message("user" if speaker == "Human" else "assistant", _unmarked(words.removeprefix(" "))))
-    return tuple(said)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return tuple(
+        Message(roles[speaker], _unmarked(words.removeprefix(" "))) for speaker, words in zip(parts[::2], parts[1::2])
+    )
 
 
-def dialogue_answer(text: str, counters: Counters) -> str:
-    """An answer in a dialogue: it ends where the user's next turn begins."""
+def dialogue_answer(text: str, report: Counters) -> str:
+    """Cut an answer in a dialogue where the user's next turn begins."""
     answer, cut, _ = text.removeprefix(" ").partition(HH_USER)  # the space belongs to the notation
     if cut:
-        counters.add("answers cut where the user speaks again")
+        report.add("answers cut where the user speaks again")
     return _unmarked(answer)
 
 
@@ -149,7 +146,7 @@ _SYSTEM = re.compile(r"<<SYS>>\n?(.*?)\n?<</SYS>>\s*", re.DOTALL)
 
 
 def carries_template(value: Any) -> bool:
-    """Whether a text, or one of those in a value, begins or ends with a marker of a chat template."""
+    """Tell whether a text, or one of those in a value, begins or ends with a marker of a chat template."""
     if isinstance(value, dict):
         return any(map(carries_template, value.values()))
     if isinstance(value, list):
@@ -161,18 +158,18 @@ def carries_template(value: Any) -> bool:
 
 
 def without_template(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with rendered conversations parsed into messages, and markers taken off the ends of other texts."""
-    return {name: value if harmless(name, value) else _parsed(from_json(value)) for name, value in row.items()}
-
-
-def _parsed(value: Any) -> Any:
-    if isinstance(value, str) and _HEADER.search(value):
-        return _rendered_turns(value)
-    return _stripped(value)
+    """Parse rendered conversations into messages, and take the markers off the ends of other texts."""
+    found = {}
+    for name, value in row.items():
+        if not harmless(name, value):
+            value = from_json(value)
+            value = _rendered_turns(value) if isinstance(value, str) and _HEADER.search(value) else _stripped(value)
+        found[name] = value
+    return found
 
 
 def _stripped(value: Any) -> Any:
-    """Every text without the markers at its ends, and without the white space outside them."""
+    """Take off the markers at the ends of every text, and the white space outside them."""
     if isinstance(value, dict):
         return {name: _stripped(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -187,22 +184,26 @@ def _stripped(value: Any) -> Any:
 
 
 def _rendered_turns(text: str) -> Any:
-    """ "<|im_start|>user\\nQ<|im_end|>..." -> [{"role": "user", "content": "Q"}, ...]."""
+    """Parse "<|im_start|>user\\nQ<|im_end|>..." into [{"role": "user", "content": "Q"}, ...]."""
+    # 1. Each header opens a turn; before the first one nothing may stand.
     marks = list(_HEADER.finditer(text))
     if not empty(_stripped(text[: marks[0].start()])):
         raise LeftOut("a chat template's markers that cannot be read", text[:60])
+    # 2. Each turn goes to the next header, without the markers around its words.
     found = []
     for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(text)]):
         role = next(group for group in mark.groups() if group).lower()
         role = {"[inst]": "user", "[/inst]": "assistant"}.get(role, role)
-        said = text[mark.end() : end].removesuffix(_BOS_AMID) if role != "user" else text[mark.end() : end]
-        said = _stripped(said)
-        said = said.rstrip(" \t") if "INST" in mark.group() else said  # Llama 2 writes a space before its marks
+        said = text[mark.end() : end]
+        said = _stripped(said if role == "user" else said.removesuffix(_BOS_AMID))
+        if "INST" in mark.group():
+            said = said.rstrip(" \t")  # Llama 2 writes a space before its marks
         if role == "user" and (system := _SYSTEM.match(said)):
             found.append({"role": "system", "content": system[1]})
             said = said[system.end() :]
         if role != "system" or not empty(said):
             found.append({"role": role, "content": said})
+    # 3. The last header may only ask for an answer.
     if len(found) > 1 and found[-1]["role"] in ("assistant", "model") and empty(found[-1]["content"]):
-        found.pop()  # what asks for an answer
+        found.pop()
     return found

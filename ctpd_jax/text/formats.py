@@ -15,7 +15,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,10 +29,11 @@ PACKED = (".gz", ".zst")
 ENDINGS = tuple(f"{form}{packed}" for form in FORMATS for packed in ("", *PACKED) if form != ".parquet" or not packed)
 CHUNK = 1 << 20  # characters of an array that are looked at together
 BOM = b"\xef\xbb\xbf"
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # the elements of an array
 
 
 def unpacked(path: Path, file: BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
-    """The stream inside a .zst file; any other as it is. pyarrow notices a file cut short, zstandard does not."""
+    """Open the stream inside a .zst file; leave any other. pyarrow notices a file cut short, zstandard does not."""
     if not path.name.endswith(".zst"):
         return contextlib.nullcontext(file)
     import pyarrow
@@ -41,42 +42,30 @@ def unpacked(path: Path, file: BinaryIO) -> contextlib.AbstractContextManager[Bi
 
 
 def rows_of(path: Path, file: BinaryIO) -> Iterator[Numbered]:
-    """The rows of an opened file, by its ending. Raises UserError where it cannot be read on."""
-    name = path.name
-    for packed in PACKED:
-        name = name.removesuffix(packed)
-    read: Callable[[Path, Any], Iterator[Numbered]] = {
-        ".jsonl": _json,
-        ".json": _json,
-        ".csv": _records,
-        ".tsv": _records,
-        ".parquet": _parquet,
-    }[Path(name).suffix]
-    return read(path, file)
+    """Read the rows of an opened file, by its ending. Raises UserError where it cannot be read on."""
+    suffix = next(suffix for suffix in reversed(path.suffixes) if suffix not in PACKED)
+    if suffix == ".parquet":
+        return _parquet(path, file)
+    return _records(path, file) if suffix in (".csv", ".tsv") else _json(path, file)
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[Numbered]:
-    """Lines end at "\\n" only: str.splitlines would also cut at U+2028 inside a text."""
-    for number, line in enumerate(file, start=1):
-        line = line.removeprefix(BOM) if number == 1 else line
-        if line.strip():
-            yield number, _object(line)
-
-
-def _object(line: bytes) -> Mapping[str, Any] | LeftOut:
+def _line(line: bytes) -> Mapping[str, Any] | LeftOut:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_every_field)
+        return _object(json.loads(line.decode("utf-8"), object_pairs_hook=_every_field))
     except UnicodeDecodeError as error:
         return LeftOut("the line is not valid UTF-8", f"{error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
         return LeftOut("the line is not valid JSON", f"{error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         return LeftOut("the line cannot be read as JSON", str(error))
-    return row if isinstance(row, dict) else LeftOut("not a JSON object", f"it holds {type(row).__name__}")
+
+
+def _object(value: Any) -> Mapping[str, Any] | LeftOut:
+    return value if isinstance(value, dict) else LeftOut("not a JSON object", f"it holds {type(value).__name__}")
 
 
 def _every_field(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of an object; what stands before a field of the same name is kept, to be judged."""
+    """Make the fields of an object; what stands before a field of the same name is kept, to be judged."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
@@ -86,16 +75,22 @@ def _every_field(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json(path: Path, file: Any) -> Iterator[Numbered]:
-    """An array, element by element; anything else is read as lines.
+    """Read an array, element by element; anything else is read as lines.
 
     By Python's own decoder, so that a row is the same in both: ijson refuses NaN, and writes "?" for half a surrogate.
     """
+    # 1. What it is, by its first bytes.
     head = file.peek(64).removeprefix(BOM)
     if re.match(rb"\s*\{\s*\n", head):
         raise UserError(f"{path} holds an object over several lines; write an array of rows, or one object a line.")
     if not re.match(rb"\s*\[\s*(\{|$)", head):
-        yield from _lines(path, file)
+        # 2. Lines end at "\n" only: str.splitlines would also cut at U+2028 inside a text.
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(BOM) if number == 1 else line
+            if line.strip():
+                yield number, _line(line)
         return
+    # 3. Of an array no more is in memory than a chunk and one element.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     decode = json.JSONDecoder(object_pairs_hook=_every_field).raw_decode
     number, place, buffer = 0, 0, text.read(CHUNK).lstrip()[1:]
@@ -112,18 +107,16 @@ def _json(path: Path, file: Any) -> Iterator[Numbered]:
             buffer, place = buffer[place:] + more, 0
             continue
         number += 1
-        yield number, row if isinstance(row, dict) else LeftOut("not a JSON object", f"it holds {type(row).__name__}")
+        yield number, _object(row)
     if (buffer[place + 1 :] + text.read(CHUNK)).strip():
         raise UserError(f"{path}: something follows the array of {number} rows; write one array, or one object a line.")
-
-
-_BETWEEN = re.compile(r"[ \t\r\n,]*")
 
 
 def _records(path: Path, file: BinaryIO) -> Iterator[Numbered]:
     csv.field_size_limit((1 << 31) - 1)  # of Python's, 128 KB: an answer may be longer
     # Bytes that are no UTF-8 become lone surrogates, which no prompt and no answer may hold.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    # The delimiter is the one that the header has most of.
     head = text.readline()
     delimiter = max(",;\t", key=head.count)
     columns = next(csv.reader([head], delimiter=delimiter), [])
@@ -144,7 +137,7 @@ def _records(path: Path, file: BinaryIO) -> Iterator[Numbered]:
 
 
 def _values(column: Any) -> list[Any]:
-    """A column in Python's types; what they cannot hold (a nanosecond, the year 10,000) as the number that it is."""
+    """Return a column in Python's types; what they cannot hold (a nanosecond, the year 10,000) as its number."""
 
     def value(cell: Any) -> Any:
         try:
@@ -170,6 +163,7 @@ def _parquet(path: Path, file: BinaryIO) -> Iterator[Numbered]:
         names = source.schema_arrow.names
         if len(set(names)) < len(names):
             raise UserError(f"{path}: two columns have the same name ({', '.join(names)}).")
+        # A row group may be larger than memory has room for: a few rows at a time.
         for batch in source.iter_batches(batch_size=256):
             for row in zip(*map(_values, batch.columns)):
                 number += 1

@@ -8,9 +8,10 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, PreferencePair
 from ctpd_jax.text.columns import Reading
 from ctpd_jax.text.dialogue import HH_SEPARATOR
-from ctpd_jax.text.preferences import HARMLESS, SEEN, UNKNOWN, advice, read_preferences, refuse_templates, require_kept
+from ctpd_jax.text.preferences import advice, read_preferences, refuse_templates, require_kept
 from ctpd_jax.text.prepare import Limits, prepare_pairs
 from ctpd_jax.text.prompts import load_text_model
+from ctpd_jax.text.read_row import HARMLESS, SEEN, UNKNOWN
 
 
 def overview(
@@ -22,18 +23,18 @@ def overview(
     models: list[tuple[str, str, str]],
     say: Callable[[str], None],
 ) -> None:
-    """Prints how a data set is read and, with two tokenizers, how it is cut.
+    """Print how a data set is read and, with two tokenizers, how it is cut.
 
     Args:
-      spec, split, limit: as for `load_preferences`.
-      reading, limits: of the config.
-      models: (folder, template, template_variables) of the teacher and of the student; empty: the rows are read, and
-        that is all.
+      spec, split, limit, reading: as for `load_preferences`.
+      limits: as for `prepare_pairs`.
+      models: (folder, template, template_variables) of the teacher and of the student; empty: the rows are only read.
       say: prints.
 
     Raises:
       UserError: what would end a run, after the table.
     """
+    # 1. Read, and align with both tokenizers; an error waits until the table has been printed.
     pairs, report = read_preferences(spec, split, limit, None, HH_SEPARATOR, reading)
     where = f'"{spec}" (split "{split}")'
     kept, failed = len(pairs), None
@@ -43,8 +44,9 @@ def overview(
             prepared, counters = prepare_pairs(pairs, teacher, student, limits)
             report.merge(counters)
             kept = len(prepared)
-        except UserError as error:  # none is left: first how the rows were read
+        except UserError as error:
             failed = error
+    # 2. The table, and then the judgement of a run.
     say("\n".join([where, *table(report, kept), *_first_pair(pairs)]))
     if failed:
         raise failed
@@ -53,7 +55,7 @@ def overview(
 
 
 def table(report: Counters, kept: int) -> list[str]:
-    """Rows, reasons, figures and columns as lines."""
+    """Write rows, reasons, counts and columns as lines."""
     reasons = report.left_out
     told = {name: number for name, number in report.counts.items() if name not in ("kept", "pairs", *reasons)}
     lines = [f"{number:>12,}  {name}" for name, number in {"rows": told.pop("rows", 0), "pairs used": kept}.items()]
@@ -66,7 +68,7 @@ def table(report: Counters, kept: int) -> list[str]:
 
 
 def _first_pair(pairs: list[PreferencePair]) -> list[str]:
-    """The first pair as it was understood, each text by its beginning."""
+    """Write the first pair as it was understood, each text by its beginning."""
     if not pairs:
         return []
     said = [(message.role, message.content) for message in pairs[0].prompt]

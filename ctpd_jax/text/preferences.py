@@ -9,34 +9,32 @@
     tfds:folder/with/dataset_info               a prepared TFDS folder
     hf:owner/name[:config]                      a data set of the Hugging Face hub (needs the extra "hub")
 
-The column layouts are in layouts.py. A row is used, or left out and counted by reason; errors are of the whole source.
+The column layouts are in answers.py. A row is used, or left out and counted by reason; errors are of the whole source.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib
-import json
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import Counters, Message, PreferencePair
+from ctpd_jax.schema import Counters, PreferencePair
 from ctpd_jax.text.answers import UNKNOWN_LAYOUT
-from ctpd_jax.text.columns import AS_IT_STANDS, LeftOut, Reading, empty, harmless, plain, quoted
-from ctpd_jax.text.dialogue import HH_SEPARATOR, carries_template
+from ctpd_jax.text.columns import AS_IT_STANDS, LeftOut, Reading, quoted
+from ctpd_jax.text.dialogue import HH_SEPARATOR
 from ctpd_jax.text.formats import ENDINGS, rows_of, unpacked
-from ctpd_jax.text.layouts import RawPair, read_row
+from ctpd_jax.text.read_row import SEEN, TEMPLATED, UNKNOWN, read_row
 
-Row = tuple[str, Mapping[str, Any] | LeftOut]  # where it stands ("train.jsonl:17"), and its columns
-
-TEMPLATED = "rows that carry a chat template"
-NEARLY_ALL = 0.9
-SEEN, UNKNOWN, HARMLESS = "columns", "columns not understood", "harmless columns"  # notes, not counts
+Located = tuple[str, Mapping[str, Any] | LeftOut]  # where a row stands ("train.jsonl:17"), and its columns
+NEARLY_ALL = 0.9  # of the rows
 
 
 def load_preferences(
@@ -47,21 +45,20 @@ def load_preferences(
     separator: str = HH_SEPARATOR,
     reading: Reading = AS_IT_STANDS,
 ) -> tuple[list[PreferencePair], Counters]:
-    """Reads preference pairs.
+    """Read preference pairs.
 
     Args:
       spec: what to read; see the table at the top of this file.
       split: the part to read, in TFDS and Hugging Face also with a slice ("train[:1000]").
       limit: stop after this many pairs have been kept; None for all.
-      data_dir: where TFDS keeps prepared data; its default where None. Other sources take no notice of it.
+      data_dir: where TFDS keeps prepared data; its default where None.
       separator: what stands between prompt and answer where a row holds both as one text.
       reading: names of columns, and what is to be done with templates and ranks.
 
     Returns:
       The pairs in the order of the source, and the report: "rows", "kept", and one count per reason for leaving out
-      ("left out: identical answers", ...) with the first rows of each. A pair's id is a hash of its texts, so it names
-      the same pair whatever the order of the file, and a changed text is another id; exact repeats get "-2", "-3", ...
-      appended.
+      ("left out: identical answers", ...) with the first rows of each. A pair's id is a hash of its texts; exact
+      repeats get "-2", "-3", ... appended.
 
     Raises:
       UserError: nothing there, a file that cannot be read on, too few usable pairs, or texts that carry a template.
@@ -81,69 +78,50 @@ def read_preferences(
     separator: str,
     reading: Reading,
 ) -> tuple[list[PreferencePair], Counters]:
-    """`load_preferences` without a judgement of what came of it."""
+    """Do what `load_preferences` does, without a judgement of what came of it."""
     if limit is not None and limit < 1:
         raise UserError(f"The limit on preference pairs is {limit}; it must be at least 1.")
+    most = math.inf if limit is None else limit
     report = Counters()
     pairs: list[PreferencePair] = []
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for source, row in _rows(spec, split, data_dir):
         report.add("rows")
-        for raw in _understood(row, separator, report, reading):
-            if isinstance(raw, LeftOut):
-                report.leave_out(raw.reason, source, raw.detail)
-                for name in raw.fields:
+        for found in [row] if isinstance(row, LeftOut) else read_row(row, separator, report, reading):
+            if len(pairs) >= most:
+                break
+            # 1. Not usable: the reason is counted, with the first rows that it was met in.
+            if isinstance(found, LeftOut):
+                report.leave_out(found.reason, source, found.detail)
+                for name in found.fields:
                     report.note(UNKNOWN, name, most=50)
                 continue
-            identity = pair_id(raw.prompt, raw.chosen, raw.rejected)
-            seen[identity] = seen.get(identity, 0) + 1
-            if seen[identity] > 1:
+            # 2. Usable: the id says which of its repeats it is.
+            seen[found.id] += 1
+            times = seen[found.id]
+            if times > 1:
                 report.add("exact repeats")
-                identity = f"{identity}-{seen[identity]}"
-            if repeating := sum(map(_repeats, [raw.prompt] * 2, (raw.chosen, raw.rejected))):
+            if repeating := _repeats_of_prompt(found):
                 report.add("answers that repeat the prompt", repeating)
-            pairs.append(PreferencePair(identity, raw.prompt, raw.chosen, raw.rejected, source))
-            if limit is not None and len(pairs) >= limit:
-                break
-        if limit is not None and len(pairs) >= limit:
+            pairs.append(replace(found, id=f"{found.id}-{times}" if times > 1 else found.id, source=source))
+        if len(pairs) >= most:
             break
     report.add("kept", len(pairs))
     return pairs, report
 
 
-def _understood(
-    row: Mapping[str, Any] | LeftOut, separator: str, report: Counters, reading: Reading
-) -> list[RawPair | LeftOut]:
-    if isinstance(row, LeftOut):
-        return [row]
-    try:
-        # A text of TFDS comes as bytes.
-        row = {name: plain(value) for name, value in row.items() if name not in reading.ignore}
-        _note_columns(row, reading, report)
-        return read_row(row, separator, report, reading)
-    except RecursionError:
-        return [LeftOut("values nested too deeply")]
-
-
-def _note_columns(row: Mapping[str, Any], reading: Reading, report: Counters) -> None:
-    judged = {name: value for name, value in row.items() if name not in reading.ignore and not empty(value)}
-    for name, value in judged.items():
-        report.note(HARMLESS if harmless(name, value) else SEEN, name, most=50)
-    if any(carries_template(value) for name, value in judged.items() if not harmless(name, value)):
-        report.add(TEMPLATED)
-
-
-def _repeats(prompt: Sequence[Message], answer: str) -> bool:
-    """Whether an answer is the last message of the prompt, or begins with it where that cannot be chance."""
-    asked = prompt[-1].content.strip() if prompt else ""
-    return bool(asked) and (answer.strip() == asked or (len(asked) > 20 and answer.strip().startswith(asked)))
+def _repeats_of_prompt(pair: PreferencePair) -> int:
+    """Count the answers that are the last message of the prompt, or begin with it where that cannot be chance."""
+    asked = pair.prompt[-1].content.strip() if pair.prompt else ""
+    answers = [answer.strip() for answer in (pair.chosen, pair.rejected)]
+    return sum(answer == asked or (len(asked) > 20 and answer.startswith(asked)) for answer in answers) if asked else 0
 
 
 # ------------------------------------------------------------------------------------------------ judgement
 
 
 def refuse_templates(report: Counters, where: str, reading: Reading) -> None:
-    """Raises UserError where nearly all rows carry a chat template; a few have it counted."""
+    """Raise UserError where nearly all rows carry a chat template; a few are only counted."""
     templated = report[TEMPLATED]
     if templated < 2 or templated < NEARLY_ALL * report["rows"]:
         return
@@ -156,11 +134,7 @@ def refuse_templates(report: Counters, where: str, reading: Reading) -> None:
 
 
 def require_kept(report: Counters, kept: int, where: str, min_kept: float) -> None:
-    """Holds the share of what was kept against the least that is allowed.
-
-    Raises:
-      UserError: nothing is left, or too little; with the table of reasons.
-    """
+    """Raise UserError, with the table of reasons, where nothing is left, or a smaller share than `min_kept`."""
     total = kept + sum(report.left_out.values())
     if kept and kept >= min_kept * total:
         return
@@ -172,7 +146,7 @@ def require_kept(report: Counters, kept: int, where: str, min_kept: float) -> No
 
 
 def advice(report: Counters) -> str:
-    """What to do about the reasons for which rows were left out."""
+    """Say what to do about the reasons for which rows were left out."""
     parts = []
     if unknown := report.notes.get(UNKNOWN):
         parts.append(
@@ -187,7 +161,7 @@ def advice(report: Counters) -> str:
 
 
 def overlap(train: Sequence[PreferencePair], test: Sequence[PreferencePair]) -> dict[str, float]:
-    """Which share of the test pairs is in the training data too, and of which share the prompt is."""
+    """Return which share of the test pairs is in the training data too, and of which share the prompt is."""
     ids = {pair.id.partition("-")[0] for pair in train}
     prompts = {pair.prompt for pair in train}
     return {
@@ -196,13 +170,10 @@ def overlap(train: Sequence[PreferencePair], test: Sequence[PreferencePair]) -> 
     }
 
 
-def pair_id(prompt: Iterable[Message], chosen: str, rejected: str) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a pair's texts and roles."""
-    texts = [[[message.role, message.content] for message in prompt], chosen, rejected]
-    return hashlib.sha256(json.dumps(texts, ensure_ascii=True).encode("ascii")).hexdigest()[:16]
+# ------------------------------------------------------------------------------------------------ sources
 
 
-def _rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Iterator[Row]:
+def _rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Iterator[Located]:
     if spec.startswith("tfds:"):
         return _tfds_rows(spec, split, data_dir)
     if spec.startswith("hf:"):
@@ -210,11 +181,9 @@ def _rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ite
     return (row for path in _paths(spec, split) for row in _file_rows(path))
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
 def _paths(spec: str, split: str) -> list[Path]:
-    """The file, or the shards of a split in a folder."""
+    """Find the file, or the shards of a split in a folder."""
+    # 1. A folder has one file or several shards of each split.
     path = Path(spec.replace("{split}", split)).expanduser()
     if path.is_dir():
         for ending in ENDINGS:
@@ -226,6 +195,7 @@ def _paths(spec: str, split: str) -> list[Path]:
             f'The folder "{path}" holds neither {split}.jsonl nor {split}.jsonl.gz nor another file or shards of the '
             f"split in a known format ({', '.join(ENDINGS)})."
         )
+    # 2. A file is the split.
     if not path.is_file():
         raise UserError(
             f'There is no preference file "{path}"; give a .jsonl, .json, .csv or .parquet file, a folder of them, '
@@ -236,7 +206,7 @@ def _paths(spec: str, split: str) -> list[Path]:
     return [path]
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Path) -> Iterator[Located]:
     opened: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     number = 0
     try:
@@ -248,25 +218,25 @@ def _file_rows(path: Path) -> Iterator[Row]:
             f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch or make it again."
         ) from None
     except OSError as error:
-        if error.strerror is None:  # of a library that unpacks
+        # Without a reason of the system it is the library that unpacks which has given up.
+        if error.strerror is None:
             raise UserError(f"{path}:{number + 1}: the file is damaged ({error}); fetch or make it again.") from None
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-# ------------------------------------------------------------------------------------------------ TFDS, hub
-
-
-def _tfds_rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Iterator[Row]:
+def _tfds_rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Iterator[Located]:
     name = spec.removeprefix("tfds:")
     module, _, rest = name.partition(":")
+    # 1. The library, and the module that registers the builder.
     try:
         import tensorflow_datasets as tfds
 
         if "." in module and "/" not in module and rest:
-            importlib.import_module(module)  # registers the builder
+            importlib.import_module(module)
             name = rest
     except ImportError as error:
         raise UserError(f'"{spec}" cannot be read: {error}.') from None
+    # 2. The data set: a prepared folder, or one that is prepared now if it is not there.
     try:
         if Path(name, "dataset_info.json").is_file():
             source = tfds.builder_from_directory(name).as_data_source(split)
@@ -280,7 +250,7 @@ def _tfds_rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -
         yield f"{spec}[{split}]:{index}", source[index]
 
 
-def _hub_rows(spec: str, split: str) -> Iterator[Row]:
+def _hub_rows(spec: str, split: str) -> Iterator[Located]:
     name, _, config = spec.removeprefix("hf:").partition(":")
     try:
         from datasets import load_dataset
@@ -298,6 +268,3 @@ def _cannot_open(what: str, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     network = " Check the network." if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else ""
     return UserError(f"{what} ({reason}).{network}")
-
-
-__all__ = ["RawPair", "load_preferences", "pair_id"]

@@ -15,7 +15,7 @@ from ctpd_jax.text.spans import align_batch, truncate, with_end_of_turn
 from ctpd_jax.text.tokens import can_spell, merges_across, special_literals
 
 ONE_SIDE_CUT = "pairs without end of turn, one side cut"
-RULES = 2  # raise it when text/ makes other tokens or spans of the same pairs
+RULES = 2  # raise it when this room makes other tokens or spans of the same pairs; tests/text/test_rules.py tells
 BATCH = 1024  # pairs tokenized at a time: enough for the tokenizer's threads, small enough for memory
 
 
@@ -31,12 +31,12 @@ class Limits:
 
     @classmethod
     def of(cls, data: Any) -> Limits:
-        """From config.data."""
+        """Take what config.data says."""
         return cls(data.max_prompt_tokens, data.max_response_tokens, data.unit, data.end_of_turn, data.end_of_turn_both)
 
     @property
     def where_one_is_cut(self) -> str:
-        """Which responses of a pair end their turn where the limit cuts one of the two."""
+        """Say which responses of a pair end their turn where the limit cuts one of the two."""
         both = self.end_of_turn_both or not self.end_of_turn
         return "end of turn on neither side" if both else "end of turn on the other side alone"
 
@@ -44,10 +44,9 @@ class Limits:
 def prepare_pairs(
     pairs: Sequence[PreferencePair], teacher: TextModel, student: TextModel, limits: Limits
 ) -> tuple[list[AlignedPair], Counters]:
-    """Aligns every pair. A pair that cannot be used is left out and counted, with the first of each reason.
+    """Align every pair. A pair that cannot be used is left out and counted, with the first of each reason.
 
-    Raises:
-      UserError: no pair is left.
+    Raises UserError where no pair is left.
     """
     counters = Counters()
     prepared: list[AlignedPair] = []
@@ -55,6 +54,7 @@ def prepare_pairs(
         preempt.check("the data are prepared anew")
         part = pairs[first : first + BATCH]
         kept: list[tuple[PreferencePair, FittedPrompt]] = []
+        # 1. Responses are tokenized together, prompts one by one.
         for pair, both in zip(part, _aligned(part, teacher, student, limits.unit)):
             try:
                 if isinstance(both, LeftOut):
@@ -65,7 +65,9 @@ def prepare_pairs(
                 continue
             prepared.append(ready)
             kept.append((pair, prompt))
-        _count_texts(kept, teacher, student, counters)
+        # 2. What is worth knowing of the texts that are used.
+        for name, model in (("teacher", teacher), ("student", student)):
+            _count_texts(name, model, kept, counters)
     if not prepared:
         raise UserError(
             f"None of {len(pairs)} pairs is left after tokenization ({counters.reasons()}); "
@@ -81,9 +83,10 @@ Both = tuple[Aligned, Aligned]
 def _aligned(
     pairs: Sequence[PreferencePair], teacher: TextModel, student: TextModel, unit: Literal["character", "byte"]
 ) -> list[Both | LeftOut]:
-    """Both responses of each pair, tokenized together where nothing is wrong with any of them."""
+    """Align both responses of each pair, tokenized together where nothing is wrong with any of them."""
     spelt = [_can_spell(pair, teacher) and _can_spell(pair, student) for pair in pairs]
     texts = [text for pair, fine in zip(pairs, spelt) if fine for text in (pair.chosen, pair.rejected)]
+    # What one text does wrong ends the whole batch: then each pair is tried by itself.
     try:
         aligned = align_batch(texts, teacher.tokenizer, student.tokenizer, unit=unit)
     except UserError as error:
@@ -102,7 +105,8 @@ def _can_spell(pair: PreferencePair, model: TextModel) -> bool:
 def _prepare(
     pair: PreferencePair, aligned: Both, teacher: TextModel, student: TextModel, limits: Limits, counters: Counters
 ) -> tuple[AlignedPair, FittedPrompt]:
-    """One pair, cut and closed. Raises LeftOut, and then nothing of it is counted."""
+    """Cut and close one pair. Raises LeftOut, and then nothing of it is counted."""
+    # 1. The prompt, and then the responses.
     try:
         prompt = fit_prompt(pair, teacher, student, limits.prompt, limits.prompt)
     except PromptTooLong:
@@ -111,6 +115,7 @@ def _prepare(
         what = "no prompt can be made of the messages" if pair.prompt else "an empty prompt predicts nothing"
         raise LeftOut(what, str(error).removeprefix(f"{pair.source or pair.id}: ")) from None
     closed, one_side = _closed(aligned, teacher, student, limits)
+    # 2. The counts.
     sizes = [len(text.encode("utf-8")) for text in (pair.chosen, pair.rejected)]
     for (short, cut), size in zip(closed, sizes):
         counters.add("responses")
@@ -142,23 +147,25 @@ def _prepare(
 def _closed(
     aligned: Both, teacher: TextModel, student: TextModel, limits: Limits
 ) -> tuple[list[tuple[Aligned, bool]], str]:
-    """Both responses within the limit, whether each was cut, and what is to be counted where one alone was.
+    """Return both responses within the limit, whether each was cut, and what is to be counted where one alone was.
 
     A response cut short must not teach to stop there. Where only the other one ended its turn, the loss would push
     stopping up or down with no counterpart, and the sums of an evaluation would be as lopsided.
     """
+    # 1. Within the limit, with room for the end of the turn.
     room = limits.response - int(limits.end_of_turn)
     short = [truncate(response, room, room) for response in aligned]
     if any(response.num_spans == 0 for response, _ in short):
         raise LeftOut("no common boundary within the response limit")
+    # 2. The ends of turn.
     cuts = [cut for _, cut in short]
-    neither = limits.end_of_turn_both and any(cuts)
-    closed = [
-        (with_end_of_turn(response, teacher.end_of_turn, student.end_of_turn), cut)
-        if limits.end_of_turn and not cut and not neither
-        else (response, cut)
-        for response, cut in short
-    ]
+    neither = not limits.end_of_turn or (limits.end_of_turn_both and any(cuts))
+    closed = []
+    for response, cut in short:
+        if not cut and not neither:
+            response = with_end_of_turn(response, teacher.end_of_turn, student.end_of_turn)
+        closed.append((response, cut))
+    # 3. Pairs that differ only in what was cut teach nothing.
     ids = [[*response.teacher.ids, -1, *response.student.ids] for response, _ in closed]
     if ids[CHOSEN] == ids[REJECTED]:
         raise LeftOut("answers identical within the response limit")
@@ -168,26 +175,29 @@ def _closed(
 
 
 def _count_texts(
-    kept: Sequence[tuple[PreferencePair, FittedPrompt]], teacher: TextModel, student: TextModel, counters: Counters
+    name: str, model: TextModel, kept: Sequence[tuple[PreferencePair, FittedPrompt]], counters: Counters
 ) -> None:
-    """What each tokenizer's own reading of the texts had to be kept from."""
+    """Count what a tokenizer's own reading of the texts had to be kept from, and thoughts that are never closed."""
     responses = [text for pair, _ in kept for text in (pair.chosen, pair.rejected)]
     texts = [*responses, *(message.content for pair, _ in kept for message in pair.prompt)]
-    for name, model in (("teacher", teacher), ("student", student)):
-        ends = [getattr(prompt, f"{name}_end") for _, prompt in kept for _ in (CHOSEN, REJECTED)]
-        merged = _merges(model, ends, responses)
-        escaped = sum(special_literals(model.tokenizer, text) for text in texts)
-        counters.add(f"{name} tokens that would merge across the prompt's border", merged)
-        counters.add(f"{name} literal special tokens escaped", escaped)
-        for end, response in zip(ends, responses):
-            if block := opened_block(end):
-                what = "is opened again by the answer" if f"<{block}>" in response else "is not closed by the answer"
-                if f"<{block}>" in response or f"</{block}>" not in response:
-                    counters.add(f"{name} prompt opens <{block}>, which {what} (template_variables may close it)")
+    ends = [getattr(prompt, f"{name}_end") for _, prompt in kept for _ in (CHOSEN, REJECTED)]
+    escaped = sum(special_literals(model.tokenizer, text) for text in texts)
+    counters.add(f"{name} tokens that would merge across the prompt's border", _merges(model, ends, responses))
+    counters.add(f"{name} literal special tokens escaped", escaped)
+    # A prompt may open a thought that the answer is to close.
+    for end, response in zip(ends, responses):
+        block = opened_block(end)
+        if block and f"<{block}>" in response:
+            what = "is opened again by the answer"
+        elif block and f"</{block}>" not in response:
+            what = "is not closed by the answer"
+        else:
+            continue
+        counters.add(f"{name} prompt opens <{block}>, which {what} (template_variables may close it)")
 
 
 def _merges(model: TextModel, ends: Sequence[str], responses: Sequence[str]) -> int:
-    """`merges_across`; what cannot even be spelt as one text counts as merged."""
+    """Do `merges_across`; what cannot even be spelt as one text counts as merged."""
     try:
         return merges_across(model.tokenizer, ends, responses)
     except UserError:
@@ -195,7 +205,7 @@ def _merges(model: TextModel, ends: Sequence[str], responses: Sequence[str]) -> 
 
 
 def steered_prompt(pair: PreferencePair, dropped: int, instruction: str) -> list[Message]:
-    """Returns the prompt, `dropped` characters shorter as it was fitted, with `instruction` before what is left.
+    """Return the prompt, `dropped` characters shorter as it was fitted, with `instruction` before what is left.
 
     This is how one model is made a good and a bad teacher by its prompt alone.
     """

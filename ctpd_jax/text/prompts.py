@@ -13,17 +13,10 @@ import numpy as np
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
+from ctpd_jax.text import tokens
 from ctpd_jax.text.backends import stand_in
-from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_chat, render_prompt
-from ctpd_jax.text.tokens import (
-    BORDER,
-    TextTokenizer,
-    load_tokenizer,
-    require_readable,
-    spelling_of,
-    with_control,
-    without_control,
-)
+from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, marks_for, render_chat, render_prompt
+from ctpd_jax.text.tokens import TextTokenizer
 
 
 class PromptTooLong(UserError):
@@ -39,7 +32,7 @@ class TextModel:
     end_of_turn: int
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """Token ids of a prompt, int32 [T], T >= 1; see `encode_prompt`. Raises UserError as `render_prompt` does.
+        """Return the token ids of a prompt, int32 [T], T >= 1. Raises UserError as `encode_prompt` does.
 
         Of a chat template these are the ids of transformers' `apply_chat_template`: what the template writes, and no
         BOS beside it.
@@ -47,35 +40,28 @@ class TextModel:
         return self.encode(render_prompt(self.template, messages))
 
     def encode(self, pieces: Sequence[Piece]) -> np.ndarray:
-        """`prompt` of what is rendered already."""
+        """Do `prompt` for what is rendered already."""
         return encode_prompt(self.tokenizer, pieces, bos=self.template.kind == "plain")
 
 
 def load_text_model(path: str, template: str = "auto", template_variables: str = "") -> TextModel:
-    """Load and probe a tokenizer, and its template.
-
-    Args:
-      path: a folder or hub id.
-      template: "auto", "chat", "chat:NAME", "plain" or a .jinja file; see `load_template`.
-      template_variables: a JSON object of what the template is to be told, such as {"enable_thinking": false}.
-    """
-    tokenizer = load_tokenizer(path)
+    """Load the tokenizer of a folder or hub id, and its template; the arguments are those of `load_template`."""
+    tokenizer = tokens.load_tokenizer(path)
     chosen = load_template(tokenizer, template, template_variables=template_variables)
     end = end_of_turn_id(tokenizer, chosen)
     used = frame_tokens(tokenizer, chosen)
     if end in tokenizer.added:
         used.add(tokenizer.added[end].content)
-    model = TextModel(with_control(tokenizer, used), chosen, end)
+    model = TextModel(tokens.with_control(tokenizer, used), chosen, end)
     _try_prompts(model)
     return model
 
 
 def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
-    """The token with which an assistant ends its turn: the added token that the chat template puts after the answer,
-    white space aside, else EOS.
+    """Return the token with which an assistant ends its turn.
 
-    Raises:
-      UserError: neither is there, or the template refuses every conversation.
+    That is the added token that the chat template puts after the answer, white space aside, else EOS. Raises UserError
+    where neither is there, or the template refuses every conversation.
     """
     if template.kind == "chat":
         found = tokenizer.added_pattern.match(_after_answer(tokenizer, template))
@@ -90,66 +76,52 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
 
 
 def _after_answer(tokenizer: TextTokenizer, template: PromptTemplate) -> str:
-    """What a template writes after an answer, in the first conversation where it writes something."""
-    mark, question = "\ue0f1", Message("user", "\ue0f2")
+    """Return what a template writes after an answer, in the first conversation where it writes something."""
+    mark, asked = "\ue0f1", "\ue0f2"
+    question = Message("user", asked)
     talk = [question, Message("assistant", mark)]
-    taken, refused = False, None
-    for turns in (talk, [Message("system", "\ue0f2"), *talk], [*talk, question]):
+    refusals = []
+    conversations = (talk, [Message("system", asked), *talk], [*talk, question])
+    for turns in conversations:
         try:
             text = render_chat(template, turns, ask=False)
         except UserError as error:
-            refused = refused or error
+            refusals.append(error)
             continue
-        taken = True
         after = (text.rpartition(mark)[2] if mark in text else "").lstrip()
         if turns[-1] is not question and after:
             return after
         # Some close an answer only where something follows, and some write nothing but what opens the next question.
-        opening = tokenizer.added_pattern.findall(text.partition("\ue0f2")[0])[-1:]
+        opening = tokenizer.added_pattern.findall(text.partition(asked)[0])[-1:]
         closing = tokenizer.added_pattern.match(after)
         if closing and closing.group() not in opening:
             return after
-    if taken:
-        return ""
-    raise UserError(f"The tokenizer {tokenizer.name!r}: {refused}")
+    if len(refusals) == len(conversations):
+        raise UserError(f"The tokenizer {tokenizer.name!r}: {refusals[0]}")
+    return ""
 
 
 def frame_tokens(tokenizer: TextTokenizer, template: PromptTemplate) -> set[str]:
-    """The added tokens with which a chat template frames its turns, whether they are flagged as special or not.
+    """Return the added tokens with which a chat template frames its turns, flagged as special or not.
 
     Those that it writes into an answer, such as <think>, frame none: an answer may well hold them. They are known by
     coming in pairs with no message between them, be it in an empty block or in a system prompt that speaks of them.
     Nor do mere words and white space, which some vocabularies add too: Gemma has line ends.
     """
-    if template.kind == "plain":
-        return set()
     found: set[str] = set()
     inner: set[str] = set()
+    if template.kind == "plain":
+        return found
     for roles in (("user",), ("user", "assistant", "user"), ("system", "user", "assistant", "user")):
-        marks = [Message(role, f"\ue0f1{index}\ue0f2") for index, role in enumerate(roles)]
         try:
-            text = render_chat(template, marks, ask=False)
+            text = render_chat(template, marks_for(roles)[0], ask=False)
         except UserError:  # many a template takes no system message
             continue
         found.update(token for token in tokenizer.added_pattern.findall(text) if re.search(r"[^\w\s\u2581]", token))
+        # A pair such as <think></think> with no message inside.
         for block in re.finditer(r"(<(\w+)>)[^\ue0f1]*?(</\2>)", text):
             inner.update(block.group(1, 3))
     return found - inner
-
-
-def _try_prompts(model: TextModel) -> None:
-    """Holds the ids of the second way to read a prompt, for those with typed control tokens, against the first's."""
-    for turns in _CONVERSATIONS if model.template.kind == "chat" else ():
-        try:
-            pieces = render_prompt(model.template, turns)
-        except UserError:
-            continue
-        ids = model.encode(pieces).tolist()
-        if encode_beside_typed(model.tokenizer, pieces) != ids:
-            raise UserError(
-                f"The tokenizer {model.tokenizer.name!r} cannot be copied: a prompt of its chat template would get "
-                "other tokens where somebody types a control token's name."
-            )
 
 
 _CONVERSATIONS = (
@@ -159,29 +131,43 @@ _CONVERSATIONS = (
 )
 
 
+def _try_prompts(model: TextModel) -> None:
+    """Hold the ids of `encode_beside_typed` against those of the tokenizer itself where nothing was typed."""
+    for turns in _CONVERSATIONS if model.template.kind == "chat" else ():
+        try:
+            pieces = render_prompt(model.template, turns)
+        except UserError:
+            continue
+        if encode_beside_typed(model.tokenizer, pieces) != model.encode(pieces).tolist():
+            raise UserError(
+                f"The tokenizer {model.tokenizer.name!r} cannot be copied: a prompt of its chat template would get "
+                "other tokens where somebody types a control token's name."
+            )
+
+
 # ------------------------------------------------------------------------------------------------ token ids
 
 
 def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True) -> np.ndarray:
-    """A rendered prompt -> int32 [T], T >= 1.
-
-    bos: put the tokenizer's BOS in front, exactly once, if its own post-processor adds one. A chat template writes
-        its own.
+    """Encode a rendered prompt as int32 [T], T >= 1.
 
     Only pieces of the template may hold control tokens: what a user typed never becomes one, not even together with
     the template text beside it. Where nobody typed one, these are the ids that the tokenizer gives the whole text.
 
+    bos: put the tokenizer's BOS in front, exactly once, if its own post-processor adds one. A chat template writes its
+    own.
     Raises UserError for an empty prompt without BOS: nothing would predict the response's first token; and if the
     tokens do not spell the prompt.
     """
     whole = "".join(piece.text for piece in pieces)
-    require_readable(tok, whole)
+    tokens.require_readable(tok, whole)
+    # The tokenizer itself reads the whole prompt, if it takes nothing that was typed for a control token.
     if _only_template_control(tok, whole, pieces):
         ids = tok.backend.encode(whole, add_special_tokens=False).ids
     else:
         ids = encode_beside_typed(tok, pieces)
-    ids = spelling_of(tok, ids, whole, control=True).tolist()
-    if bos and tok.bos_id is not None and (not ids or ids[0] != tok.bos_id):
+    ids = tokens.spelling_of(tok, ids, whole, control=True).tolist()
+    if bos and tok.bos_id is not None and ids[:1] != [tok.bos_id]:
         ids = [tok.bos_id, *ids]
     if not ids:
         raise UserError(
@@ -192,9 +178,7 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
 
 
 def _only_template_control(tok: TextTokenizer, whole: str, pieces: Sequence[Piece]) -> bool:
-    """Whether every control token that can be read in the whole prompt lies inside one piece of the template."""
-    if not tok.names_control(whole):
-        return True
+    """Tell whether every control token that can be read in the whole prompt lies inside one piece of the template."""
     edges = list(accumulate((len(piece.text) for piece in pieces), initial=0))
     for match in tok.control_pattern.finditer(whole):
         number = bisect_right(edges, match.start()) - 1
@@ -204,25 +188,12 @@ def _only_template_control(tok: TextTokenizer, whole: str, pieces: Sequence[Piec
 
 
 def encode_beside_typed(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[int]:
-    """The ids of a prompt in which somebody typed a control token's name.
+    """Encode a prompt in which somebody typed a control token's name.
 
     The tokenizer's copy reads it, to which such a name is ordinary text. The template's own control tokens are written
     as stand-ins, which the copy looks for as the original looks for the tokens: with the same flags.
     """
-    tokens = _template_tokens(tok, pieces)
-    while True:
-        text, places = _with_stand_ins(tokens)
-        encoding = tok.ordinary.encode(text, add_special_tokens=False)
-        read = [span for number, span in zip(encoding.ids, encoding.offsets) if number in tok.stand_ins]
-        missed = {key for key, (start, end) in places.items() if not any(a < end and start < b for a, b in read)}
-        if not missed:
-            return [tok.stand_ins.get(number, number) for number in without_control(tok, encoding.ids)]
-        # A token that is looked for after a space only, say, is no token here to the original either.
-        tokens = [(text, None if key in missed else token_id) for key, (text, token_id) in enumerate(tokens)]
-
-
-def _template_tokens(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[tuple[str, int | None]]:
-    """A prompt as texts, and beside each the id if it is a control token of the template's."""
+    # 1. The prompt as texts, beside each its id if it is a control token of the template's.
     parts: list[tuple[str, int | None]] = []
     for text, special in pieces:
         place = 0
@@ -231,18 +202,20 @@ def _template_tokens(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[tuple[
                 parts += [(text[place : match.start()], None), (match.group(), tok.control[match.group()])]
                 place = match.end()
         parts.append((text[place:], None))
-    return parts
-
-
-def _with_stand_ins(parts: Sequence[tuple[str, int | None]]) -> tuple[str, dict[int, tuple[int, int]]]:
-    """The prompt with stand-ins, and where each of them lies in it, in characters."""
-    whole, places = "", {}
-    for key, (text, token_id) in enumerate(parts):
-        written = text if token_id is None else stand_in(token_id)
-        if token_id is not None:
-            places[key] = (len(whole), len(whole) + len(written))
-        whole += written
-    return whole, places
+    while True:
+        # 2. The text with stand-ins, and where each of them lies in it.
+        written = [text if token_id is None else stand_in(token_id) for text, token_id in parts]
+        edges = list(accumulate(map(len, written), initial=0))
+        encoding = tok.ordinary.encode("".join(written), add_special_tokens=False)
+        read = [span for number, span in zip(encoding.ids, encoding.offsets) if number in tok.stand_ins]
+        # 3. A token that is looked for after a space only, say, may be none here to the original either: it is text.
+        missed = False
+        for key, (text, token_id) in enumerate(parts):
+            if token_id is not None and not any(a < edges[key + 1] and edges[key] < b for a, b in read):
+                parts[key] = (text, None)
+                missed = True
+        if not missed:
+            return [tok.stand_ins.get(number, number) for number in tokens.without_control(tok, encoding.ids)]
 
 
 # ------------------------------------------------------------------------------------------------ limits
@@ -259,59 +232,52 @@ class FittedPrompt(NamedTuple):
 
 
 def opened_block(text: str) -> str | None:
-    """The name of a tag with which a prompt ends, as in "<think>": the answer is to go on in it, and to close it."""
+    """Return the name of a tag with which a prompt ends, as in "<think>": the answer goes on in it, and closes it."""
     found = re.search(r"<([A-Za-z_]+)>\s*\Z", text)
     return found[1] if found else None
 
 
 def last_user(messages: Sequence[Message]) -> int | None:
-    """Index of the last user message: the one that is cut, or led by an instruction."""
+    """Return the index of the last user message: the one that is cut, or led by an instruction."""
     return max((index for index, message in enumerate(messages) if message.role == "user"), default=None)
 
 
 def fit_prompt(
     pair: PreferencePair, teacher: TextModel, student: TextModel, max_teacher: int, max_student: int
 ) -> FittedPrompt:
-    """Both models' prompt ids, the last user message shortened from its left until both limits hold.
+    """Return both models' prompt ids, the last user message shortened from its left until both limits hold.
 
-    Both models lose the same characters, and the template loses none.
-
-    Args:
-      pair: its prompt is fitted.
-      teacher, student: the models that read it.
-      max_teacher, max_student: limits in tokens, BOS and template included.
-
-    Raises:
-      PromptTooLong: the rest of the prompt alone exceeds a limit.
-      UserError: a template refuses the messages, or nothing predicts the first token of the response.
+    Both models lose the same characters, and the template loses none. The limits are in tokens, BOS and template
+    included. Raises PromptTooLong where the rest of the prompt alone exceeds a limit, else UserError as
+    `TextModel.prompt` does.
     """
     last = last_user(pair.prompt)
-    length = len(pair.prompt[last].content) if last is not None else 0
 
     def cut(dropped: int) -> FittedPrompt:
         messages = list(pair.prompt)
         if last is not None:
-            messages[last] = Message(messages[last].role, messages[last].content[dropped:])
+            messages[last] = Message("user", messages[last].content[dropped:])
         pieces = [render_prompt(model.template, messages) for model in (teacher, student)]
-        ends = ["".join(piece.text for piece in each)[-BORDER:] for each in pieces]
-        ids = [model.encode(each) for model, each in zip((teacher, student), pieces)]
-        return FittedPrompt(ids[0], ids[1], ends[0], ends[1], dropped)
+        ends = ["".join(piece.text for piece in each)[-tokens.BORDER :] for each in pieces]
+        return FittedPrompt(teacher.encode(pieces[0]), student.encode(pieces[1]), ends[0], ends[1], dropped)
 
     def fits(found: FittedPrompt) -> bool:
         return len(found.teacher) <= max_teacher and len(found.student) <= max_student
 
     try:
+        # 1. The whole prompt, or else the one without its last user message: all or nothing.
         whole = cut(0)
         if fits(whole):
             return whole
-        best = cut(length)
+        best = cut(len(pair.prompt[last].content) if last is not None else 0)
         if not fits(best):
             raise PromptTooLong(
                 f"the prompt without its last user message has {len(best.teacher)} teacher and {len(best.student)} "
                 f"student tokens, the limits are {max_teacher} and {max_student}; raise max_prompt or leave the pair "
                 "out."
             )
-        low = 0  # what is cut at `best` fits, at `low` it does not
+        # 2. In between: what is cut at `best` fits, at `low` it does not.
+        low = 0
         while best.dropped - low > 1:
             middle = cut((low + best.dropped) // 2)
             if fits(middle):

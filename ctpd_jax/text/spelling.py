@@ -1,8 +1,8 @@
 """Where each token ends in the bytes of a text, found by spelling the text with the tokens' bytes.
 
-Nearly every token stands for the same bytes wherever it occurs, and one vectorised comparison settles a text. What does
-not: a dummy space after an added token, an added token that takes the white space beside it along (`lstrip`, `rstrip`)
-or that the model spells otherwise than the text does. Those texts are searched token by token.
+Nearly every token stands for the same bytes wherever it occurs, and one vectorised comparison settles a text. What it
+does not settle is searched token by token: a dummy space after an added token, an added token that takes white space
+along (`lstrip`, `rstrip`) or that the model spells otherwise than the text does.
 
 Letters: T tokens, B bytes of the text.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ctpd_jax.text.probe import Prefix, Vocabulary
+from ctpd_jax.text.tokenizer_json import Prefix, Vocabulary
 
 
 def compare(
@@ -21,9 +21,10 @@ def compare(
 ) -> tuple[np.ndarray | None, int]:
     """Spell a text with the usual bytes of its tokens.
 
-    ids: int64 [T], every one of which stands for bytes. data: uint8 [B], the text.
+    ids: int64 [T], every one of which stands for bytes. data: uint8 [B], the text. whole: they spell all of it.
     Returns the tokens' ends, int64 [T], or None if they do not spell the text; and the first byte that differs.
     """
+    # The dummy space of the first token counts nothing.
     skip = np.zeros(len(ids), np.int64)
     if prefix.present and len(ids) and vocabulary.sizes[ids[0]] and vocabulary.pool[vocabulary.starts[ids[0]]] == 0x20:
         skip[0] = prefix.always or not (len(data) and data[0] == 0x20)
@@ -43,12 +44,11 @@ def compare(
 def search(
     vocabulary: Vocabulary, prefix: Prefix, ids: np.ndarray, data: bytes, whole: bool, names: bool = False
 ) -> np.ndarray | None:
-    """Spell a text with whatever its tokens may stand for; the arguments and the ends are those of `compare`.
+    """Spell a text with whatever its tokens may stand for; returns the tokens' ends as `compare` does.
 
     names: a byte piece may also have been read where somebody typed its name, "<0x41>".
-
-    Keeps, for each token, the places where it may end and where it then began. Those are one or two.
     """
+    # 1. Forward: for each token the places where it may end, one or two, and where it then began.
     steps: list[dict[int, int]] = []
     places = [0]
     after_added = True  # the start of a text is where a dummy space comes, too
@@ -62,18 +62,20 @@ def search(
         after_added = token_id in vocabulary.added
     if not places or (whole and len(data) not in places):
         return None
+    # 2. Back from the end of the text.
     place = len(data) if whole else places[0]
     ends = np.zeros(len(steps), np.int64)
-    for index in range(len(steps) - 1, -1, -1):
+    for index, step in reversed(list(enumerate(steps))):
         ends[index] = place
-        place = steps[index][place]
+        place = step[place]
     return ends
 
 
 def _ends(
     vocabulary: Vocabulary, prefix: Prefix, token_id: int, data: bytes, place: int, dummy: bool, names: bool
 ) -> Iterator[int]:
-    """The places where a token may end that begins at `place`, the likeliest first."""
+    """Yield the places where a token may end that begins at `place`, the likeliest first."""
+    # 1. What it may stand for.
     added = vocabulary.added.get(token_id)
     start = int(vocabulary.starts[token_id])
     usual = vocabulary.pool[start : start + int(vocabulary.sizes[token_id])].tobytes()
@@ -83,6 +85,7 @@ def _ends(
     if dummy and prefix.present:
         shorter = tuple(spelling[1:] for spelling in spellings if spelling.startswith(b" "))
         spellings = (*shorter, *spellings) if prefix.always else (*spellings, *shorter)
+    # 2. Where it may begin and end, white space included.
     begins = _white(data, place) if added and added.lstrip else [place]
     for begin in begins:
         for spelling in spellings:
@@ -92,9 +95,10 @@ def _ends(
 
 
 def _white(data: bytes, place: int) -> list[int]:
-    """How far white space may be taken along from `place`: the furthest first, not at all last."""
+    """Return how far white space may be taken along from `place`: the furthest first, not at all last."""
+    # Nearly every run is short, and a text may be long: ever more of it is decoded.
     size, run = 32, ""
-    while len(run.encode("utf-8")) >= size - 32:  # nearly every run is short, and a text may be long
+    while len(run.encode("utf-8")) >= size - 32:
         size *= 2
         rest = data[place : place + size].decode("utf-8", "ignore")
         run = rest[: len(rest) - len(rest.lstrip())]

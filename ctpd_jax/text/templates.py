@@ -1,7 +1,7 @@
 """Each model's own prompt text around the same messages.
 
 A prompt is a list of pieces: the template's own text, in which `<|im_end|>` is a special token, and the text of the
-messages, in which it is nine ordinary characters. The response is never rendered: it follows the prompt verbatim, for
+messages, in which it is ten ordinary characters. The response is never rendered: it follows the prompt verbatim, for
 both models, as it does in generation.
 """
 
@@ -71,7 +71,7 @@ def load_template(
     separator: str = DEFAULT_SEPARATOR,
     template_variables: str = "",
 ) -> PromptTemplate:
-    """The template of a model.
+    """Load the template of a model.
 
     Args:
       tokenizer: the model's tokenizer; it brings the chat templates and the names of the special tokens.
@@ -84,6 +84,7 @@ def load_template(
       UserError: "chat" without a chat template, several of which none is the default, a file that is not there, a
         template that is not valid Jinja, or a variable that it does not know.
     """
+    # 1. The source: of the tokenizer, or of a file.
     kind, _, wanted = choice.partition(":")
     name, own = tokenizer.name, tokenizer.hf.chat_template or {}
     named = own if isinstance(own, dict) else {"default": own}
@@ -91,41 +92,28 @@ def load_template(
         if template_variables:
             raise UserError(f'The template of "{name}" is plain and takes no variables; template_variables has some.')
         return PromptTemplate("plain", separator)
-    if kind in ("auto", "chat"):
-        source = _own_template(named, wanted, name)
-    else:
-        path = Path(choice).expanduser()
-        if path.suffix != ".jinja" or not path.is_file():
-            raise UserError(
-                f'The template "{choice}" is none of "auto", "chat", "chat:NAME", "plain", nor an existing .jinja file.'
-            )
-        try:
-            source = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f'The template "{choice}" is not UTF-8: {error.reason} at byte {error.start}.') from None
-    special = tuple(
-        sorted((key, str(value)) for key, value in tokenizer.hf.special_tokens_map.items() if isinstance(value, str))
-    )
-    # Some editors put a byte order mark in front of a file, and it would stand in every prompt.
-    source = source.removeprefix("\ufeff")
+    source = _own_template(named, wanted, name) if kind in ("auto", "chat") else _template_of_file(choice)
+    source = source.removeprefix("\ufeff")  # of some editors, and it would stand in every prompt
+    # 2. Whether it is a template.
     try:
         _compiled(source)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f'The chat template of "{name}" is not valid Jinja, line {error.lineno}: {error.message}'
-        ) from None
+        reason = f", line {error.lineno}: {error.message}"
+        raise UserError(f'The chat template of "{name}" is not valid Jinja{reason}') from None
     except (SyntaxError, RecursionError) as error:  # of the Python that Jinja writes, whose lines say nothing
         raise UserError(f'The chat template of "{name}" is not valid Jinja: {error}') from None
-    return PromptTemplate("chat", source, special, _settings(source, template_variables, name))
+    # 3. What it is told.
+    special = {key: str(value) for key, value in tokenizer.hf.special_tokens_map.items() if isinstance(value, str)}
+    return PromptTemplate("chat", source, tuple(sorted(special.items())), _settings(source, template_variables, name))
 
 
 def _own_template(named: dict[str, str], wanted: str, name: str) -> str:
-    """The template called `wanted`, else "default", else the only one."""
+    """Return the template called `wanted`, else "default", else the only one."""
     if not named:
         raise UserError(f'The tokenizer "{name}" has no chat template; set the template to "plain" or a .jinja file.')
     found = named.get(wanted or "default")
     if found is None and not wanted and len(named) == 1:
-        found = next(iter(named.values()))
+        (found,) = named.values()
     if found is None:
         names = ", ".join(f'"chat:{each}"' for each in sorted(named))
         raise UserError(
@@ -135,14 +123,31 @@ def _own_template(named: dict[str, str], wanted: str, name: str) -> str:
     return found
 
 
-def _settings(source: str, template_variables: str, name: str) -> str:
-    """The user's variables as canonical JSON. One that the template does not know would change nothing in silence."""
+def _template_of_file(choice: str) -> str:
+    path = Path(choice).expanduser()
+    if path.suffix != ".jinja" or not path.is_file():
+        raise UserError(
+            f'The template "{choice}" is none of "auto", "chat", "chat:NAME", "plain", nor an existing .jinja file.'
+        )
     try:
-        chosen = json.loads(template_variables or "{}", parse_constant=_no_number)
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f'The template "{choice}" is not UTF-8: {error.reason} at byte {error.start}.') from None
+
+
+def _settings(source: str, template_variables: str, name: str) -> str:
+    """Return the user's variables as canonical JSON. One that the template does not know would change nothing."""
+
+    def no_number(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        chosen = json.loads(template_variables or "{}", parse_constant=no_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"template_variables = {template_variables!r} is not valid JSON: {error}.") from None
     if not isinstance(chosen, dict):
         raise UserError(f"template_variables = {template_variables!r} is not a JSON object of variables.")
+    # A variable that a template reads without setting it is one that it can be told.
     known = jinja2.meta.find_undeclared_variables(_environment().parse(source)) - _OURS
     for key in chosen:
         if key not in known:
@@ -154,7 +159,7 @@ def _settings(source: str, template_variables: str, name: str) -> str:
 
 
 def told_source(template: PromptTemplate) -> str:
-    """The template with what it is told written into it: whoever asks otherwise later is heard, nobody has to ask."""
+    """Write what a template is told into it: whoever asks otherwise later is heard, nobody has to ask."""
     told = json.loads(template.settings)
     lines = [f"{{% set {key} = {key} if {key} is defined else {value!r} %}}\n" for key, value in told.items()]
     return "".join([*lines, template.source])
@@ -164,15 +169,9 @@ def told_source(template: PromptTemplate) -> str:
 
 
 def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list[Piece]:
-    """The pieces of a prompt, up to where the response starts.
+    """Return the pieces of a prompt, up to where the response starts; joined they are what the template renders.
 
-    The template's own text is found with placeholders in place of the messages, once for each sequence of roles. Where
-    it depends on the messages, it is found with marks around the words of each; and where the template edits a message,
-    that one is rendered for real amid placeholders. In every case the whole, rendered for real, must be the pieces
-    joined.
-
-    Raises:
-      UserError: the template refuses the messages, leaves one out, repeats one, or changes its own text with them.
+    Raises UserError where it refuses the messages, leaves one out, repeats one, or changes its own text with them.
     """
     if template.kind == "plain":
         return _plain_pieces(template.source, messages)
@@ -187,20 +186,22 @@ def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list
 
 
 def _partings(template: PromptTemplate, messages: Sequence[Message]) -> Iterator[tuple[list[str], list[str]]]:
-    """Ways to tell the template's own text from the messages', the cheapest first."""
+    """Yield ways to tell the template's own text from the messages', the cheapest first."""
+    # 1. With placeholders, once for each sequence of roles. Nearly every template leaves a message as it is, or trims.
     frame, order = _frame(template, tuple(message.role for message in messages))
-    # Nearly every template leaves a message as it is, or trims it.
     yield frame, [messages[index].content for index in order]
     yield frame, [messages[index].content.strip() for index in order]
+    # 2. With marks around the words of each message, where the template's own text depends on them.
     around, words = _amid_marks(template, messages)
     yield around, words
     yield around, [each.strip() for each in words]
+    # 3. With one message at a time rendered for real, where the template edits them.
     contents = _edited(template, messages)
     yield frame, [contents[index] for index in order]
 
 
 def render_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
-    """The prompt as one text."""
+    """Return the prompt as one text."""
     return "".join(piece.text for piece in render_prompt(template, messages))
 
 
@@ -210,32 +211,32 @@ def _plain_pieces(separator: str, messages: Sequence[Message]) -> list[Piece]:
     if len(messages) == 1 and messages[0].role == "user":
         return _pieces(["", separator], [messages[0].content])
     labels = [f"{message.role.capitalize()}: " for message in messages]
-    asks = "" if _prefilled(messages) else f"{separator}Assistant:\n"
+    asks = "" if messages[-1].role == "assistant" else f"{separator}Assistant:\n"
     frame = [labels[0], *(separator + label for label in labels[1:]), asks]
     return _pieces(frame, [message.content for message in messages])
 
 
+def marks_for(roles: Sequence[str]) -> tuple[list[Message], list[str]]:
+    """Return messages whose contents are marks, and the marks: private letters that no template looks for or trims."""
+    marks = [f"\ue0f1{index}\ue0f2" for index in range(len(roles))]
+    return list(map(Message, roles, marks)), marks
+
+
 @lru_cache(maxsize=1024)
 def _frame(template: PromptTemplate, roles: tuple[str, ...]) -> tuple[list[str], list[int]]:
-    """A template's own text around and between messages of these roles, and which message stands in each gap."""
-    masked, marks = _masked(roles)
-    around = _prompt_text(template, masked)
+    """Return a template's own text around messages of these roles, and which message stands in each gap."""
+    marked, marks = marks_for(roles)
+    around = _prompt_text(template, marked)
     for index, mark in enumerate(marks):
         if around.count(mark) != 1:
             what = "leaves out" if mark not in around else "repeats"
             raise UserError(f"The chat template {what} message {index + 1} of the prompt; give another template.")
-    parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", around)
+    parts = re.split("(" + "|".join(marks) + ")", around)
     return parts[::2], [marks.index(mark) for mark in parts[1::2]]
 
 
-def _masked(roles: Sequence[str]) -> tuple[list[Message], list[str]]:
-    """Messages with a mark for their content: letters of the private use area, which no template looks for or trims."""
-    marks = [f"\ue0f1{index}\ue0f2" for index in range(len(roles))]
-    return [Message(role, mark) for role, mark in zip(roles, marks)], marks
-
-
 def _amid_marks(template: PromptTemplate, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
-    """A template's own text around these very messages, and their words; white space beside those counts as its own.
+    """Return a template's own text around these very messages, and their words; white space counts as its own.
 
     A message that is empty, or that holds a switch such as "/no_think", may change the template's own text, and one
     that is nothing else is left without marks. One text and no words if the marks do not come back in pairs.
@@ -243,8 +244,9 @@ def _amid_marks(template: PromptTemplate, messages: Sequence[Message]) -> tuple[
     marked = []
     for message in messages:
         words, content = message.content.strip(), message.content
-        bare = re.fullmatch(r"(/\w+\s*)*", words)
-        marked.append(Message(message.role, content if bare else content.replace(words, f"{_OPEN}{words}{_CLOSE}", 1)))
+        if not re.fullmatch(r"(/\w+\s*)*", words):
+            content = content.replace(words, f"{_OPEN}{words}{_CLOSE}", 1)
+        marked.append(Message(message.role, content))
     parts = re.split(f"([{_OPEN}{_CLOSE}])", _prompt_text(template, marked))
     if parts[1::2] != [_OPEN, _CLOSE] * (len(parts) // 4):
         return ["".join(parts)], []
@@ -252,13 +254,13 @@ def _amid_marks(template: PromptTemplate, messages: Sequence[Message]) -> tuple[
 
 
 def _edited(template: PromptTemplate, messages: Sequence[Message]) -> list[str]:
-    """What a template makes of each message, each rendered for real amid marks."""
-    masked, marks = _masked([message.role for message in messages])
-    around = _prompt_text(template, masked)
+    """Return what a template makes of each message, rendered for real amid marks."""
+    marked, marks = marks_for([message.role for message in messages])
+    around = _prompt_text(template, marked)
     contents = []
     for index, message in enumerate(messages):
         before, after = around.split(marks[index])
-        text = _prompt_text(template, [*masked[:index], message, *masked[index + 1 :]])
+        text = _prompt_text(template, [*marked[:index], message, *marked[index + 1 :]])
         if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
             raise UserError(f"The chat template changes its own text with message {index + 1}; give another template.")
         contents.append(text[len(before) : len(text) - len(after)])
@@ -266,21 +268,16 @@ def _edited(template: PromptTemplate, messages: Sequence[Message]) -> list[str]:
 
 
 def _pieces(frame: Sequence[str], contents: Sequence[str]) -> list[Piece]:
-    """frame[0] contents[0] frame[1] contents[1] ... frame[-1], without what is empty."""
+    """Return frame[0] contents[0] frame[1] contents[1] ... frame[-1], without what is empty."""
     pieces = [Piece(frame[0], True)]
     for content, text in zip(contents, frame[1:], strict=True):
         pieces += [Piece(content, False), Piece(text, True)]
     return [piece for piece in pieces if piece.text]
 
 
-def _prefilled(messages: Sequence[Message]) -> bool:
-    """Whether the prompt ends amid an answer, which the response continues."""
-    return bool(messages) and messages[-1].role == "assistant"
-
-
 def _prompt_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
-    """A prompt as a chat template renders it: up to the opening of the answer, or up to where a prefilled one stops."""
-    if not _prefilled(messages):
+    """Render a chat prompt up to the opening of the answer, or up to where a prefilled answer stops."""
+    if not messages or messages[-1].role != "assistant":
         return render_chat(template, messages)
     last = Message("assistant", messages[-1].content + _STOP)
     text = render_chat(template, [*messages[:-1], last], ask=False)
@@ -292,7 +289,7 @@ def _prompt_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
 
 
 def render_chat(template: PromptTemplate, messages: Sequence[Message], ask: bool = True) -> str:
-    """A chat template's own rendering, with the opening of an answer at its end if `ask`."""
+    """Render a chat template, with the opening of an answer at its end if `ask`."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     told = {"tools": None, "documents": None, **dict(template.variables), **json.loads(template.settings)}
     try:
@@ -302,17 +299,13 @@ def render_chat(template: PromptTemplate, messages: Sequence[Message], ask: bool
         raise UserError(f"The chat template refuses the messages (roles: {roles}): {error}") from None
 
 
-_COMPILED: dict[str, jinja2.Template] = {}
-
-
+@lru_cache(maxsize=256)
 def _compiled(source: str) -> jinja2.Template:
-    if source not in _COMPILED:
-        _COMPILED[source] = _environment().from_string(source)
-    return _COMPILED[source]
+    return _environment().from_string(source)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Hugging Face's dialect of Jinja, in a sandbox: a template comes with a model from anywhere."""
+    """Make Hugging Face's dialect of Jinja, in a sandbox: a template comes with a model from anywhere."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
     )
@@ -338,10 +331,6 @@ def _tojson(
 ) -> str:
     # Jinja's own would escape "<" as HTML does.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _raise_exception(message: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ctpd_jax.data.loader import batch_indices, plan_shapes, plan_updates
 from ctpd_jax.data.packing import (
     SAMPLE,
-    Rows,
+    PackingConfig,
     Units,
     choose_shapes,
     cost,
@@ -87,7 +87,7 @@ def test_the_planned_shapes_take_every_micro_batch(
     seed, count, micro_batch, packed, layout, buckets, row_multiple, sides
 ):
     rng = np.random.default_rng(seed)
-    rows = Rows(layout, packed, buckets, 8, row_multiple=row_multiple)
+    rows = PackingConfig(layout, packed, buckets, 8, row_multiple=row_multiple)
     items = make_items(rng, count, sides)
     batch_size = int(rng.integers(1, count + 1))
     updates = [batch_indices(seed, step, count, batch_size) for step in range(5)]
@@ -127,7 +127,7 @@ def test_packed_groups_are_about_equally_large():
     assert max(map(len, split(needs[:13], 5, packed=True))) <= 5
 
 
-def spent(units: Units, rows: Rows) -> float:
+def spent(units: Units, rows: PackingConfig) -> float:
     shapes = choose_shapes(units, rows)
     choice, _ = fit(units, shapes, rows)
     return sum(cost(shapes[number]) for number in choice)
@@ -137,7 +137,7 @@ def spent(units: Units, rows: Rows) -> float:
 def test_shapes_cost_less_the_more_there_may_be(packed):
     needs = needs_of(make_items(np.random.default_rng(4), 400, longest=200), "response")
     units = units_of(needs, [np.arange(8 * b, 8 * b + 8) for b in range(50)])
-    costs = [spent(units, Rows("response", packed, buckets, 8)) for buckets in (1, 2, 4, 8)]
+    costs = [spent(units, PackingConfig("response", packed, buckets, 8)) for buckets in (1, 2, 4, 8)]
     assert costs == sorted(costs, reverse=True) and costs[0] > 1.02 * costs[-1]
 
 
@@ -152,7 +152,7 @@ def test_the_shapes_are_nearly_the_best_there_are():
             for three in combinations_with_replacement(np.unique(tokens).tolist(), 3)
             if tokens.max() in three
         )
-        excess.append(spent(units, Rows("shared", packed=False, buckets=3, multiple=8)) / best - 1)
+        excess.append(spent(units, PackingConfig("shared", packed=False, buckets=3, multiple=8)) / best - 1)
     # The first choice alone, without an exchange, would be 0.6% above the best on average.
     assert min(excess) > -1e-9 and np.mean(excess) < 0.003 and max(excess) < 0.05
 
@@ -162,7 +162,7 @@ def test_packing_leaves_little_padding():
     units = units_of(needs, [np.arange(16 * b, 16 * b + 16) for b in range(100)])
     padding = {}
     for packed in (False, True):
-        rows = Rows("response", packed, 4, 8)
+        rows = PackingConfig("response", packed, 4, 8)
         shapes = choose_shapes(units, rows)
         choice, _ = fit(units, shapes, rows)
         size = sum(shapes[number].rows * shapes[number].length for number in choice)
@@ -175,7 +175,7 @@ def test_a_late_long_pair_is_planned_for():
     items = make_items(np.random.default_rng(0), SAMPLE + 100)
     items.append(make_items(np.random.default_rng(1), 1, longest=3)[0]._replace(prompt=np.ones(300, np.int32)))
     parts = [[i] for i in range(len(items))]  # one unit each
-    for rows in (Rows("shared", packed=True), Rows("shared", packed=False)):
+    for rows in (PackingConfig("shared", packed=True), PackingConfig("shared", packed=False)):
         shapes = plan_shapes(items, parts, 1, rows)
         needs = needs_of(items, "shared")
         fit(units_of(needs, parts), shapes, rows)
@@ -185,10 +185,10 @@ def test_a_late_long_pair_is_planned_for():
 def test_a_length_that_is_given_is_kept():
     items = make_items(np.random.default_rng(0), 20)
     for packed in (False, True):
-        shapes = plan_shapes(items, [range(20)], 5, Rows("pair", packed, length=200))
+        shapes = plan_shapes(items, [range(20)], 5, PackingConfig("pair", packed, length=200))
         assert {shape.length for shape in shapes} == {200}
     with pytest.raises(UserError, match=r"config\.rows\.length is 30, but a row has to take \d+ tokens at once"):
-        plan_shapes(items, [range(20)], 5, Rows("pair", length=30))
+        plan_shapes(items, [range(20)], 5, PackingConfig("pair", length=30))
 
 
 def test_much_padding_is_told_with_what_lowers_it():
@@ -198,7 +198,7 @@ def test_much_padding_is_told_with_what_lowers_it():
     units = Units(tokens, tokens - 100, np.broadcast_to(np.arange(16), tokens.shape))
     shares = {}
     for length in (1024, 0):
-        rows = Rows("shared", True, length=length, multiple=128, row_multiple=16)
+        rows = PackingConfig("shared", True, length=length, multiple=128, row_multiple=16)
         shapes = choose_shapes(units, rows)
         shares[length] = padding_share(units, shapes, rows)
     assert shares[1024] > 0.4 and shares[0] < shares[1024]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctpd_jax.data.loader import batch_indices, micro_batches, plan_shapes, steps_per_epoch
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch, unit_needs
 from ctpd_jax.errors import UserError
 
@@ -38,7 +38,7 @@ def seen_by(batch, row: int, place: int) -> list[int]:
 def test_every_token_is_scored_once_after_its_own_context(layout, packed, seed, count, room):
     rng = np.random.default_rng(seed)
     items = [random_item(rng) for _ in range(count)]
-    rows = Rows(layout, packed, buckets=3, multiple=8)
+    rows = PackingConfig(layout, packed, buckets=3, multiple=8)
     shapes = plan_shapes(items, [range(count)], count + room, rows)
     ((batch, places),) = micro_batches(items, count + room, rows, shapes)
     assert batch.real.tolist() == [1.0] * count + [0.0] * room
@@ -71,7 +71,7 @@ def test_every_token_is_scored_once_after_its_own_context(layout, packed, seed, 
 def test_a_segment_is_one_piece_whose_positions_rise_by_one(layout):
     rng = np.random.default_rng(2)
     items = [random_item(rng) for _ in range(6)]
-    rows = Rows(layout, packed=True, multiple=8, length=88)
+    rows = PackingConfig(layout, packed=True, multiple=8, length=88)
     ((batch, _),) = micro_batches(items, 6, rows, plan_shapes(items, [range(6)], 6, rows))
     assert batch.layout.segment.max() > 2
     for segment, parent, positions in zip(*(batch.layout[i] for i in (1, 2, 0))):
@@ -104,11 +104,11 @@ def test_shared_prompts_save_a_copy():
 def test_unknown_layout_and_impossible_row_are_named():
     item = random_item(np.random.default_rng(0))
     with pytest.raises(UserError, match=r"rows\.layout is 'packed'"):
-        plan_shapes([item], [[0]], 1, Rows("packed"))
+        plan_shapes([item], [[0]], 1, PackingConfig("packed"))
     with pytest.raises(UserError, match="There is no pair left"):
-        plan_shapes([], [[]], 1, Rows())
+        plan_shapes([], [[]], 1, PackingConfig())
     with pytest.raises(UserError, match="fits none of the shapes"):
-        list(micro_batches([item], 1, Rows("pair"), [BatchShape(1, 2, 2)]))
+        list(micro_batches([item], 1, PackingConfig("pair"), [BatchShape(1, 2, 2)]))
 
 
 @given(st.integers(0, 1000), st.integers(1, 60), st.integers(1, 8))
@@ -132,7 +132,7 @@ def test_an_epoch_visits_every_example_at_most_once(seed, examples, batch_size):
 def test_unpacked_micro_batches_are_sorted_by_length_and_tell_where_pairs_went():
     rng = np.random.default_rng(1)
     items = [random_item(rng) for _ in range(7)]
-    rows = Rows("pair", buckets=3, multiple=4)
+    rows = PackingConfig("pair", buckets=3, multiple=4)
     seen, lengths = [], []
     for batch, places in micro_batches(items, 2, rows, plan_shapes(items, [range(7)], 2, rows)):
         lengths.append(batch.tokens.shape[1])

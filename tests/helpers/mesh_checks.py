@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from ctpd_jax.data.loader import plan_updates
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.job.lineage import params_digest
 from ctpd_jax.models.compute import Compute
@@ -61,7 +61,7 @@ def run(name, sizes, layout, workdir, lora=False):
     config = config_of(name)
     mesh = make_mesh(sizes, jax.devices() if sizes != MESHES["1"] else jax.devices()[:1])
     items = pairs(config)
-    rows = Rows(layout, True, 1, 8, 0, row_devices(mesh))
+    rows = PackingConfig(layout, True, 1, 8, 0, row_devices(mesh))
     settings = preference(3e-3, 0.1, batch_size=8, micro_batch=8)
     updates = plan_updates(items, 0, STEPS, 8, 8, rows)
     base = jax.jit(partial(init_params, config), out_shardings=jax.tree.map(

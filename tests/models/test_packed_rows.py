@@ -10,17 +10,17 @@ from helpers.tiny import random_model
 
 from ctpd_jax.annotate.scorer import make_scorer, score_pairs
 from ctpd_jax.data.loader import micro_batches, plan_shapes
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import LAYOUTS, PairItem, ScoredResponse
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.train.loop import Objective, preference_sums
 
 PAIRS = 5
-ALONE = Rows("response", packed=False, buckets=1, multiple=8)
+ALONE = PackingConfig("response", packed=False, buckets=1, multiple=8)
 
 
-def packed(layout: str, row_multiple: int = 1) -> Rows:
-    return Rows(layout, packed=True, buckets=1, multiple=8, length=96, row_multiple=row_multiple)
+def packed(layout: str, row_multiple: int = 1) -> PackingConfig:
+    return PackingConfig(layout, packed=True, buckets=1, multiple=8, length=96, row_multiple=row_multiple)
 
 
 def make_items(vocabulary: int) -> list[PairItem]:
@@ -35,7 +35,7 @@ def make_items(vocabulary: int) -> list[PairItem]:
     return [PairItem(prompt, response(), response()) for prompt in prompts]
 
 
-def one_batch(items: list[PairItem], rows: Rows):
+def one_batch(items: list[PairItem], rows: PackingConfig):
     ((batch, places),) = micro_batches(items, PAIRS, rows, plan_shapes(items, [range(PAIRS)], PAIRS, rows))
     assert sorted(places) == list(range(PAIRS))
     return batch
@@ -86,7 +86,7 @@ def test_packed_annotation_gives_the_same_spans(layout):
     spans = [tuple(np.unique(s, return_inverse=True)[1] for s in both) for both in spans]  # 0..S-1, none empty
     scorer = partial(make_scorer(config, Compute()), {}, params)
 
-    def measured(rows: Rows, micro_batch: int):
+    def measured(rows: PackingConfig, micro_batch: int):
         shapes = plan_shapes(items, [range(PAIRS)], micro_batch, rows)
         (found,) = score_pairs(scorer, items, spans, micro_batch, rows, shapes)
         return [values for both in found for values in both]

@@ -13,7 +13,7 @@ from ctpd_jax.annotate.scorer import make_scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import main
 from ctpd_jax.data.loader import plan_shapes
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.models.lora import merge, with_lora
@@ -62,7 +62,7 @@ def test_training_starts_at_the_base(workdir):
 
 
 def test_two_adapters_read_together_as_two_merged_models_read_alone(workdir):
-    store, rows = open_store(workdir / "annotations", verify=False), Rows("shared", buckets=1)
+    store, rows = open_store(workdir / "annotations", verify=False), PackingConfig("shared", buckets=1)
     pairs = [store[i][0] for i in range(6)]
     items = [plain_item(pair, "teacher") for pair in pairs]
     spans = [tuple(pair.tokens("teacher", side).span_ids for side in (CHOSEN, REJECTED)) for pair in pairs]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ctpd_jax.cli import load_config
 from ctpd_jax.data.loader import batch_indices, plan_shapes
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.plan import command
@@ -113,7 +113,7 @@ def test_no_real_batch_is_larger_than_the_largest_shape(seed, layout, packed, de
     items = [
         PairItem(np.ones(random.integers(1, 25), np.int32), response(), None if sft else response()) for _ in range(24)
     ]
-    rows = Rows(layout, packed == "yes", buckets=2, multiple=16, row_multiple=devices)
+    rows = PackingConfig(layout, packed == "yes", buckets=2, multiple=16, row_multiple=devices)
     updates = [batch_indices(seed, step, len(items), 8) for step in range(3)]
     largest = largest_shape(config, micro_batch, 1 if sft else 2, devices)
     for shape in plan_shapes(items, updates, micro_batch, rows):

@@ -13,8 +13,8 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, Message
 from ctpd_jax.text import columns
 from ctpd_jax.text.columns import LeftOut, Reading, harmless
-from ctpd_jax.text.layouts import read_row
 from ctpd_jax.text.preferences import load_preferences
+from ctpd_jax.text.read_row import read_row
 
 SEPARATOR = "\n\nAssistant:"
 ALL = Reading({}, ranked="all")

@@ -12,8 +12,8 @@ import pytest
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, Message
 from ctpd_jax.text import preferences
-from ctpd_jax.text.layouts import read_row
 from ctpd_jax.text.preferences import load_preferences
+from ctpd_jax.text.read_row import read_row
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 

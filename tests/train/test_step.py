@@ -12,7 +12,7 @@ from toy.models import student_config, teacher_config
 from ctpd_jax.core.losses import ctpd_loss
 from ctpd_jax.core.projection import span_sums
 from ctpd_jax.data.loader import micro_batches, plan_shapes
-from ctpd_jax.data.packing import Rows
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import apply, init_params
@@ -71,7 +71,7 @@ def update(config, layout, micro=4, remat="dots"):
     sums_in = partial(preference_sums, config, objective, Compute(remat=remat))
     accumulate, _ = make_steps(sums_in, make_optimizer(preference(1e-3, 0.1), 10))
     gradient, sums = jax.tree.map(jnp.zeros_like, params), {}
-    rows = Rows(layout, buckets=1, multiple=8)
+    rows = PackingConfig(layout, buckets=1, multiple=8)
     for batch, _ in micro_batches(items, micro, rows, plan_shapes(items, [range(4)], micro, rows)):
         gradient, new = accumulate(params, {}, gradient, batch)
         sums = add_sums(sums, new)

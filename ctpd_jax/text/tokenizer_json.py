@@ -1,7 +1,7 @@
 """What a tokenizer.json says about its tokenizer: kind, normaliser, dummy space, bytes of the vocabulary.
 
 Everything here reads the parsed JSON of the `tokenizers` library; nothing edits it. What cannot be lossless is refused
-by the tokenizer's name; what is accepted is then tried on TEXTS by tokens.load_tokenizer.
+by the tokenizer's name; what is accepted is then tried on TEXTS (tokens.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, normalizers
+from tokenizers import normalizers
 
 from ctpd_jax.errors import UserError
 
@@ -53,30 +53,18 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Facts:
-    byte_level: bool
-    marker: str | None
-    form: str | None
+    """What kind of tokenizer it is."""
+
+    byte_level: bool  # vocabulary in the byte-level alphabet, else pieces with a space marker and <0xNN>
+    marker: str | None  # the space marker, if there is one
+    form: str | None  # canonical normalisation: "NFC", "NFD" or None
     prefix: Prefix
 
 
-def serialize(backend: Tokenizer) -> str:
-    """The tokenizer as JSON, the same whatever length limits a caller may have left on it."""
-    if backend.truncation is not None or backend.padding is not None:
-        backend = Tokenizer.from_str(backend.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-    return backend.to_str()
-
-
-# ------------------------------------------------------------------------------------------------ facts
-
-
 def _flat(component: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
-    if component is None:
-        return []
-    if component["type"] == "Sequence":
-        return [part for child in component[inside] for part in _flat(child, inside)]
-    return [component]
+    if component is None or component["type"] != "Sequence":
+        return [component] if component else []
+    return [part for child in component[inside] for part in _flat(child, inside)]
 
 
 def _refuse(name: str, reason: str) -> UserError:
@@ -87,7 +75,8 @@ def _refuse(name: str, reason: str) -> UserError:
 
 
 def read_facts(state: dict[str, Any], name: str) -> Facts:
-    """Kind of the tokenizer; UserError if its kind cannot be lossless."""
+    """Read the kind of a tokenizer; raise UserError if its kind cannot be lossless."""
+    # 1. The model.
     model = state["model"]
     kind = model.get("type", "?")
     if kind not in ("BPE", "Unigram"):
@@ -95,65 +84,66 @@ def read_facts(state: dict[str, Any], name: str) -> Facts:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise _refuse(name, f"its pieces carry the {key.replace('_', ' ')} {model[key]!r} instead of white space.")
-    form, marker, prefix, in_bytes = _read_normalizers(_flat(state["normalizer"], "normalizers"), name)
-    for part in _flat(state["pre_tokenizer"], "pretokenizers"):
-        if part["type"] == "Metaspace":
-            marker = part["replacement"]
-            scheme = part.get("prepend_scheme", "always")
-            if scheme != "never" and not prefix.present:
-                prefix = Prefix(present=True)
-        elif part["type"] == "ByteLevel":
-            in_bytes = True
-            if part["add_prefix_space"] and not prefix.present:
-                prefix = Prefix(present=True)
-    return Facts(in_bytes, None if in_bytes else marker, form, prefix)
 
-
-def _read_normalizers(parts: list[dict[str, Any]], name: str) -> tuple[str | None, str | None, Prefix, bool]:
+    # 2. The normalisers: of several canonical forms the last one stands.
     form: str | None = None
     marker: str | None = None
     prefix = Prefix()
-    in_bytes = False
-    for part in parts:
+    byte_level = False
+    for part in _flat(state["normalizer"], "normalizers"):
         kind = part["type"]
         if kind in ("NFC", "NFD"):
-            form = kind  # of several canonical forms the last one stands
+            form = kind
         elif kind == "Prepend" and part["prepend"] in (SPACE_MARKER, " "):
             prefix = Prefix(present=True, always=True)
         elif kind == "Replace" and part["pattern"].get("String") == " " and len(part["content"]) == 1:
             marker = part["content"]
-        elif kind == "ByteLevel":
-            in_bytes = True
-        elif kind == "Precompiled" and not part["precompiled_charsmap"]:
-            pass
-        elif kind == "Precompiled":
-            raise _refuse(name, "its normaliser is a precompiled character map (NFKC), which rewrites the text.")
         elif kind == "Replace":
             raise _refuse(name, f"its normaliser replaces {part['pattern']} by {part['content']!r}.")
-        else:
+        elif kind == "ByteLevel":
+            byte_level = True
+        elif kind != "Precompiled":
             raise _refuse(name, f"its normaliser {kind} rewrites the text.")
-    return form, marker, prefix, in_bytes
+        elif part["precompiled_charsmap"]:
+            raise _refuse(name, "its normaliser is a precompiled character map (NFKC), which rewrites the text.")
+
+    # 3. The pre-tokenizers.
+    for part in _flat(state["pre_tokenizer"], "pretokenizers"):
+        if part["type"] == "Metaspace":
+            marker = part["replacement"]
+            dummy = part.get("prepend_scheme", "always") != "never"
+        elif part["type"] == "ByteLevel":
+            byte_level = True
+            dummy = part["add_prefix_space"]
+        else:
+            continue
+        if dummy and not prefix.present:
+            prefix = Prefix(present=True)
+    return Facts(byte_level, None if byte_level else marker, form, prefix)
 
 
 def form_normalizer(form: str | None) -> Any:
-    return {None: lambda: None, "NFC": normalizers.NFC, "NFD": normalizers.NFD}[form]()
+    """Return the canonical normaliser of the `tokenizers` library; None without one."""
+    return None if form is None else getattr(normalizers, form)()
 
 
 # ------------------------------------------------------------------------------------------------ vocabulary
 
 
 def byte_alphabet() -> dict[int, int]:
-    """Code point of the byte-level alphabet -> byte: printable Latin-1 as itself, the rest from U+0100 on."""
+    """Map code points of the byte-level alphabet to bytes: printable Latin-1 as itself, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: byte for byte in printable} | {0x100 + i: byte for i, byte in enumerate(others)}
 
 
-def _pieces(state: dict[str, Any]) -> dict[str, int]:
-    vocabulary = state["model"]["vocab"]
-    if state["model"]["type"] == "Unigram":
-        return {piece: token_id for token_id, (piece, _) in enumerate(vocabulary)}
-    return vocabulary
+@dataclass(frozen=True)
+class Added:
+    """An added token: all that may stand for it in N(text), and which white space beside it it takes along."""
+
+    spellings: tuple[bytes, ...]
+    lstrip: bool
+    rstrip: bool
 
 
 @dataclass(frozen=True)
@@ -169,42 +159,45 @@ class Vocabulary:
     byte_names: dict[int, bytes]  # byte piece -> "<0x41>", which some models also read where somebody typed that
 
 
-@dataclass(frozen=True)
-class Added:
-    """An added token: all that may stand for it in N(text), and which white space beside it it takes along."""
-
-    spellings: tuple[bytes, ...]
-    lstrip: bool
-    rstrip: bool
-
-
 def read_vocabulary(state: dict[str, Any], facts: Facts, name: str) -> Vocabulary:
-    """Bytes of every token, out of the vocabulary alone. UserError if a byte that texts need has no token."""
-    pieces = _pieces(state)
-    size = max([*pieces.values(), *(t["id"] for t in state["added_tokens"])], default=-1) + 1
+    """Read the bytes of every token, from the vocabulary alone; raise UserError if a byte that texts need has none."""
+    # 1. Piece -> id, and the token of unknown characters.
+    model = state["model"]
+    if model["type"] == "Unigram":
+        pieces = {piece: token_id for token_id, (piece, _) in enumerate(model["vocab"])}
+        unknown = model.get("unk_id")
+    else:
+        pieces = model["vocab"]
+        unknown = pieces.get(model.get("unk_token") or "")
+    if not facts.byte_level and not model.get("byte_fallback"):
+        raise _refuse(name, "its vocabulary has no byte fallback, so unknown characters are lost.")
+    missing = _missing_bytes(pieces, facts, name)
+
+    # 2. The bytes of the pieces. One outside the byte-level alphabet can never be produced from text.
+    size = max([*pieces.values(), *(token["id"] for token in state["added_tokens"])], default=-1) + 1
     table: list[bytes | None] = [None] * size
     byte_names = {}
     alphabet = byte_alphabet()
-    letters = {chr(point) for point in alphabet}
-    marker = facts.marker
+    letters = set(map(chr, alphabet))
     for piece, token_id in pieces.items():
         if facts.byte_level:
-            # A piece outside the alphabet can never be produced from text.
             table[token_id] = piece.translate(alphabet).encode("latin-1") if letters.issuperset(piece) else None
         elif match := BYTE_PIECE.match(piece):
             table[token_id] = bytes([int(match[1], 16)])
             byte_names[token_id] = piece.encode("ascii")
         else:
-            table[token_id] = (piece.replace(marker, " ") if marker else piece).encode("utf-8")
-    missing = _missing_bytes(state, pieces, alphabet if facts.byte_level else None, name)
+            table[token_id] = _spaced(piece, facts)
+
+    # 3. The added tokens, which may have a piece in the vocabulary too.
     added = {}
     for token in state["added_tokens"]:
         spellings = _added_spellings(token, facts, table[token["id"]])
         added[token["id"]] = Added(spellings, token["lstrip"], token["rstrip"])
         table[token["id"]] = spellings[0]
+
+    # 4. All bytes one after another.
     sizes = np.fromiter((CONTROL if b is None else len(b) for b in table), np.int64, size)
     lengths = sizes.copy()
-    unknown = _unknown_id(state, pieces)
     if unknown is not None:
         lengths[unknown] = CONTROL
     stored = np.maximum(sizes, 0)
@@ -212,44 +205,36 @@ def read_vocabulary(state: dict[str, Any], facts: Facts, name: str) -> Vocabular
     return Vocabulary(lengths, sizes, np.cumsum(stored) - stored, pool, missing, added, byte_names)
 
 
+def _spaced(text: str, facts: Facts) -> bytes:
+    return (text.replace(facts.marker, " ") if facts.marker else text).encode("utf-8")
+
+
 def _added_spellings(token: dict[str, Any], facts: Facts, piece: bytes | None) -> tuple[bytes, ...]:
-    """What may stand for an added token in N(text), the likeliest first.
+    """Return what may stand for an added token in N(text), the likeliest first.
 
     One marked `normalized` is looked up as the normaliser leaves it, a space in front included; and the model may
     spell the same id, as a piece of its vocabulary, where the token was not found.
     """
     text = token["content"]
-    normal = text
-    if facts.form is not None:
-        normal = form_normalizer(facts.form).normalize_str(text)
+    normal = form_normalizer(facts.form).normalize_str(text) if facts.form else text
     found = [normal, text, " " + normal] if token["normalized"] else [text, normal]
-    spelled = [(t.replace(facts.marker, " ") if facts.marker else t).encode("utf-8") for t in found]
+    spelled = [_spaced(each, facts) for each in found]
     return tuple(dict.fromkeys(spelled if piece is None else [*spelled, piece]))
 
 
-def _unknown_id(state: dict[str, Any], pieces: dict[str, int]) -> int | None:
-    model = state["model"]
-    if model["type"] == "Unigram":
-        return model.get("unk_id")
-    return pieces.get(model.get("unk_token") or "")
-
-
-def _missing_bytes(
-    state: dict[str, Any], pieces: dict[str, int], alphabet: dict[int, int] | None, name: str
-) -> frozenset[int]:
-    # Bytes C0, C1 and F5..FF never occur in UTF-8.
-    needed = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
-    if alphabet is not None:
-        spelling = {byte: chr(point) for point, byte in alphabet.items()}
-        missing = {byte for byte in needed if spelling[byte] not in pieces}
-        what = "its byte-level vocabulary"
-    else:
-        if not state["model"].get("byte_fallback"):
-            raise _refuse(name, "its vocabulary has no byte fallback, so unknown characters are lost.")
-        # Below 0x80 the character itself may stand for its byte.
-        missing = {b for b in needed if f"<0x{b:02X}>" not in pieces and not (b < 0x80 and chr(b) in pieces)}
-        what = "its byte fallback"
+def _missing_bytes(pieces: dict[str, int], facts: Facts, name: str) -> frozenset[int]:
+    """Return the bytes that no piece spells; raise UserError where texts need them."""
+    letters = {byte: chr(point) for point, byte in byte_alphabet().items()}
+    missing = set()
+    for byte in range(0xF5):
+        if facts.byte_level:
+            spelled = letters[byte] in pieces
+        else:  # below 0x80 the character itself may stand for its byte
+            spelled = f"<0x{byte:02X}>" in pieces or (byte < 0x80 and chr(byte) in pieces)
+        if not spelled and byte not in (0xC0, 0xC1):  # these, and F5..FF, never occur in UTF-8
+            missing.add(byte)
     if needful := sorted(missing - DISPENSABLE):
+        what = "its byte-level vocabulary" if facts.byte_level else "its byte fallback"
         shown = ", ".join(f"0x{byte:02X}" for byte in needful[:8]) + (", ..." if len(needful) > 8 else "")
         raise _refuse(name, f"{what} has no token for the bytes {shown}.")
     return frozenset(missing)
