@@ -202,7 +202,7 @@ def sft_loss(token_logps: Real[ArrayLike, "*slots"], mask: Shaped[ArrayLike, "*s
 def sft_term(response_logps: PerPair, token_counts: PerPair) -> Float[Array, "*B"]:
     """Mean negative log-likelihood per token of each chosen response, to be added to its pair's loss times a weight.
 
-    The "+ NLL" of iterative RPO (arXiv 2404.19733, eq. 1). Counts of 0 are the padding of a batch.
+    The "+ NLL" of iterative RPO (arXiv 2404.19733). Counts of 0 are the padding of a batch.
     """
     # It keeps the chosen response likely where a preference loss alone is content with a larger margin.
     return -at_least_float32(response_logps) / jnp.maximum(at_least_float32(token_counts), 1)
