@@ -131,7 +131,7 @@ def span_values(
     responses = [(pair.response(s), scores[name], s) for pair, scores in examples for s, name in enumerate(SIDES)]
     out: list[SpanValues | None] = [None] * len(responses)
     totals: dict[str, np.ndarray] = {}
-    # Ragged responses, padded to a few sizes; whatever was measured of them stands in one call of the program each.
+    # All responses of one padded size go through the program together: one compilation for each size.
     for size, places in by_size([aligned.num_spans for aligned, _, _ in responses]).items():
         part = [responses[i] for i in places]
         names = part[0][1].keys()
@@ -143,18 +143,15 @@ def span_values(
             np.array([side for _, _, side in part], np.int32),
             jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.array(places, jnp.uint32) + 2 * first),
         )
+        # The projection is a program of its own: in `measure` it would change how XLA fuses, and so rounds, c.
         w, a, *sums = found
-        # A program of its own: in the one above it would change how XLA fuses, and so rounds, the constants.
         longest = padded_size(max(len(aligned.student.ids) for aligned, _, _ in part))
         span_ids = padded([aligned.student.span_ids for aligned, _, _ in part], longest, np.int32, fill=-1)
         w, of_tokens, *sums = jax.device_get((w, project(a, span_ids), *sums))
         for row, place in enumerate(places):
             aligned = responses[place][0]
-            weights_of_spans, weights_of_tokens = (
-                w[row, : aligned.num_spans],
-                of_tokens[row, : len(aligned.student.ids)],
-            )
-            out[place] = SpanValues(weights_of_spans, weights_of_tokens, *(float(values[row]) for values in sums))
+            token_weights = of_tokens[row, : len(aligned.student.ids)]
+            out[place] = SpanValues(w[row, : aligned.num_spans], token_weights, *(float(each[row]) for each in sums))
         for name, (total, count) in jax.device_get(diagnostics).items():
             totals[name] = totals.get(name, 0) + np.array([total, count], np.float64)
     figures = {f"weights/{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}

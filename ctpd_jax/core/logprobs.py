@@ -44,25 +44,21 @@ def token_logprobs(
     softcap: float | None = None,
     precision: Precision = None,
 ) -> Float[Array, "*slots"]:
-    """log softmax(cap(hidden @ unembedding.T))[targets], with cap(z) = softcap * tanh(z / softcap).
+    """log softmax(cap(hidden @ unembedding.T))[targets] in nats, with cap(z) = softcap * tanh(z / softcap).
 
-    bfloat16 operands are multiplied as they are and accumulated in float32. The gradient of the unembedding lives in
-    one buffer. Works under jit, grad, vmap, shard_map and pmap. Reverse mode only. Give a batch as leading axes rather
-    than through vmap: vmap of the gradient holds one [V, D] for each example.
+    bfloat16 operands are multiplied as they are and accumulated in float32; the result is float32, or float64 if an
+    operand is. The gradient of the unembedding lives in one buffer. Works under jit, grad, vmap, shard_map and pmap, in
+    reverse mode only. Give a batch as leading axes: vmap of the gradient holds one [V, D] for each example.
 
     Args:
         hidden: the states after the final norm. hidden[t] is scored against targets[t]: the caller shifts. Must be
             finite also in padding, whose gradient is 0 * softmax.
-        unembedding: one row for each token of the vocabulary.
-        targets: int, 0 <= targets < V; a value outside gives NaN.
+        targets: 0 <= targets < V; a value outside gives NaN.
         chunk: size of a block of logits, in positions: at most chunk * V logits are alive at once (never fewer than
             one for each position). By default as many as fit into 64 MB of float32.
         softcap: bound of the logits (Gemma 2), or None.
         precision: of the matmuls. By default `jax.lax.Precision.HIGHEST` for float32, because TPUs otherwise round the
             operands to bfloat16 and that error does not cancel between a policy and a reference of different models.
-
-    Returns:
-        float32 (float64 if an operand is), nats.
 
     Raises:
         ValueError: shapes that do not fit, chunk < 1 or softcap <= 0.
@@ -75,15 +71,18 @@ def token_logprobs(
     if targets.size == 0:
         return jnp.zeros(targets.shape, _accumulator(hidden, unembedding))
     vocabulary, width = unembedding.shape
+    # 1. How much is multiplied at once, and how exactly.
     groups = number_of_groups(targets.size, vocabulary, chunk)
     dtype = jnp.promote_types(hidden.dtype, unembedding.dtype)
     if precision is None and dtype.itemsize >= 4:
         precision = lax.Precision.HIGHEST
+    # 2. Positions as one axis, the vocabulary as groups of rows.
     rows = hidden.reshape(targets.size, width).astype(dtype)
     # Rounding up to whole groups copies the unembedding; number_of_groups avoids it wherever V has a fitting divisor.
     padded = jnp.pad(unembedding.astype(dtype), ((0, -vocabulary % groups), (0, 0)))
     grouped = padded.reshape(-1, groups, width)
-    known = jnp.where((targets >= 0) & (targets < vocabulary), targets, -1)  # -1 lies in no group and stays NaN
+    # -1 lies in no group, so that its log-probability stays NaN.
+    known = jnp.where((targets >= 0) & (targets < vocabulary), targets, -1)
     rows, grouped, flat_targets = _equally_varying(rows, grouped, known.reshape(-1))
     return _score(rows, grouped, flat_targets, _Head(vocabulary, softcap, precision)).reshape(targets.shape)
 

@@ -45,10 +45,8 @@ Normalize = Literal["none", "span", "byte"]
 
 
 def sigmoid_link(margin: Float[Array, "*B"], beta: Scalar, label_smoothing: Scalar = 0.0) -> Float[Array, "*B"]:
-    """-(1 - e) log s(beta h) - e log s(-beta h): DPO (arXiv 2305.18290, eq. 7), with e = label_smoothing > 0 cDPO.
-
-    e is the probability that the label is wrong: the loss is then least at a finite margin.
-    """
+    """-(1 - e) log s(beta h) - e log s(-beta h): DPO (arXiv 2305.18290, eq. 7), with e = label_smoothing > 0 cDPO."""
+    # e is the probability that the label is wrong. With e > 0 the loss is least at a finite margin.
     logit = beta * margin
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
 
@@ -63,12 +61,9 @@ def hinge_link(margin: Float[Array, "*B"], beta: Scalar) -> Float[Array, "*B"]:
     return jax.nn.relu(1 - beta * margin)
 
 
-# A new loss is a function above and a line here, whose key config.STAGE.loss then takes. It may take label_smoothing.
-LOSSES: dict[str, Callable[..., Array]] = {
-    "sigmoid": sigmoid_link,
-    "ipo": ipo_link,
-    "hinge": hinge_link,
-}
+# A new loss is a function above and an entry here, whose key config.STAGE.loss then takes. It takes label smoothing if
+# it has the parameter.
+LOSSES: dict[str, Callable[..., Array]] = {"sigmoid": sigmoid_link, "ipo": ipo_link, "hinge": hinge_link}
 
 
 # ------------------------------------------------------------------------------------------------ losses of pairs
@@ -105,7 +100,7 @@ def preference_loss(
     >>> [round(float(part[0]), 4) for part in out]  # -log s(1), the two rewards, s(-1)
     [0.3133, 2.0, 1.0, 0.2689]
     """
-    # Options first: a wrong one should fail before it is traced into a program.
+    # 1. The options. A number may be traced, and is then taken as it comes.
     _check_choice("loss", loss, tuple(LOSSES))
     link = LOSSES[loss]
     smooths = "label_smoothing" in inspect.signature(link).parameters
@@ -117,6 +112,7 @@ def preference_loss(
         if label_smoothing and not smooths:
             raise ValueError(f"label_smoothing is defined for the sigmoid loss only, not for {loss!r}.")
 
+    # 2. The margin, in float32: it is a small difference of sums of hundreds of nats.
     chosen, rejected = at_least_float32(chosen_return), at_least_float32(rejected_return)
     margin = chosen - rejected
     value = link(margin, beta, label_smoothing) if smooths else link(margin, beta)
@@ -148,13 +144,9 @@ def ctpd_loss(
     >>> ctpd_loss(policy, policy, reference, policy, weights, weights, beta=1.0).chosen_rewards
     Array([3.], dtype=float32)
     """
-    return preference_loss(
-        span_return(policy_chosen, reference_chosen, weights_chosen),
-        span_return(policy_rejected, reference_rejected, weights_rejected),
-        beta,
-        label_smoothing,
-        loss,
-    )
+    chosen = span_return(policy_chosen, reference_chosen, weights_chosen)
+    rejected = span_return(policy_rejected, reference_rejected, weights_rejected)
+    return preference_loss(chosen, rejected, beta, label_smoothing, loss)
 
 
 def tis_dpo_loss(
@@ -174,17 +166,12 @@ def tis_dpo_loss(
     All arrays [B, T]: token log-probabilities of policy and reference (the student's start), token weights, and masks,
     True for the response's tokens. Without a mask, tokens of weight 0 are the padding.
     """
+    # A weight of 0 is what padding is to ctpd_loss.
     w_chosen, w_rejected = at_least_float32(weights_chosen), at_least_float32(weights_rejected)
-    return ctpd_loss(
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
-        jnp.where(mask_or_all(mask_chosen, w_chosen.shape), w_chosen, 0),
-        jnp.where(mask_or_all(mask_rejected, w_rejected.shape), w_rejected, 0),
-        beta,
-        label_smoothing,
-    )
+    w_chosen = jnp.where(mask_or_all(mask_chosen, w_chosen.shape), w_chosen, 0)
+    w_rejected = jnp.where(mask_or_all(mask_rejected, w_rejected.shape), w_rejected, 0)
+    logps = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    return ctpd_loss(*logps, w_chosen, w_rejected, beta, label_smoothing)
 
 
 def dpo_loss(
@@ -200,16 +187,9 @@ def dpo_loss(
 
     All arrays [B]: log-probabilities of whole responses, the sum over their tokens including the end of turn.
     """
-    return preference_loss(
-        at_least_float32(policy_chosen) - at_least_float32(reference_chosen),
-        at_least_float32(policy_rejected) - at_least_float32(reference_rejected),
-        beta,
-        label_smoothing,
-        loss,
-    )
-
-
-# ------------------------------------------------------------------------------------------------ SFT
+    chosen = at_least_float32(policy_chosen) - at_least_float32(reference_chosen)
+    rejected = at_least_float32(policy_rejected) - at_least_float32(reference_rejected)
+    return preference_loss(chosen, rejected, beta, label_smoothing, loss)
 
 
 def sft_loss(token_logps: Real[ArrayLike, "*slots"], mask: Shaped[ArrayLike, "*slots"]) -> SumAndCount:
@@ -221,9 +201,9 @@ def sft_loss(token_logps: Real[ArrayLike, "*slots"], mask: Shaped[ArrayLike, "*s
 def sft_term(response_logps: PerPair, token_counts: PerPair) -> Float[Array, "*B"]:
     """Mean negative log-likelihood per token of each chosen response, to be added to its pair's loss times a weight.
 
-    The "+ NLL" of iterative RPO (arXiv 2404.19733, eq. 1): it keeps the chosen response likely where the preference
-    loss alone is content with a larger margin. Counts of 0 are the padding of a batch.
+    The "+ NLL" of iterative RPO (arXiv 2404.19733). Counts of 0 are the padding of a batch.
     """
+    # It keeps the chosen response likely where a preference loss alone is content with a larger margin.
     return -at_least_float32(response_logps) / jnp.maximum(at_least_float32(token_counts), 1)
 
 
@@ -253,6 +233,7 @@ def response_returns(
     >>> response_returns(logps, weights, ids, jnp.array([[-4.0, -4.0]]))
     Array([[-1.,  1.]], dtype=float32)
     """
+    # Every token is multiplied once and added once: this line is all that the weights are to training.
     c = at_least_float32(constants)
     return response_sums(weighted(token_logps, token_weights), response_ids, c.size).reshape(c.shape) - c
 
@@ -284,9 +265,6 @@ def reward_coefficients(
         span_logprob: "sum", or "mean" over the span's own tokens.
         normalize: "none", "span" or "byte": see `reward_normalizer`.
 
-    Returns:
-        a [B, S], 0 in padding, and c [B].
-
     Raises:
         ValueError: an unknown option, or an option without the counts that it needs.
 
@@ -295,14 +273,14 @@ def reward_coefficients(
     ([3.0, 1.0], -11.0)
     """
     _check_choice("span_logprob", span_logprob, get_args(SpanLogprob))
-    # The policy's side: what one of its tokens counts for.
+    # 1. The policy's side: what one of its tokens counts for.
     counts = at_least_float32(student_counts)
     scaled = at_least_float32(weights) / reward_normalizer(counts, byte_lengths, normalize)
     coefficients = scaled / jnp.maximum(counts, 1) if span_logprob == "mean" else scaled
     coefficients = jnp.where(counts > 0, coefficients, 0)
     if reference is None:
         return coefficients, jnp.zeros(coefficients.shape[:-1], coefficients.dtype)
-    # The reference's side: it is frozen, so its share of the return is one number.
+    # 2. The reference's side: it is frozen, so its share of the return is one number.
     share = scaled
     if span_logprob == "mean":
         if reference_counts is None:

@@ -26,12 +26,9 @@ def response_sums(
         log pi(y_n | x) = sum_{t: id(t) = n} log pi(y_t | x, y_<t)
 
     Args:
-        token_values: [*slots], any shape: rows may hold one response or several.
-        response_ids: int [*slots], 0..N-1 in any order. Values at other ids do not matter, NaN included.
-        num_responses: N, a Python int.
-
-    Returns:
-        float32 [N] (float64 for float64 values), 0 for a response without tokens.
+        token_values: any shape: rows may hold one response or several.
+        response_ids: 0..N-1 in any order. Values at other ids do not matter, NaN included.
+        num_responses: N, a Python int. The sum of a response without tokens is 0.
 
     >>> response_sums(jnp.array([[1.0, 2.0], [4.0, 8.0]]), jnp.array([[0, 1], [1, -1]]), 2)
     Array([1., 6.], dtype=float32)
@@ -51,17 +48,15 @@ def span_sums(
         log pi(p_i) = sum_{t in span i} log pi(y_t)
 
     Args:
-        token_values: [*batch, T].
-        span_ids: int [*batch, T], 0..S-1 in any order; -1, or any id outside, for tokens of no span, whose value does
-            not matter, NaN included.
-        num_spans: S, a Python int.
-
-    Returns:
-        float32 [*batch, S] (float64 for float64 values), 0 for a span without tokens.
+        token_values: float of any width; sums are float32, or float64 for float64.
+        span_ids: 0..S-1 in any order; -1, or any id outside, for tokens of no span, whose value does not matter, NaN
+            included.
+        num_spans: S, a Python int. The sum of a span without tokens is 0.
 
     >>> span_sums(jnp.array([-1.0, -2.0, -4.0]), jnp.array([0, 0, 1]), 2)
     Array([-3., -4.], dtype=float32)
     """
+    # One row after the other: a span is to its response what a response is to its batch.
     values, ids = jnp.broadcast_arrays(jnp.asarray(token_values), jnp.asarray(span_ids))
     rows = (-1, ids.shape[-1])
     sums = jax.vmap(partial(response_sums, num_responses=num_spans))(values.reshape(rows), ids.reshape(rows))
@@ -86,12 +81,7 @@ def project_to_tokens(
 ) -> Shaped[Array, "*batch T"]:
     """Give each token the value of its span, w_span(t): the adjoint of `span_sums` (arXiv 2601.11865).
 
-    Args:
-        span_values: [*batch, S].
-        span_ids: int [*batch, T], 0..S-1, or -1 for tokens of no span.
-
-    Returns:
-        [*batch, T] in the dtype of the span values, 0 where the id is outside 0..S-1.
+    The result has the dtype of the span values, and is 0 where the id is outside 0..S-1.
 
     >>> project_to_tokens(jnp.array([0.5, 2.0]), jnp.array([0, 0, 1, -1]))
     Array([0.5, 0.5, 2. , 0. ], dtype=float32)

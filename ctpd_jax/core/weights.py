@@ -73,6 +73,7 @@ def scale_weights(
     mask: Mask | None = None,
 ) -> Weights:
     """Clip the weights to [lower, upper], then map that interval onto [new_lower, new_upper]."""
+    # The share of the way from the one bound to the other.
     values = at_least_float32(weights)
     share = (jnp.clip(values, lower, upper) - lower) / (upper - lower)
     return jnp.where(mask_or_all(mask, values.shape), new_lower + share * (new_upper - new_lower), 0)
@@ -99,6 +100,7 @@ def rank_weights(weights: Spans, lowest: Number = 0.6, highest: Number = 2.0, ma
         return (below + up_to - 1) / 2
 
     rank = _by_row(mean_rank, values, real).astype(values.dtype)
+    # A single span has rank 0 of 0, hence the maximum.
     spans = real.sum(axis=-1, keepdims=True)
     weight = lowest + (highest - lowest) * rank / jnp.maximum(spans - 1, 1)
     return jnp.where(real, weight, 0)
