@@ -33,6 +33,7 @@ MEDIUM = (
     "train/test_checkpoint.py",
     "models/test_packed_rows.py",
     "pipeline/test_generate_command.py",
+    "core/test_logprobs.py",
     "toy/test_models.py",
     "models/test_lora.py",
     "multi_device/test_import.py",
@@ -41,9 +42,10 @@ MEDIUM = (
     "pipeline/test_starts.py",
     "train/test_programs.py",
     "examples/test_one_page.py",
+    "pipeline/test_sigterm.py",
 )
 
-# The fast tests are small programs that run once or twice: what XLA does to make them faster is most of their time.
+# Most tests are small programs that run once or twice: what XLA does to make them faster is most of their time.
 # Without fused multiply-add (that is AVX) the same arithmetic gives the same bits whatever the shape around it.
 QUICK_COMPILER = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -66,10 +68,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the medium tier, and let its longest files start first."""
     places = {TESTS / file: place for place, file in enumerate(MEDIUM)}
-    assert all(map(Path.exists, places)), "tests/conftest.py: MEDIUM names a file that is not there"
+    if missing := [str(path) for path in places if not path.exists()]:
+        raise pytest.UsageError(f"tests/conftest.py: MEDIUM names what is not there: {', '.join(missing)}")
     for item in items:
         if item.path in places:
             item.add_marker(pytest.mark.medium)

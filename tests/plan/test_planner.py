@@ -356,6 +356,7 @@ def test_what_does_not_fit_is_told_and_answered_with_3():
     assert re.search(r"train DOES NOT FIT, \d+\.\d GiB too much, by estimate\.", out) and "--search" in out
 
 
+@pytest.mark.slow
 def test_a_search_proposes_settings_that_fit():
     code, out, _ = plan("--config", PAPER, "--topology", "v5p:2x2x2", "--stage", "train", "--search")
     assert code == 0

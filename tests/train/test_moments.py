@@ -146,6 +146,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on(tmp_path):
             checkpoints.restore_latest(state_shapes(mesh, make_optimizer(settings("float32"), STEPS), params))
 
 
+@pytest.mark.slow
 def test_a_stage_trains_alike_and_is_not_taken_up_with_other_moments(new_workdir, capsys):
     command, losses = ["sft", "--model", "student", "--config", MICRO, "--config.student_sft.steps=20"], []
     for moments in ("float32", "bfloat16"):
