@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers import MICRO, ROOT
 from helpers.compiled_text import vocabulary_arrays
+from helpers.tiny import CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,8 @@ from ctpd_jax.data.loader import batch_indices, plan_shapes
 from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.recipe import passes
+from ctpd_jax.job.table import columns
 from ctpd_jax.plan import command
 from ctpd_jax.plan.chips import CHIPS, Topology, parse_topology
 from ctpd_jax.plan.costs import Work, work
@@ -36,7 +39,7 @@ from ctpd_jax.plan.planner import (
     micro_batches,
     over_links,
 )
-from ctpd_jax.plan.programs import Program, decoders, largest_shape, passes, plan_stage, share, usual_padding
+from ctpd_jax.plan.programs import Program, decoders, largest_shape, plan_stage, share, usual_padding
 from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import make_mesh
 
@@ -219,19 +222,19 @@ def test_annotation_reads_with_the_weights_that_the_config_names(device):
 
 def test_what_is_read_in_one_pass():
     config = default_config()
+    models = {"teacher": CONFIGS["gemma3"], "student": CONFIGS["llama"]}
     config.weights.source = "prompts"
-    assert [columns for columns, _, _ in passes(config)] == [["reference"], ["start"], ["positive"], ["negative"]]
+    assert passes(config, models) == [("reference",), ("start",), ("positive",), ("negative",)]
     config.weights.source = "dpo"
-    assert [columns for columns, _, _ in passes(config)] == [["reference"], ["start"], ["positive"], ["negative"]]
+    assert passes(config, models) == [("reference",), ("start",), ("positive",), ("negative",)]
     config.positive.lora.rank = config.negative.lora.rank = 4
-    assert [columns for columns, _, _ in passes(config)] == [["reference"], ["start"], ["positive", "negative"]]
+    config.positive.lora.base = "bfloat16"  # while they train; they are read with annotate.teacher_weights
+    assert passes(config, models) == [("reference",), ("start",), ("positive", "negative")]
     config.weights.negative_scorer = "student"
-    assert [(columns, model) for columns, model, _ in passes(config)][2:] == [
-        (["positive"], "teacher"),
-        (["negative"], "student"),
-    ]
+    assert passes(config, models)[2:] == [("positive",), ("negative",)]
+    assert [columns(config)[name].model for name in ("positive", "negative")] == ["teacher", "student"]
     config.weights.source = "uniform"
-    assert [columns for columns, _, _ in passes(config)] == [["reference"], ["start"]]
+    assert passes(config, models) == [("reference",), ("start",)]
 
 
 def test_the_share_of_a_tensor_device_is_its_heads_width_and_vocabulary(device):
