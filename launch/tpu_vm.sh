@@ -79,7 +79,7 @@ install() {
   local root archive
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   archive=ctpd-source.tgz
-  (cd "$root" && do_it tar -czf "${TMPDIR:-/tmp}/$archive" setup.py pyproject.toml README.md LICENSE ctpd_jax configs launch)
+  (cd "$root" && do_it tar -czf "${TMPDIR:-/tmp}/$archive" setup.py pyproject.toml README.md LICENSE ctpd_jax configs examples launch)
   do_it gcloud compute tpus tpu-vm scp "${TMPDIR:-/tmp}/$archive" "$name:$archive" ${place[@]+"${place[@]}"} --worker=all
   # uv brings a Python of its own: the VM's may be older than ctpd needs.
   on_workers all "set -e; mkdir -p ctpd && tar -xzf $archive -C ctpd && python3 -m pip install --quiet --user uv &&
