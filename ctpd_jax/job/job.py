@@ -44,6 +44,7 @@ def open_job(config: ConfigDict, workdir: Path, say: Callable[[str], None] = pri
     Raises:
         UserError: the platform is not the one that was asked for, or the folder or the mesh cannot be made.
     """
+    # Before anything is written: the devices that were asked for, and processes that know of each other.
     check_platform(config)
     distributed.check_joined()
     workdir = Path(workdir).expanduser().absolute()
@@ -80,6 +81,7 @@ def check_platform(config: ConfigDict) -> None:
         ) from error
     if config.platform not in ("auto", backend):
         raise UserError(f"config.platform asks for {config.platform}, JAX found {backend}.")
+    # Device files tell of an accelerator that JAX could not open.
     seen = importlib.util.find_spec("libtpu") is not None and any(
         os.path.exists(device) for device in ("/dev/accel0", "/dev/vfio/0")
     )

@@ -61,11 +61,13 @@ class Origin:
 
 def start(source: Source, config: ConfigDict, model: Model, dtype: str) -> Origin:
     """The model after its SFT: the very numbers that every other stage with a base of that dtype starts from."""
+    # Without an SFT, or trained whole, there is one tree of parameters and nothing beside it.
     sft, decoder = f"{model}_sft", source.decoder(model)
     if left_out(config, sft):
         return Origin(decoder, source.checkpoint(model, dtype))
     if not config[sft].lora.rank:
         return Origin(decoder, source.trained(sft, dtype))
+    # Trained as adapters, they are merged where the matrices can hold them.
     adapted, adapters = with_adapters(config, sft, decoder), source.adapters(sft)
     whole = source.checkpoint(model, dtype)
     if dtype == "bfloat16":
@@ -76,6 +78,7 @@ def start(source: Source, config: ConfigDict, model: Model, dtype: str) -> Origi
 
 def base(source: Source, config: ConfigDict, stage: str, dtype: str) -> Origin:
     """What a training stage begins with, with the config of all adapters that run; its own are still to be joined."""
+    # SFT begins with the checkpoint itself, everything else with the model after SFT.
     model = trained_model(config, stage)
     own = with_adapters(config, stage, source.decoder(model))
     if not starts_from(config, stage):
@@ -102,6 +105,7 @@ def finished(
     Several stages are adapters of one shape over one base; a stage that is left out is its start. Without adapters the
     second is {}.
     """
+    # What several stages share, the first of them knows.
     stage, decoder = stages[0], source.decoder(model)
     if left_out(config, stage) or stage == f"{model}_sft":
         return start(source, config, model, dtype), {}

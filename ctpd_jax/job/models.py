@@ -51,6 +51,7 @@ def text_of(job: Job, model: Model) -> TextModel:
 
 def weights_digest(job: Job, model: Model) -> str:
     """SHA-256 over the model's files; remembered in the workdir for as long as sizes and times stay."""
+    # Hashing a large model takes minutes; size and time of each file say whether that was done before.
     where = folder(job, model)
     files = sorted([*where.glob("*.safetensors"), where / "config.json"])
     key = "|".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
@@ -99,6 +100,7 @@ def compute_on(
         UserError: config.attention cannot do what the model and its rows need, or its heads do not divide.
     """
     dtype, platform = dtype_of(config, mesh, platform), platform or platform_of(mesh.devices.flat[0])
+    # A "shared" row lets two responses see one prompt, which not every attention back end can do.
     try:
         backend = choose_backend(config.attention, decoder, dtype, config.rows.layout == "shared", platform)
     except UserError as error:

@@ -65,6 +65,7 @@ def load_pairs(job: Job, split: Split) -> Pairs:
 
 def _check_ids(job: Job, split: str, model: Model, pairs: list[AlignedPair]) -> None:
     """Holds the token ids against the model: JAX would read past the end of a table without a word."""
+    # Both checks together: they look at the same arrays, and there may be a hundred thousand pairs.
     decoder = decoder_of(job, model)
     for pair in pairs:
         prompt, sides = pair.prompt(model), [pair.tokens(model, side).ids for side in (CHOSEN, REJECTED)]

@@ -45,6 +45,7 @@ def recipe(
         UserError: such a model cannot be trained, or not so: adapters on matrices that it does not have, an attention
             back end that cannot do what is asked, a mesh that does not divide it.
     """
+    # Can it be trained, and so?
     settings, model = config[stage], trained_model(config, stage)
     if not FAMILIES[decoder.family].trainable:
         raise UserError(
@@ -60,6 +61,7 @@ def recipe(
     if settings.lora.rank:
         trainable, frozen = adapter_shapes(lineage.with_adapters(config, stage, decoder)), origin.params
 
+    # What it minimises.
     loss: Callable = partial(sft_sums, origin.decoder, compute)
     if not is_sft(config, stage):
         objective = Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight)
@@ -129,6 +131,7 @@ def placed_stack(mesh: Mesh, adapters: Params) -> Params:
 
 def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[tuple[str, ...]]:
     """The columns of the annotations, those together that are read in one pass: adapters of one shape over one base."""
+    # Models that were trained whole, and starts, share nothing: each is a pass of its own.
     groups: dict[object, list[str]] = {}
     for name, column in columns(config).items():
         adapted = not column.stage.endswith("_sft") and not left_out(config, column.stage)

@@ -88,6 +88,7 @@ def reference_of(job: Job, pairs: Pairs, stage: str, model: Model) -> Measured:
 
 def shard_size(job: Job, split: Split) -> int:
     """Pairs of a shard, as they were when the first one was begun: another setting would move every boundary."""
+    # Columns of before are cut at the old boundaries, and a new one must be cut there too.
     path, wanted = job.workdir / _home(split) / "shards.json", job.config.annotate.pairs_per_shard
     if (known := read_json(path)) is None:
         known = {"pairs_per_shard": wanted}
@@ -154,6 +155,7 @@ def _measure(
 
 def reader(job: Job, stages: tuple[str, ...], model: Model, dtype: str) -> tuple[Scorer, Any]:
     """The models that stages left, on this process's devices and ready to read, and the jitted program in it."""
+    # Shapes first: what is loaded is held against what the plan said.
     mesh = job.own
     recipe = reading(job.config, stages, model, dtype, decoder_of(job, model), mesh)
     origin, adapters = lineage.finished(lineage.Files(job, mesh), job.config, stages, model, dtype)

@@ -119,6 +119,7 @@ class Column:
 
 def columns(config: ConfigDict) -> dict[str, Column]:
     """The columns of the annotations: the reference, the student's start, and the contrastive pair."""
+    # Two models that every weighing needs, and the pair whose log-ratio it is.
     weights = config.weights
     found = {
         "reference": Column("teacher_sft", "teacher", reading_dtype(config, "teacher")),

@@ -81,6 +81,7 @@ def parameters(job: Job, recipe: Recipe) -> tuple[Callable[[], Params], Params]:
 
 def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) -> None:
     """Saves what was trained, then says that the stage is finished; its checkpoints are not needed any more."""
+    # The seal comes last: a kill before it leaves a stage that goes on from its newest checkpoint.
     stage, directory = recipe.stage, job.workdir / recipe.stage
     save_params(directory / "params", params, {"stage": stage, "steps": recipe.steps})
     digest = lineage.params_digest(params)

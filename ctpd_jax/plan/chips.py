@@ -70,6 +70,7 @@ def parse_topology(name: str) -> Topology:
             f"--topology {name!r}: write the kind of chip ({', '.join(CHIPS)}) and its grid, such as v5e:4x4 for 16 "
             "chips, or v5p:2x2x1."
         )
+    # The grids that are sold; of others the compiler would only say that it has no such topology.
     sizes = tuple(int(size) for size in found[2].split("x"))
     grids = GRIDS.get(found[1])
     if 0 in sizes or (grids and found[2] not in grids) or (not grids and len(sizes) != 3):

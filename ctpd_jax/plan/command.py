@@ -34,6 +34,7 @@ def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
     Raises:
         UserError: a topology or a stage that is none, a model that cannot be found, or what the run would refuse.
     """
+    # 1. What is asked, and by whose account it is answered.
     topology = parse_topology(arguments.topology)
     if not 0 < arguments.utilisation <= 1:
         raise UserError(f"--utilisation {arguments.utilisation}: a share of the peak, above 0 and up to 1.")
@@ -44,6 +45,7 @@ def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
         )
     compiled = has_compiler() and not arguments.estimate
     devices = devices_of(topology)
+    # 2. Stage by stage; two that run the same programs are planned once.
     every, planned = True, dict[object, str]()
     for stage in chosen(arguments, config):
         same = planned.setdefault(programs_of(config, stage), stage)
@@ -96,11 +98,13 @@ def search(
     Raises:
         UserError: no mesh divides the model, or the run would refuse on every one.
     """
+    # 1. All of them by estimate, the best first.
     left = candidates(config, stage, bases, topology, devices)
     print(f"{stage} on {topology.name}, by estimate; those that fit first, then the fastest, then the least over links")
     for one in left:
         verdict = "" if one.memory <= topology.chip.memory else "  too much"
         print(f"  {named(one):52} {one.memory / GIB:7.1f} GiB {one.seconds:9.3f} s{verdict}")
+    # 2. The compiler has the last word: the best that it lets through, a few attempts long.
     pairs = config.annotate.pairs_per_shard if stage == "annotate" else config[stage].batch_size
     for _ in range(TRIED):
         one = left.pop(0)
@@ -132,6 +136,7 @@ def named(one: Candidate) -> str:
 def described(plan: Plan, utilisation: float) -> Iterator[str]:
     """The plan of a stage, line by line."""
     stage, topology = plan.stage, plan.topology
+    # 1. What runs.
     shape, first = stage.shape, stage.programs[0]
     if stage.name == "annotate":
         who = f"{billions(first.parameters)} parameters of the teacher read"
@@ -143,6 +148,7 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
     yield f"{stage.name}: {who}; {first.compute.dtype}, attention {first.compute.attention}"
     yield f"  {what}: {shape.rows} rows x {shape.length:,} tokens, {shape.scored:,} of them scored, at most"
     yield f"  at lengths from a fifth of the limits to all of them {in_words(plan.padding)}"
+    # 2. Where it runs, what it takes there, and how fast it can be.
     mesh = ", ".join(f"{axis} {size}" for axis, size in stage.mesh.shape.items())
     hosts = f", on each of {topology.hosts} hosts" if stage.mesh.devices.size < topology.count else ""
     yield f"  mesh {mesh}{hosts} on {topology.name}: {topology.count} x {topology.chip.memory / GIB:.2f} GiB"
@@ -150,6 +156,7 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
     yield from memory_table(plan)
     yield ""
     yield from time_lines(plan, utilisation)
+    # 3. The verdict, and what could be changed.
     free = (topology.chip.memory - plan.largest) / GIB
     estimated = ", by estimate" if any(memory.source == "estimated" for memory in plan.memory.values()) else ""
     verdict = f"fits, {free:.1f} GiB left" if free >= 0 else f"DOES NOT FIT, {-free:.1f} GiB too much"

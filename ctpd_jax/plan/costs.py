@@ -33,6 +33,7 @@ def work(jaxpr: Any) -> Work:
     total = Work()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
+        # Where arithmetic is: products, products by expert, kernels of our own.
         if name == "dot_general":
             total += _product(equation)
         elif name == "ragged_dot_general":  # each row is multiplied with the matrix of its expert
@@ -41,6 +42,7 @@ def work(jaxpr: Any) -> Work:
         elif name == "pallas_call":
             turns = math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
             total += Work(turns * work(params["jaxpr"]).flops, _moved(equation))
+        # What holds other programs: a branch of several runs, a loop runs as often as it turns, a call once.
         elif name == "cond":
             total += max((work(branch) for branch in params["branches"]), key=lambda branch: branch.flops)
         else:

@@ -83,6 +83,7 @@ def make_plan(
         UserError: the run itself would refuse, or the mesh does not fit the topology.
     """
     stage = plan_stage(config, name, bases, mesh_of(config, name, topology, devices))
+    # Memory by the compiler's account where it is there, time always by count.
     memory, texts = {}, {}
     for program in stage.programs:
         if compiled:
@@ -120,6 +121,7 @@ def compile_program(program: Program) -> tuple[Memory, str]:
             ) from error
         # The arguments are among what it counts, although it speaks of temporaries.
         return Memory(program.memory, float(found[1]) * _UNITS[found[2]] + program.beside, "refused"), ""
+    # What lies on the device while it runs: what was known before, and what the compiler adds.
     stats = compiled.memory_analysis()
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = dict(program.memory) | {
@@ -147,6 +149,7 @@ def activations(stage: Programs, program: Program) -> float:
     """
     if program.name == "update":
         return 0.0
+    # One device's share of tokens, heads and MLP width.
     config, mesh, training = program.decoder, stage.mesh, program.training
     size = 2 if program.compute.dtype == "bfloat16" else 4
     tensor, fsdp, rows = mesh.shape["tensor"], mesh.shape["fsdp"], row_devices(mesh)
@@ -155,6 +158,7 @@ def activations(stage: Programs, program: Program) -> float:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / tensor
     inner = config.intermediate_size / tensor
     layer = config.hidden_size * (2 * heads + 3 * inner * max(1, config.experts))  # matrices of one layer, about
+    # The parts, in the order of the docstring.
     kept = {"full": 0.0, "dots": heads + config.hidden_size + 3 * inner, "none": 3 * heads + 5 * inner}
     per_layer = tokens * size * (config.hidden_size + kept[program.compute.remat]) if training else 0.0
     working = 4 * tokens * size * (config.hidden_size + heads + inner)
@@ -173,11 +177,13 @@ def activations(stage: Programs, program: Program) -> float:
 
 def work_of(config: ConfigDict, name: str, bases: Bases, stage: Programs) -> dict[str, Work]:
     """Arithmetic and bytes of each program on one device, counted on that device's share of it."""
+    # The same stage on one device, with that device's share of the model and of the rows: what it computes is counted.
     tensor, rows = stage.mesh.shape["tensor"], row_devices(stage.mesh)
     alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [stage.mesh.devices.flat[0]])
     shape = BatchShape(stage.shape.rows // rows, stage.shape.length, stage.shape.scored)
     own = plan_stage(config, name, {model: share(base, tensor) for model, base in bases.items()}, alone, shape)
     found = {program.name: work(program.traced.jaxpr) for program in own.programs}
+    # What no product shows: gradients and moments that are read and written, and what comes over the links.
     for program in stage.programs:
         gradient = program.memory.get("gradient", 0.0)
         if program.name == "update":  # elementwise: everything is read and written, the gradient is read twice
@@ -198,6 +204,7 @@ def over_links(stage: Programs, program: Program) -> float:
     mesh, config = stage.mesh, program.decoder
     size = 2 if program.compute.dtype == "bfloat16" else 4
     data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    # Forward and backward, and the forward pass again where its activations are computed anew.
     passes = (3 if program.compute.remat == "full" else 2) if program.training else 1
     looked_up = 0 if config.tied else config.vocab_size * config.hidden_size  # the embedding stays where it is
     whole = (program.parameters - looked_up) * size / tensor  # as one device sees it gathered
@@ -230,6 +237,7 @@ def candidates(config: ConfigDict, name: str, bases: Bases, topology: Topology, 
     Raises:
         UserError: no mesh divides the model, or the run would refuse on every one: the first reason.
     """
+    # What can be chosen: the mesh of all chips, or none where each host reads for itself; micro-batches that divide.
     annotating = name == "annotate"
     pairs = config.annotate.pairs_per_shard if annotating else config[name].batch_size
     given = annotating and topology.hosts > 1  # the mesh is that of each host
@@ -249,6 +257,7 @@ def candidates(config: ConfigDict, name: str, bases: Bases, topology: Topology, 
             if stage.shape.rows >= rows:  # fewer pairs in as many rows: padding
                 break
             rows = stage.shape.rows
+            # Of one mesh the first micro-batch that fits is the largest: the search goes on with the next mesh.
             memory = max(estimate(stage, program).total for program in stage.programs)
             each, calls = work_of(changed, name, bases, stage), pairs / micro_batch if annotating else 1
             update = sum((each[one.name].times(one.times * calls) for one in stage.programs), Work())

@@ -85,6 +85,7 @@ def decoder_of(config: ConfigDict, model: Model) -> DecoderConfig:
     Raises:
         UserError: the path is none of them.
     """
+    # A folder, or a model that is known here without the hub, or else its config.json alone from there.
     path = config[model].path
     if not path:
         raise UserError(f"config.{model}.path is empty; give a folder with a config.json, or a hub id.")
@@ -127,17 +128,20 @@ def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) 
 
     Packed rows of real data are fewer: few responses are of full length.
     """
+    # 1. The tokens of one unit, all as long as they may be.
     prompt, response, rows = config.data.max_prompt_tokens, config.data.max_response_tokens, config.rows
     together = rows.layout != "response"
     prompts = responses if rows.layout == "pair" else 1
     tokens = prompts * prompt + responses * response if together else prompt + response
     scored = responses * response if together else response
+    # 2. The row that takes it.
     length = rows.length or int(round_up(tokens, rows.multiple))
     if tokens > length:
         raise UserError(
             f"config.rows.length is {length}, but a row has to take up to {tokens} tokens at once: raise it, set it to "
             "0, or lower config.data.max_prompt_tokens or config.data.max_response_tokens."
         )
+    # 3. How many such rows a micro-batch fills, and how many slots of a row are scored.
     room = length // tokens if rows.packed != "no" else 1  # units of a row
     units = pairs if together else pairs * responses
     # Of packed rows, several units with short prompts may fill one.
@@ -150,6 +154,7 @@ def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
 
     About what UltraFeedback has; a plan sees no data.
     """
+    # Lengths without data: as many random items as make whole updates.
     settings, sft = config[name], name != "annotate" and is_sft(config, name)
     part = settings.pairs_per_shard if name == "annotate" else settings.batch_size
     lengths = np.random.default_rng(0).uniform(0.2, 1.0, (max(256, part) // part * part, 3))
@@ -160,6 +165,7 @@ def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
         return PairItem(np.zeros(prompt, np.int32), chosen, None if sft else rejected)
 
     items = [item(*row) for row in np.ceil(lengths * limits).astype(int).tolist()]
+    # Laid out as the run would lay them out.
     rows = packing(config, mesh, "tpu")
     parts = np.arange(len(items)).reshape(-1, part)
     micro_batch = min(settings.micro_batch, part)
@@ -247,6 +253,7 @@ def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shap
     batch = abstract_batch(mesh, shape, settings.micro_batch)
     programs = []
     for names in passes(config, bases):
+        # Those of one pass share everything but the adapters: the first stands for all.
         column, stages = asked[names[0]], tuple(asked[name].stage for name in names)
         base = bases[column.model]
         what = reading(config, stages, column.model, column.dtype, base, mesh, platform)
