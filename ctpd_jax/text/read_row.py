@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,12 +82,6 @@ def _note_columns(row: Row, report: Counters) -> None:
         report.note(SEEN if name in read else HARMLESS, name, most=50)
     if any(map(dialogue.carries_template, read.values())):
         report.add(TEMPLATED)
-
-
-def pair_id(prompt: Sequence[Message], chosen: str, rejected: str) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a pair's texts and roles."""
-    texts = [[[message.role, message.content] for message in prompt], chosen, rejected]
-    return hashlib.sha256(json.dumps(texts, ensure_ascii=True).encode("ascii")).hexdigest()[:16]
 
 
 def _refuse_token_ids(row: Row) -> None:
@@ -253,4 +247,6 @@ def _usable(pair: PreferencePair) -> PreferencePair:
         "".join([pair.chosen, pair.rejected, *(message.content for message in pair.prompt)]).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, or bytes that are no UTF-8: no tokenizer can read it
         raise LeftOut("text with a lone surrogate") from None
-    return replace(pair, id=pair_id(pair.prompt, pair.chosen, pair.rejected))
+    # The id is a hash of the texts and roles: it names the same pair whatever the order of the file.
+    texts = [[[message.role, message.content] for message in pair.prompt], pair.chosen, pair.rejected]
+    return replace(pair, id=hashlib.sha256(json.dumps(texts, ensure_ascii=True).encode("ascii")).hexdigest()[:16])
