@@ -67,6 +67,7 @@ def carry_out(known: argparse.Namespace, config: ConfigDict) -> None:
     from ctpd_jax.processes import distributed
     from ctpd_jax.sharding import first_process
 
+    # All processes do all of this together; what one does alone stands in the stages.
     with distributed.joined(), open_job(config, known.workdir) as job:
         preflight(job, known.command)
         if first_process():
@@ -138,6 +139,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: no such file, no get_config in it, an unknown key, a value of the wrong type.
     """
+    # Flags of our own, so that nothing of absl's is read from the command line.
     values = flags.FlagValues()
     line = ["ctpd", *([f"--config={path}"] if path else []), *overrides]
     options: dict[str, Any] = {"lock_config": True, "flag_values": values, "sys_argv": line}

@@ -16,6 +16,7 @@ from ctpd_jax.errors import UserError
 
 def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 16, **changes) -> ConfigDict:
     """Settings that every stage which trains shares."""
+    # Optimizer first, then how long, how much at once, and what is trained at all.
     settings = ConfigDict(
         {
             "lr": lr,  # peak learning rate of AdamW

@@ -69,6 +69,7 @@ def score_pairs(
     """
     results: list[list[np.ndarray]] = [[] for _ in items]  # [C, S] of chosen and of rejected
     for batch, places in micro_batches(items, micro_batch, rows, shapes):
+        # 1. Spans are numbered along each row, over all the responses that lie in it.
         slot_spans = np.full(batch.target.shape, -1, np.int32)
         used = np.zeros(len(slot_spans), np.int32)  # spans laid into each row so far
         found = []
@@ -79,9 +80,11 @@ def score_pairs(
                 slot_spans[row, slots] = used[row] + spans[place][side]
                 found.append((place, row, used[row], used[row] + count))
                 used[row] += count
+        # 2. One sum for each number, and then each response takes its own.
         sums = np.asarray(score(batch, slot_spans))
         for place, row, first, last in found:
             results[place].append(sums[:, row, first:last])
         done(len(places))
+    # 3. By model, as a column holds it.
     columns = len(results[0][0]) if results else 0
     return [[(chosen[c], rejected[c]) for chosen, rejected in results] for c in range(columns)]

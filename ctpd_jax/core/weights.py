@@ -160,6 +160,7 @@ def weight_diagnostics(
     and `log_ratio_square`, of d * d (large swings inside one response mean noise in the label: Theorem 1 of arXiv
     2601.11865); `weight` and `weight_square`, whose ratio mean(w)^2 / mean(w^2) is the effective share of spans.
     """
+    # Padding may hold NaN, which no mask takes out of a product again.
     weight = at_least_float32(weights)
     real = mask_or_all(mask, weight.shape)
     ratio = jnp.where(real, at_least_float32(logp_positive), 0) - jnp.where(real, at_least_float32(logp_negative), 0)

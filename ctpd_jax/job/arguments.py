@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # One parser a command, with the arguments that only it has.
     for name, text in COMMANDS.items():
         command = commands.add_parser(
             name,

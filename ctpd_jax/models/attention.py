@@ -85,6 +85,7 @@ def attend(
         without meaning. In the backward pass the scores, H * T * S numbers a row and layer, are computed again instead
         of being kept.
     """
+    # The backward pass computes a row's scores again: kept, they would be the largest arrays of a layer.
     rows = q.shape[0]
     one_row = jax.checkpoint(partial(_attend_row, scale=scale, softcap=softcap, causal=causal))
     if row_by_row is None:

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.store import shard_ranges, to_record, write_store
-from ctpd_jax.artifacts import read_json, sha256_file, write_json
+from ctpd_jax.artifacts import kept, sha256_file, write_json
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.job.job import Job, result
 from ctpd_jax.job.lineage import identity
@@ -102,6 +102,7 @@ def known_without_teacher(job: Job, stored: Mapping) -> dict[str, Any]:
     }
     if config.weights.source not in ("uniform", "random"):
         settings["weights_source"] = config.weights.source
+    # Of a model whose stage is in this workdir, or that is the user's own student, the digest is known.
     at_hand = {}
     for name, column in asked.items():
         student = column.model == "student"
@@ -181,7 +182,7 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
     }
     count = config.annotate.compared_pairs
     measured = {"pairs": count, **{name: identity(job, c.stage, c.model) for name, c in rounded.items()}}
-    if not rounded or not count or (read_json(path) or {}).get("measured") == measured:
+    if not rounded or not count or kept(path, {"measured": measured}):
         return
 
     # 2. The first pairs in float32 and as they will be read, one model after the other: two may not fit.

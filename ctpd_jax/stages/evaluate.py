@@ -104,6 +104,7 @@ def samples(job: Job, pairs: Pairs, row: str) -> list[dict[str, str]]:
     """Answers of one model to the held-out prompts in turn; kept until the model or the settings change."""
     config, (stage, model) = job.config, rows(job.config)[row]
     settings, compute = config.evaluate, dtype_of(config, job.mesh)
+    # 1. Were they drawn before, by this very model?
     inputs = {
         "params": identity(job, stage, model),
         "data": pairs.identity,
@@ -117,6 +118,7 @@ def samples(job: Job, pairs: Pairs, row: str) -> list[dict[str, str]]:
     path = job.workdir / "evaluation" / "samples" / f"{row}.json"
     if known := kept(path, {"inputs": inputs}):
         return known["samples"]
+    # As many as asked for, from the first prompt on, and round again where there are fewer.
     asked = list(islice(cycle(prompts_of(pairs)), settings.samples))
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=config.seed)
     answers = sample(text_of(job, model), *reading_model(job, stage, model), asked, sampling, compute)

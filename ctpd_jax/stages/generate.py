@@ -84,6 +84,7 @@ def sample(
     dtype: str | None = None,
 ) -> list[str]:
     """Draws one answer to each prompt, as text; `dtype` is that of the products, by default the parameters' own."""
+    # Each batch draws with a key of its own: the number of prompts before it does not matter.
     key = jax.random.key(sampling.seed)
 
     def spell(ids: list[int]) -> str:

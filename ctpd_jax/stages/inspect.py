@@ -33,6 +33,7 @@ def example(job: Job, number: int) -> dict[str, Any]:
     if (folder / MANIFEST).exists():
         store = open_store(folder, {"data": pairs.identity}, verify=False)
         weights = span_values([store[number]], config.weights, config.train, config.seed, first=number)[0][0]
+    # Weights are there once the pairs were annotated; the alignment is there before anything was trained.
     raw = pairs.raw[pair.id]
     sides = {}
     for side, name in enumerate(SIDES):

@@ -326,6 +326,7 @@ def make_steps(
     update(state, gradient, count) -> (state, norm of gradient / count before clipping); the state's buffers are reused.
     """
 
+    # Where results lie is said for both programs: left to the compiler, the state could wander between updates.
     of_state = None if placed is None else jax.tree.map(lambda leaf: leaf.sharding, placed)
     of_params = None if of_state is None else of_state.params
     of_sums = None if placed is None else placed.step.sharding  # whole everywhere

@@ -150,6 +150,7 @@ def to_hf(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
 
     Both spellings of the rotary parameters and of the dtype are written, since each version reads only its own.
     """
+    # What every family has, then what is special in this one.
     family = FAMILIES[config.family]
     return {
         "model_type": config.family,

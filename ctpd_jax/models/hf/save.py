@@ -152,6 +152,7 @@ def write_weights(
 
     A shard has at most that size, but at least one tensor.
     """
+    # 1. Which tensors go into which file.
     shards: list[list[TensorToWrite]] = [[]]
     total = filled = 0
     for tensor in tensors:
@@ -164,6 +165,7 @@ def write_weights(
     if len(shards) == 1:
         safetensors.write(directory / load.WEIGHTS, shards[0], dtype_of)
         return
+    # 2. Each file, and the index last: without it nobody looks for shards.
     stem, suffix = load.WEIGHTS.split(".")
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
