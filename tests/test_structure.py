@@ -71,3 +71,16 @@ def test_flax_stays_in_models():
     for path in FILES:
         if "models" not in path.parts:
             assert "from flax" not in path.read_text() and "import flax" not in path.read_text(), path
+
+
+def test_files_fit_a_head_and_few_stand_at_the_door():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    assert not {name: length for name, length in lengths.items() if length > 400}
+    assert len([path for path in ROOT.iterdir() if path.suffix in (".py", ".pyi")]) <= 8
+
+
+def test_steps_and_reasons_are_told_in_comments():
+    """Lines that are a comment and nothing else are at least one in twenty-five; rulers do not count."""
+    lines = [line.strip() for path in FILES for line in path.read_text().splitlines()]
+    comments = [line for line in lines if line.startswith("#") and not line.startswith("# ---")]
+    assert len(comments) >= 0.04 * len(lines), f"{len(comments)} of {len(lines)} lines"
