@@ -27,6 +27,7 @@ from ctpd_jax.settings import check_config, default_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Carries out one command, its stages in their order, and returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character of some text ends no run
         sys.stdout.reconfigure(errors="replace")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
@@ -35,10 +36,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # These have nothing that could go on: SIGTERM ends them at once.
         if known.command in ("inspect", "generate", "plan"):
             return look(known, overrides)
-        config = load_config(known.config, overrides)
-        check_config(config)
         with preempt.listening():
-            carry_out(known, config)
+            # 1. What is asked for. JAX reads its environment when it is imported: until here it is not.
+            config = load_config(known.config, overrides)
+            check_config(config)
+            choose_platform(config)
+            from ctpd_jax.artifacts import write_json
+            from ctpd_jax.job.job import open_job
+            from ctpd_jax.job.preflight import preflight
+            from ctpd_jax.processes import distributed
+            from ctpd_jax.sharding import first_process
+
+            # 2. All of the code: a long run must not meet a file that was changed or is missing meanwhile.
+            stages = {name: import_module(f"ctpd_jax.stages.{STAGES[name].kind}") for name in chosen_stages(known)}
+
+            # 3. Each stage knows whether it is finished, goes on or is left out.
+            with distributed.joined(), open_job(config, known.workdir) as job:
+                preflight(job, known.command)
+                if first_process():
+                    write_json(job.workdir / "config.json", config.to_dict())
+                for name, module in stages.items():
+                    with preempt.during(name):
+                        module.run(job, name)
     except UserError as error:
         print(f"ctpd {known.command}: {error}", file=sys.stderr)
         return 2
@@ -53,37 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def carry_out(known: argparse.Namespace, config: ConfigDict) -> None:
-    """Carries out the stages of a command in their order. Each knows whether it is finished, goes on or is left out.
-
-    Raises:
-        UserError: what the user can mend.
-        Preempted: the run was asked to stop; says before or in which stage.
-    """
-    choose_platform(config)
-    from ctpd_jax.artifacts import write_json
-    from ctpd_jax.job.job import open_job
-    from ctpd_jax.job.preflight import preflight
-    from ctpd_jax.processes import distributed
-    from ctpd_jax.sharding import first_process
-
-    # All processes do all of this together; what one does alone stands in the stages.
-    with distributed.joined(), open_job(config, known.workdir) as job:
-        preflight(job, known.command)
-        if first_process():
-            write_json(job.workdir / "config.json", config.to_dict())
-        for stage in chosen_stages(known):
-            where = f"before {stage}"
-            try:
-                if preempt.stop_now():
-                    raise preempt.Preempted("what comes before it is finished")
-                where = f"in {stage}"
-                import_module(f"ctpd_jax.stages.{STAGES[stage].kind}").run(job, stage)
-            except preempt.Preempted as stop:
-                stop.where = where
-                raise
-
-
 def chosen_stages(known: argparse.Namespace) -> list[str]:
     """The stages that a command runs."""
     if known.command == "run":
@@ -96,7 +84,7 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
 
 
 def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """The commands that leave nothing behind: inspect, generate and plan. Returns the exit code."""
+    """The commands that only look: inspect, generate and plan. Returns the exit code."""
     if known.command == "generate" and answered_from_folder(known, overrides):
         return 0
     if known.command == "inspect" and inspected_data(known, overrides):

@@ -45,7 +45,13 @@ def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 1
 
 def preference(lr: float, beta: float, **changes) -> ConfigDict:
     """Settings of a stage that trains on pairs."""
-    return training(lr, beta=beta, label_smoothing=0.0, loss="sigmoid", sft_weight=0.0, **changes)
+    pairwise = {
+        "beta": beta,  # strength of the KL term; rewards are beta times the return
+        "loss": "sigmoid",  # "sigmoid", "ipo", "hinge": the table of core/losses.py
+        "label_smoothing": 0.0,  # the probability that a label is wrong, for losses that have it
+        "sft_weight": 0.0,  # of the chosen response's mean negative log-likelihood, added to the loss
+    }
+    return training(lr, **pairwise, **changes)
 
 
 def model() -> ConfigDict:
@@ -212,7 +218,7 @@ CHOICES = {
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
 POSITIVE = (lambda x: 0 < x < math.inf, "it has to be positive and finite")
-NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "it cannot be negative")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "it cannot be negative, and has to be finite")
 SHARE = (lambda x: 0 <= x <= 1, "it is a share, from 0 to 1")
 DTYPE = (lambda x: x in ("float32", "bfloat16"), "choose one of float32, bfloat16")
 # What every stage that trains has, and those with a `beta` besides: settings, what has to hold, and else what is said.
@@ -296,8 +302,6 @@ def check_config(config: ConfigDict) -> None:
         require(frozen, f"{stage}.lora.base", f"without adapters ({stage}.lora.rank 0) parameters train in float32")
         if "beta" in settings:
             require_ranges(OF_PREFERENCES, f"{stage}.")
-            smoothed = settings.loss == "sigmoid" or settings.label_smoothing == 0
-            require(smoothed, f"{stage}.label_smoothing", f"the {settings.loss} loss has none, set it to 0")
 
     # 4. What does not go together.
     weights = config.weights

@@ -66,6 +66,11 @@ def hinge_link(margin: Float[Array, "*B"], beta: Scalar) -> Float[Array, "*B"]:
 LOSSES: dict[str, Callable[..., Array]] = {"sigmoid": sigmoid_link, "ipo": ipo_link, "hinge": hinge_link}
 
 
+def smooths(loss: str) -> bool:
+    """Whether a loss of the table takes label smoothing."""
+    return "label_smoothing" in inspect.signature(LOSSES[loss]).parameters
+
+
 # ------------------------------------------------------------------------------------------------ losses of pairs
 
 
@@ -103,19 +108,18 @@ def preference_loss(
     # 1. The options. A number may be traced, and is then taken as it comes.
     _check_choice("loss", loss, tuple(LOSSES))
     link = LOSSES[loss]
-    smooths = "label_smoothing" in inspect.signature(link).parameters
     if isinstance(beta, int | float) and not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}.")
     if isinstance(label_smoothing, int | float):
         if not 0 <= label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}.")
-        if label_smoothing and not smooths:
+        if label_smoothing and not smooths(loss):
             raise ValueError(f"label_smoothing is defined for the sigmoid loss only, not for {loss!r}.")
 
     # 2. The margin, in float32: it is a small difference of sums of hundreds of nats.
     chosen, rejected = at_least_float32(chosen_return), at_least_float32(rejected_return)
     margin = chosen - rejected
-    value = link(margin, beta, label_smoothing) if smooths else link(margin, beta)
+    value = link(margin, beta, label_smoothing) if smooths(loss) else link(margin, beta)
     return LossOutput(value, beta * chosen, beta * rejected, jax.nn.sigmoid(-(beta * margin)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ctpd_jax.job.table import STAGES, TRAINED
+from ctpd_jax.job.table import PLANNED, STAGES
 
 COMMANDS = {
     "run": "every stage in order; picks up where it stopped",
@@ -102,9 +102,9 @@ def add_plan_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stage",
         action="append",
-        choices=(*TRAINED, "annotate"),
+        choices=PLANNED,
         metavar="STAGE",
-        help=f"only this one; may be repeated: {', '.join((*TRAINED, 'annotate'))}",
+        help=f"only this one; may be repeated: {', '.join(PLANNED)}",
     )
     command.add_argument(
         "--search", action="store_true", help="of each stage by itself, look for a mesh and a micro-batch that fit"

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import STAGES
-from ctpd_jax.processes import distributed, preempt
+from ctpd_jax.processes import distributed
 from ctpd_jax.sharding import first_process, make_mesh, patiently
 from ctpd_jax.train.metrics import MetricLog
 
@@ -93,16 +93,6 @@ def check_platform(config: ConfigDict) -> None:
         )
 
 
-def in_turn(prepare: Callable[[], object], name: str) -> None:
-    """The first process prepares what all of them need; then the others do, and find on disk what it has made."""
-    with preempt.apart(f"{name}: prepared once"):
-        if first_process():
-            prepare()
-    with preempt.apart(f"{name}: prepared"):
-        if not first_process():
-            prepare()
-
-
 # ------------------------------------------------------------------------------------------------ finished stages
 
 
@@ -122,11 +112,3 @@ def require(job: Job, stage: str) -> dict[str, Any]:
         command = STAGES[stage].command
         raise UserError(f"{job.workdir / stage} is not finished; run `{command}` or `ctpd run` first.")
     return found
-
-
-def fingerprint(config: ConfigDict, stage: str) -> dict[str, Any]:
-    """The settings of a stage that decide its numbers beyond rounding; its updates are counted in `steps`."""
-    settings = config[stage].to_dict()
-    if not settings["lora"]["rank"]:
-        settings["lora"] = {"rank": 0}
-    return {name: value for name, value in settings.items() if name not in ("save_every", "micro_batch", "epochs")}

@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ctpd_jax.artifacts import read_json, require_same
-from ctpd_jax.job.job import Job, fingerprint, require
+from ctpd_jax.job.job import Job, require
 from ctpd_jax.job.models import decoder_of, folder, weights_digest
-from ctpd_jax.job.table import left_out, starts_from, trained_model
+from ctpd_jax.job.table import fingerprint, left_out, starts_from, trained_model
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, param_shapes
 from ctpd_jax.models.hf import load_hf
@@ -97,29 +97,28 @@ def base(source: Source, config: ConfigDict, stage: str, dtype: str) -> Origin:
     return Origin(beside(own, before.decoder.lora), source.apply(rescaled, before.params))
 
 
-def finished(
-    source: Source, config: ConfigDict, stages: tuple[str, ...], model: Model, dtype: str
-) -> tuple[Origin, Params]:
+def finished(source: Source, config: ConfigDict, stages: tuple[str, ...], dtype: str) -> tuple[Origin, Params]:
     """The models that stages left, ready to be read in one pass: what they share, and their adapters, stacked [C, ...].
 
-    Several stages are adapters of one shape over one base; a stage that is left out is its start. Without adapters the
-    second is {}.
+    Several stages are adapters of one shape over one base; a stage that is left out is its start. The second is {} but
+    for adapters that stages other than SFT have trained.
     """
     # What several stages share, the first of them knows.
-    stage, decoder = stages[0], source.decoder(model)
-    if left_out(config, stage) or stage == f"{model}_sft":
+    stage = stages[0]
+    model = trained_model(config, stage)
+    if left_out(config, stage) or not starts_from(config, stage):
         return start(source, config, model, dtype), {}
     if not config[stage].lora.rank:
-        return Origin(decoder, source.trained(stage, dtype)), {}
+        return Origin(source.decoder(model), source.trained(stage, dtype)), {}
     trees = [source.adapters(name) for name in stages]
     stacked = source.apply(lambda *own: jax.tree.map(lambda *leaves: jnp.stack(leaves), *own), *trees)
     return base(source, config, stage, dtype), stacked
 
 
-def merged(source: Source, config: ConfigDict, stage: str, model: Model) -> Params:
+def merged(source: Source, config: ConfigDict, stage: str) -> Params:
     """The parameters that a stage left, float32, in one tree without adapters: what is exported."""
-    if left_out(config, stage) or stage == f"{model}_sft":
-        return start(source, config, model, "float32").params
+    if left_out(config, stage) or not starts_from(config, stage):
+        return start(source, config, trained_model(config, stage), "float32").params
     if not config[stage].lora.rank:
         return source.trained(stage, "float32")
     before, adapters = base(source, config, stage, "float32"), source.adapters(stage)
@@ -214,15 +213,15 @@ class Files:
 # ------------------------------------------------------------------------------------------------ identities
 
 
-def identity(job: Job, stage: str, model: Model) -> str:
+def identity(job: Job, stage: str) -> str:
     """What identifies the parameters of a stage: their SHA-256, or that of what they would start from."""
-    return base_identity(job, stage, model) if left_out(job.config, stage) else require(job, stage)["params"]
+    return base_identity(job, stage) if left_out(job.config, stage) else require(job, stage)["params"]
 
 
-def base_identity(job: Job, stage: str, model: Model) -> str:
+def base_identity(job: Job, stage: str) -> str:
     """What identifies the parameters that a stage starts from."""
     before = starts_from(job.config, stage)
-    return identity(job, before, model) if before else weights_digest(job, model)
+    return identity(job, before) if before else weights_digest(job, trained_model(job.config, stage))
 
 
 def params_digest(params: Params) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 
 from ctpd_jax.data.loader import steps_per_epoch
-from ctpd_jax.job.job import Job, in_turn
+from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import MODELS, check_sizes, compute_on, decoder_of, folder, weights_digest
 from ctpd_jax.job.pairs import load_pairs, overlap_of
-from ctpd_jax.job.recipe import check_loss, recipe
-from ctpd_jax.job.table import TRAINED, left_out, trained_model
+from ctpd_jax.job.recipe import check_loss, passes, reading, recipe
+from ctpd_jax.job.table import TRAINED, columns, left_out, trained_model
 from ctpd_jax.models.hf.load import check_weights
 from ctpd_jax.processes import preempt
+from ctpd_jax.sharding import first_process
 
 
 def preflight(job: Job, command: str) -> None:
@@ -33,8 +36,12 @@ def preflight(job: Job, command: str) -> None:
     # 3. The data. `train` reads the store alone.
     if command == "run":
         in_turn(lambda: check_everything(job), "data")
+    elif command == "evaluate":
+        in_turn(lambda: overlap_of(job), "data")  # reads both splits
     elif jax.process_count() > 1 and command != "train":
         in_turn(lambda: load_pairs(job, "train"), "data")
+    if command in ("run", "annotate"):
+        check_readers(job)
 
 
 def check_everything(job: Job) -> None:
@@ -49,3 +56,22 @@ def check_everything(job: Job) -> None:
         if not left_out(job.config, stage):
             steps_per_epoch(len(pairs.aligned), job.config[stage].batch_size)
             recipe(job.config, stage, decoder_of(job, trained_model(job.config, stage)), job.mesh)
+
+
+def check_readers(job: Job) -> None:
+    """Meets a model that the devices of a process do not divide: annotation would, after the stages that train."""
+    decoders = {model: decoder_of(job, model) for model in MODELS}
+    asked = columns(job.config)
+    for names in passes(job.config, decoders):
+        first = asked[names[0]]
+        reading(job.config, tuple(asked[name].stage for name in names), first.dtype, decoders[first.model], job.own)
+
+
+def in_turn(prepare: Callable[[], object], name: str) -> None:
+    """The first process prepares what all of them need; then the others do, and find on disk what it has made."""
+    with preempt.apart(f"{name}: prepared once"):
+        if first_process():
+            prepare()
+    with preempt.apart(f"{name}: prepared"):
+        if not first_process():
+            prepare()

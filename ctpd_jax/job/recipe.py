@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.scorer import make_scorer
-from ctpd_jax.core.losses import LOSSES
+from ctpd_jax.core.losses import LOSSES, smooths
 from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
@@ -70,7 +70,7 @@ def recipe(
         stage,
         model,
         settings,
-        steps or max(settings.steps, 0) or UNKNOWN_STEPS,
+        steps or UNKNOWN_STEPS,
         origin.decoder,
         compute,
         loss,
@@ -81,10 +81,17 @@ def recipe(
 
 
 def check_loss(config: ConfigDict, stage: str) -> None:
-    """Refuses a loss that is not in the table."""
-    loss = config[stage].get("loss", "sigmoid")
-    if loss not in LOSSES:
-        raise UserError(f"config.{stage}.loss is {loss!r}; choose one of {', '.join(LOSSES)}.")
+    """Refuses a loss that is not in the table, and label smoothing for one that has none."""
+    settings = config[stage]
+    if "loss" not in settings:
+        return
+    if settings.loss not in LOSSES:
+        raise UserError(f"config.{stage}.loss is {settings.loss!r}; choose one of {', '.join(LOSSES)}.")
+    if settings.label_smoothing and not smooths(settings.loss):
+        raise UserError(
+            f"config.{stage}.label_smoothing is {settings.label_smoothing!r}; the {settings.loss} loss has none, "
+            "set it to 0."
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,6 @@ class Reading:
     compute: Compute
     base: Params  # jax.ShapeDtypeStruct with shardings
     adapters: Params  # likewise, stacked [C, ...]; {} for a single model
-    mesh: Mesh
 
     def program(self) -> jax.stages.Wrapped:
         """The jitted program; see `make_scorer`."""
@@ -105,17 +111,17 @@ class Reading:
 def reading(
     config: ConfigDict,
     stages: tuple[str, ...],
-    model: Model,
     dtype: str,
     decoder: DecoderConfig,
     mesh: Mesh,
     platform: str | None = None,
 ) -> Reading:
     """What is executed to read with the models that stages left, their parameters as `dtype`."""
+    model = trained_model(config, stages[0])
     compute = compute_on(mesh, config, model, decoder, platform)
-    origin, adapters = lineage.finished(Shapes(config, {model: decoder}), config, stages, model, dtype)
+    origin, adapters = lineage.finished(Shapes(config, {model: decoder}), config, stages, dtype)
     stacked = placed_stack(mesh, adapters) if adapters else {}
-    return Reading(origin.decoder, compute, shard_shapes(mesh, origin.params), stacked, mesh)
+    return Reading(origin.decoder, compute, shard_shapes(mesh, origin.params), stacked)
 
 
 def placed_stack(mesh: Mesh, adapters: Params) -> Params:

@@ -21,7 +21,7 @@ from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of, dtype_of, text_of
 from ctpd_jax.job.pairs import Pairs, Split
 from ctpd_jax.job.recipe import packing, reading
-from ctpd_jax.job.table import base_dtype, columns
+from ctpd_jax.job.table import base_dtype, columns, starts_from, trained_model
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
 from ctpd_jax.sharding import first_process, place_batch, place_rows, told_by_first
@@ -33,25 +33,22 @@ Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabiliti
 
 
 def score(
-    job: Job, pairs: Pairs, stages: Mapping[str, str], model: Model, dtype: str, instruction: str | None = None
+    job: Job, pairs: Pairs, stages: Mapping[str, str], dtype: str, instruction: str | None = None
 ) -> dict[str, Measured]:
     """Has the models that stages left read a split, in one pass.
 
     Args:
         stages: column -> stage; several only as adapters of one shape over one base.
-        model: whose tokens they read.
         dtype: of their parameters.
         instruction: put before every prompt.
 
     Returns:
         What each column holds. Shards that are on disk already, measured by the same models, are not read again.
     """
-    home = _home(pairs.split)
-    name = f"{home}/{'+'.join(stages)}"
 
     # 1. What is missing. One process says so: each from its own view of a shared folder could leave a shard to nobody.
     def columns_of() -> dict[str, Column]:
-        return {one: _column(job, pairs, one, stage, model, dtype, instruction) for one, stage in stages.items()}
+        return {one: _column(job, pairs, one, stage, dtype, instruction) for one, stage in stages.items()}
 
     def look() -> tuple[int, list[int]]:
         size = shard_size(job, pairs.split)
@@ -68,7 +65,7 @@ def score(
     missing = missing[jax.process_index() :: jax.process_count()]
     with preempt.apart(f"{pairs.split}/{'+'.join(stages)} is measured"):
         if missing:
-            _measure(job, pairs, stages, model, dtype, instruction, found, ranges, missing, name)
+            _measure(job, pairs, stages, dtype, instruction, found, ranges, missing)
 
     # 3. Everything that was measured, from disk.
     measured = {}
@@ -78,12 +75,13 @@ def score(
     return measured
 
 
-def reference_of(job: Job, pairs: Pairs, stage: str, model: Model) -> Measured:
+def reference_of(job: Job, pairs: Pairs, stage: str) -> Measured:
     """What a stage's own start makes of the pairs: the same numbers that its policy begins with."""
-    name, dtype, sft = "reference" if model == "teacher" else "start", base_dtype(job.config, stage), f"{model}_sft"
+    sft, dtype = starts_from(job.config, stage), base_dtype(job.config, stage)
+    name = "reference" if sft == "teacher_sft" else "start"
     if dtype != columns(job.config)[name].dtype:  # the annotations' column of that name is of another start
         name = f"{name}_{dtype}"
-    return score(job, pairs, {name: sft}, model, dtype)[name]
+    return score(job, pairs, {name: sft}, dtype)[name]
 
 
 def shard_size(job: Job, split: Split) -> int:
@@ -104,10 +102,10 @@ def _home(split: Split) -> str:
     return "annotations" if split == "train" else "evaluation"
 
 
-def _column(job: Job, pairs: Pairs, name: str, stage: str, model: Model, dtype: str, instruction: str | None) -> Column:
+def _column(job: Job, pairs: Pairs, name: str, stage: str, dtype: str, instruction: str | None) -> Column:
     identity = {
-        "params": lineage.identity(job, stage, model),
-        "model": model,
+        "params": lineage.identity(job, stage),
+        "model": trained_model(job.config, stage),
         "weights": dtype,
         "instruction": instruction,
         "data": pairs.identity,
@@ -121,15 +119,16 @@ def _measure(
     job: Job,
     pairs: Pairs,
     stages: Mapping[str, str],
-    model: Model,
     dtype: str,
     instruction: str | None,
     found: Mapping[str, Column],
     ranges: Sequence[range],
     missing: Sequence[int],
-    name: str,
 ) -> None:
     """Reads the missing shards into their columns, on the devices of this process."""
+    what, model = "+".join(stages), trained_model(job.config, next(iter(stages.values())))
+    name = f"{_home(pairs.split)}/{what}"
+
     # 1. The model's view of the pairs, in rows of a few shapes.
     items, spans = items_of(job, pairs, model, instruction), spans_of(pairs.aligned, model)
     rows, micro_batch = packing(job.config, job.own), job.config.annotate.micro_batch
@@ -137,12 +136,12 @@ def _measure(
     job.say(f"{name}: {in_words(padding(items, ranges[:16], micro_batch, rows, shapes))}")
 
     # 2. The models.
-    scorer, program = reader(job, tuple(stages.values()), model, dtype)
+    scorer, program = reader(job, tuple(stages.values()), dtype)
 
     # 3. Shard by shard: read, checked, written.
     done = len(pairs.aligned) - sum(len(ranges[shard]) for shard in missing)
     job.log.rewind(name, missing[0] - 1)
-    with Progress(len(pairs.aligned), f"{pairs.split}/{'+'.join(stages)}", done, unit="pair") as progress:
+    with Progress(len(pairs.aligned), f"{pairs.split}/{what}", done, unit="pair") as progress:
         for shard in missing:
             places = ranges[shard]
             scores = read(scorer, items, places, spans, micro_batch, rows, shapes, progress.update)
@@ -153,14 +152,16 @@ def _measure(
             job.log.log(name, shard, {"pairs": len(places), "compiled_programs": compiled})
 
 
-def reader(job: Job, stages: tuple[str, ...], model: Model, dtype: str) -> tuple[Scorer, Any]:
+def reader(job: Job, stages: tuple[str, ...], dtype: str) -> tuple[Scorer, Any]:
     """The models that stages left, on this process's devices and ready to read, and the jitted program in it."""
     # Shapes first: what is loaded is held against what the plan said.
     mesh = job.own
-    recipe = reading(job.config, stages, model, dtype, decoder_of(job, model), mesh)
-    origin, adapters = lineage.finished(lineage.Files(job, mesh), job.config, stages, model, dtype)
-    base = require_shapes("+".join(stages), recipe.base, origin.params)
-    program = recipe.program()
+    what = reading(job.config, stages, dtype, decoder_of(job, trained_model(job.config, stages[0])), mesh)
+    origin, adapters = lineage.finished(lineage.Files(job, mesh), job.config, stages, dtype)
+    base, name = origin.params, "+".join(stages)
+    require_shapes(name, what.base, base)
+    require_shapes(name, what.adapters, adapters)
+    program = what.program()
 
     def scorer(batch: Batch, slot_spans: Array) -> Array:
         return program(adapters, base, place_batch(mesh, batch), place_rows(mesh, slot_spans))

@@ -1,11 +1,14 @@
 """What the stages are. A new stage is one entry here and one file in stages/, with `run(job, stage)` in it.
 
+One that trains also has a section of its name in settings.py.
+
 Nothing heavy is imported: the command line reads this table before JAX is there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -67,6 +70,7 @@ STAGES = {
     )
 }  # fmt: skip
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
+PLANNED = (*TRAINED, "annotate")  # what runs programs of its own
 
 
 # ------------------------------------------------------------------------------------------------ asked of a config
@@ -107,6 +111,14 @@ def reading_dtype(config: ConfigDict, model: Model) -> str:
     return "bfloat16" if half else "float32"
 
 
+def fingerprint(config: ConfigDict, stage: str) -> dict[str, Any]:
+    """The settings of a stage that decide its numbers beyond rounding; its updates are counted in `steps`."""
+    settings = config[stage].to_dict()
+    if not settings["lora"]["rank"]:
+        settings["lora"] = {"rank": 0}
+    return {name: value for name, value in settings.items() if name not in ("save_every", "micro_batch", "epochs")}
+
+
 @dataclass(frozen=True)
 class Column:
     """What annotation measures under one name."""
@@ -137,13 +149,13 @@ def columns(config: ConfigDict) -> dict[str, Column]:
     return found
 
 
-def rows(config: ConfigDict) -> dict[str, tuple[str, Model]]:
-    """The models of the evaluation's table, the student's first: row -> the stage that left it, whose tokens it reads.
+def rows(config: ConfigDict) -> dict[str, str]:
+    """The models of the evaluation's table, the student's first: row -> the stage that left it.
 
     Starts are there also where their stage is left out. Of the contrastive pair only a teacher's DPO is a model that
     somebody would use.
     """
-    table: dict[str, tuple[str, Model]] = {}
+    table: dict[str, str] = {}
     for stage in STAGES.values():
         if not stage.row:
             continue
@@ -151,15 +163,15 @@ def rows(config: ConfigDict) -> dict[str, tuple[str, Model]]:
         start = stage.starts_from == ""
         dpo_teacher = config.weights.source == "dpo" and model == "teacher"
         if start or (not left_out(config, stage.name) and (stage.name != "positive" or dpo_teacher)):
-            table[stage.row] = (stage.name, model)
-    return dict(sorted(table.items(), key=lambda entry: entry[1][1] != "student"))
+            table[stage.row] = stage.name
+    return dict(sorted(table.items(), key=lambda entry: trained_model(config, entry[1]) != "student"))
 
 
 def row_starts(config: ConfigDict) -> dict[str, str]:
     """The rows that were trained from another one: row -> the row of its start."""
     table = rows(config)
-    own = {stage: row for row, (stage, _) in table.items()}
-    starts = {row: starts_from(config, stage) for row, (stage, _) in table.items()}
+    own = {stage: row for row, stage in table.items()}
+    starts = {row: starts_from(config, stage) for row, stage in table.items()}
     return {row: own[start] for row, start in starts.items() if start}
 
 

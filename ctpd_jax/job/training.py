@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import begin, finish
+from ctpd_jax.artifacts import begin, finish, read_json
 from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.job import lineage
-from ctpd_jax.job.job import Job, fingerprint
+from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
-from ctpd_jax.job.table import base_dtype, left_out
+from ctpd_jax.job.table import base_dtype, fingerprint, left_out
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import init_adapters
 from ctpd_jax.sharding import barrier, first_process, told_by_first
@@ -42,7 +42,7 @@ def finished_before(job: Job, recipe: Recipe, inputs: Mapping[str, Any]) -> bool
         "settings": fingerprint(config, stage) | {"steps": recipe.steps},
         "seed": config.seed,
         "compute": recipe.compute.dtype,
-        "from": lineage.base_identity(job, stage, recipe.model),
+        "from": lineage.base_identity(job, stage),
         **inputs,
     }
     # These change numbers by rounding alone: noted, and told where they differ.
@@ -69,14 +69,14 @@ def _say_rounded(job: Job, recipe: Recipe) -> None:
 def parameters(job: Job, recipe: Recipe) -> tuple[Callable[[], Params], Params]:
     """What a stage begins with, and what lies still under it: (initial parameters when they are asked for, frozen)."""
     stage, config = recipe.stage, job.config
-    files = lineage.Files(job, job.mesh)
-    dtype = base_dtype(config, stage)
-    if not recipe.settings.lora.rank:  # asked for only where no checkpoint is there
-        return lambda: lineage.base(files, config, stage, dtype).params, {}
+
+    def base() -> Params:
+        return lineage.base(lineage.Files(job, job.mesh), config, stage, base_dtype(config, stage)).params
+
+    if not recipe.settings.lora.rank:
+        return base, {}  # read only where no checkpoint is there
     adapted = lineage.with_adapters(config, stage, decoder_of(job, recipe.model))
-    return partial(init_adapters, adapted, jax.random.key(config.seed)), lineage.base(
-        files, config, stage, dtype
-    ).params
+    return partial(init_adapters, adapted, jax.random.key(config.seed)), base()
 
 
 def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) -> None:
@@ -86,7 +86,7 @@ def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) 
     save_params(directory / "params", params, {"stage": stage, "steps": recipe.steps})
     digest = lineage.params_digest(params)
     if recipe.settings.lora.rank:  # adapters alone do not say which model this is
-        before = lineage.base_identity(job, stage, recipe.model)
+        before = read_json(directory / "inputs.json")["from"]
         digest = hashlib.sha256(f"{before} {digest}".encode()).hexdigest()
     if first_process():
         finish(directory, {"params": digest, "steps": recipe.steps, **figures})

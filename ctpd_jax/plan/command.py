@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.errors import UserError
-from ctpd_jax.job.table import is_sft, left_out, trained_model
+from ctpd_jax.job.table import PLANNED, is_sft, left_out, trained_model
 from ctpd_jax.plan.chips import GIB, Topology, devices_of, has_compiler, parse_topology
 from ctpd_jax.plan.planner import (
     Candidate,
@@ -21,7 +21,7 @@ from ctpd_jax.plan.planner import (
     smaller,
     with_settings,
 )
-from ctpd_jax.plan.programs import STAGES, Bases, Programs, decoders
+from ctpd_jax.plan.programs import Bases, Programs, decoders
 from ctpd_jax.sharding import AXES
 
 TRIED = 4  # candidates of a search that are compiled, at most
@@ -87,7 +87,7 @@ def chosen(arguments: argparse.Namespace, config: ConfigDict) -> list[str]:
                 f"--stage {stage}: the config leaves it out. To plan it, give --config.{stage}.steps=0"
                 + (" and --config.weights.source=dpo." if stage in ("positive", "negative") else ".")
             )
-    return arguments.stage or [stage for stage in STAGES if not left_out(config, stage)]
+    return arguments.stage or [stage for stage in PLANNED if not left_out(config, stage)]
 
 
 def search(

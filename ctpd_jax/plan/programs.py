@@ -23,7 +23,7 @@ from ctpd_jax.data.packing import round_up
 from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.recipe import packing, passes, reading, recipe
-from ctpd_jax.job.table import TRAINED, columns, is_sft, trained_model
+from ctpd_jax.job.table import columns, is_sft, trained_model
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
@@ -31,7 +31,6 @@ from ctpd_jax.models.hf.config import from_hf, read_config
 from ctpd_jax.schema import Batch, Model, RowLayout
 from ctpd_jax.sharding import ROWS, replicated, row_devices
 
-STAGES = (*TRAINED, "annotate")
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 
 Bases = Mapping[Model, DecoderConfig]  # the models as the user brings them
@@ -256,7 +255,7 @@ def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shap
         # Those of one pass share everything but the adapters: the first stands for all.
         column, stages = asked[names[0]], tuple(asked[name].stage for name in names)
         base = bases[column.model]
-        what = reading(config, stages, column.model, column.dtype, base, mesh, platform)
+        what = reading(config, stages, column.dtype, base, mesh, platform)
         memory = {"parameters": device_bytes(what.base) + device_bytes(what.adapters), "batch": device_bytes(batch)}
         traced = what.program().trace(what.adapters, what.base, batch, batch.pair)
         of_model = (what.decoder, what.compute, count(param_shapes(base)), 0)

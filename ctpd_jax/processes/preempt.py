@@ -164,3 +164,17 @@ def apart(name: str) -> Iterator[None]:
     multihost_utils.sync_global_devices(name)
     if multihost_utils.process_allgather(stop is not None).any():
         raise stop or Preempted("another process has stopped, and says what is kept")
+
+
+@contextlib.contextmanager
+def during(stage: str) -> Iterator[None]:
+    """Names the stage in a Preempted that ends the block, or that comes before it, where the run is asked to stop."""
+    where = f"before {stage}"
+    try:
+        if stop_now():
+            raise Preempted("what comes before it is finished")
+        where = f"in {stage}"
+        yield
+    except Preempted as stop:
+        stop.where = where
+        raise

@@ -25,6 +25,7 @@ from ctpd_jax.job.table import Column, columns, left_out
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import SIDES
 from ctpd_jax.sharding import first_process
+from ctpd_jax.text.prepare import RULES
 
 
 def run(job: Job, stage: str) -> None:
@@ -42,7 +43,7 @@ def run(job: Job, stage: str) -> None:
     for together in passes(config, decoders):
         first = asked[together[0]]
         stages = {name: asked[name].stage for name in together}
-        measured |= score(job, pairs, stages, first.model, first.dtype, first.instruction)
+        measured |= score(job, pairs, stages, first.dtype, first.instruction)
 
     # 3. The store: pairs and columns in one place, in the order of the pairs.
     with preempt.apart("the store is written"):
@@ -85,7 +86,7 @@ def manifest(job: Job, pairs: Pairs) -> dict[str, Any]:
         "compute": dtype_of(config, job.mesh),
         "student": _student(job),
         "data": pairs.identity,
-        "measured_by": {name: identity(job, column.stage, column.model) for name, column in asked.items()},
+        "measured_by": {name: identity(job, column.stage) for name, column in asked.items()},
     } | teacher_identity(job)
 
 
@@ -107,12 +108,13 @@ def known_without_teacher(job: Job, stored: Mapping) -> dict[str, Any]:
     for name, column in asked.items():
         student = column.model == "student"
         if student if left_out(config, column.stage) else result(job, column.stage) is not None:
-            at_hand[name] = identity(job, column.stage, column.model)
+            at_hand[name] = identity(job, column.stage)
     return {
         "settings": settings,
         "source": same_source(config, stored.get("source", {})),
         "compute": dtype_of(config, job.mesh),
         "student": _student(job),
+        "data": {"rules": RULES},  # spans that this version would cut otherwise are not trained on
         "measured_by": at_hand,
     }
 
@@ -147,7 +149,7 @@ def same_source(config: ConfigDict, stored: Mapping) -> dict[str, Any]:
 
 
 def _student(job: Job) -> dict[str, Any]:
-    return text_digest(job, "student") | {"start": identity(job, "student_sft", "student")}
+    return text_digest(job, "student") | {"start": identity(job, "student_sft")}
 
 
 def _data_settings(config: ConfigDict, names: Iterable[str]) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
         if not column.stage.endswith("_sft") and not config[column.stage].lora.rank and column.dtype != "float32"
     }
     count = config.annotate.compared_pairs
-    measured = {"pairs": count, **{name: identity(job, c.stage, c.model) for name, c in rounded.items()}}
+    measured = {"pairs": count, **{name: identity(job, c.stage) for name, c in rounded.items()}}
     if not rounded or not count or kept(path, {"measured": measured}):
         return
 
@@ -192,7 +194,7 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
         sums: list[np.ndarray] = []
         for column in both.values():
             items = items_of(job, pairs, column.model)
-            scorer, _ = reader(job, (column.stage,), column.model, "float32" if wide else column.dtype)
+            scorer, _ = reader(job, (column.stage,), "float32" if wide else column.dtype)
             shapes = plan_shapes(items, [places], micro_batch, rows)
             (found,) = read(scorer, items, places, spans_of(pairs.aligned, column.model), micro_batch, rows, shapes)
             sums.append(np.concatenate([values for sides in found for values in sides]))

@@ -30,18 +30,18 @@ def run(job: Job, stage: str) -> None:
         job.say(f"{stage}: left out.")
         return
 
-    # 1. What is learnt: pairs, held against what the stage's own start makes of them, or one side of them.
+    # 1. What is executed. Refuses here, before anything is loaded, what cannot be trained.
     model = trained_model(config, stage)
     pairs = load_pairs(job, "train")
+    steps = steps_of(config, stage, len(pairs.aligned))
+    what = recipe(config, stage, decoder_of(job, model), job.mesh, steps)
+
+    # 2. What is learnt: pairs, held against what the stage's own start makes of them, or one side of them.
     if is_sft(config, stage):
         items = response_items(pairs.aligned, model, CHOSEN if stage == "positive" else REJECTED)
     else:
-        reference = reference_of(job, pairs, stage, model)
+        reference = reference_of(job, pairs, stage)
         items = dpo_items(pairs.aligned, model, reference, swapped=stage == "negative")
-
-    # 2. What is executed.
-    steps = steps_of(config, stage, len(items))
-    what = recipe(config, stage, decoder_of(job, model), job.mesh, steps)
 
     # 3. Is it finished, or begun from the same things?
     source = "sft" if is_sft(config, stage) else "dpo"

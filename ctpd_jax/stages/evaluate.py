@@ -16,7 +16,7 @@ from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import dtype_of, text_of
 from ctpd_jax.job.pairs import Pairs, load_pairs, overlap_of
 from ctpd_jax.job.score import Measured, score
-from ctpd_jax.job.table import TRAINED, reading_dtype, row_starts, rows
+from ctpd_jax.job.table import TRAINED, reading_dtype, row_starts, rows, trained_model
 from ctpd_jax.processes import preempt
 from ctpd_jax.report import terminal
 from ctpd_jax.report.page import write_report
@@ -35,8 +35,8 @@ def run(job: Job, stage: str) -> None:
 
     # 1. Every model reads the held-out pairs; all processes together.
     columns: dict[str, Measured] = {}
-    for row, (left_by, model) in rows(config).items():
-        columns |= score(job, pairs, {row: left_by}, model, reading_dtype(config, model))
+    for row, left_by in rows(config).items():
+        columns |= score(job, pairs, {row: left_by}, reading_dtype(config, trained_model(config, left_by)))
 
     # 2. Answers and numbers; one process.
     with preempt.apart("the evaluation is written"):
@@ -58,9 +58,9 @@ def write(job: Job, pairs: Pairs, columns: Mapping[str, Measured]) -> None:
         covered=np.array([[pair.response(side).bounds[-1] for side in (CHOSEN, REJECTED)] for pair in pairs.aligned]),
         lengths=np.array([[pair.chosen_bytes, pair.rejected_bytes] for pair in pairs.aligned]),
         starts=row_starts(config),
-        students=[row for row, (_, model) in table.items() if model == "student"],
+        students=[row for row, stage in table.items() if trained_model(config, stage) == "student"],
         teacher="teacher",
-        betas={row: beta_of(job, stage) for row, (stage, _) in table.items()},
+        betas={row: beta_of(job, stage) for row, stage in table.items()},
         tolerance=config.evaluate.length_tolerance,
     )
 
@@ -102,11 +102,12 @@ def beta_of(job: Job, stage: str) -> float:
 
 def samples(job: Job, pairs: Pairs, row: str) -> list[dict[str, str]]:
     """Answers of one model to the held-out prompts in turn; kept until the model or the settings change."""
-    config, (stage, model) = job.config, rows(job.config)[row]
+    config, stage = job.config, rows(job.config)[row]
+    model = trained_model(config, stage)
     settings, compute = config.evaluate, dtype_of(config, job.mesh)
     # 1. Were they drawn before, by this very model?
     inputs = {
-        "params": identity(job, stage, model),
+        "params": identity(job, stage),
         "data": pairs.identity,
         "count": settings.samples,
         "temperature": settings.temperature,
@@ -121,7 +122,7 @@ def samples(job: Job, pairs: Pairs, row: str) -> list[dict[str, str]]:
     # As many as asked for, from the first prompt on, and round again where there are fewer.
     asked = list(islice(cycle(prompts_of(pairs)), settings.samples))
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=config.seed)
-    answers = sample(text_of(job, model), *reading_model(job, stage, model), asked, sampling, compute)
+    answers = sample(text_of(job, model), *reading_model(job, stage, job.own), asked, sampling, compute)
     drawn = [{"prompt": prompt[-1].content, "answer": answer} for prompt, answer in zip(asked, answers)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"inputs": inputs, "samples": drawn})

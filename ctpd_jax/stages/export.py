@@ -14,7 +14,7 @@ from ctpd_jax.artifacts import kept, read_json, write_json
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job, result
 from ctpd_jax.job.models import decoder_of, folder, text_of
-from ctpd_jax.job.table import TRAINED, left_out, rows, way_to
+from ctpd_jax.job.table import TRAINED, left_out, rows, trained_model, way_to
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.lora import save_peft
 from ctpd_jax.processes import preempt
@@ -33,13 +33,14 @@ def write(job: Job) -> None:
     """Writes the folders, unless they are there and made from the same model, template, card and settings."""
     config, table = job.config, rows(job.config)
     row = "ctpd" if "ctpd" in table else "student_start"
-    stage, model = table[row]
+    stage = table[row]
+    model = trained_model(config, stage)
     directory, adapters = job.workdir / "export", job.workdir / "adapters"
 
     # 1. What it is made from. The marker lies beside the folder, which holds a model and nothing else.
     text, card, marker = text_of(job, model), card_of(job, row), job.workdir / "export.json"
     inputs = {
-        "params": lineage.identity(job, stage, model),
+        "params": lineage.identity(job, stage),
         "template": text.template.fingerprint,
         "card": hashlib.sha256(card.encode("utf-8", errors="replace")).hexdigest(),
         **config.export.to_dict(),
@@ -53,7 +54,7 @@ def write(job: Job) -> None:
         save_hf(
             directory,
             dataclasses.replace(decoder, eos_ids=stops),
-            lineage.merged(files, config, stage, model),
+            lineage.merged(files, config, stage),
             folder(job, model),
             dtype=config.export.dtype,
             chat_template=told_source(text.template) if text.template.kind == "chat" else None,
@@ -91,9 +92,9 @@ def opens_as_it_is(directory: Path) -> bool:
 
 def card_of(job: Job, row: str) -> str:
     """The model card of a row of the table. An evaluation is told only if it was of these very parameters."""
-    config, (stage, model) = job.config, rows(job.config)[row]
+    config, stage = job.config, rows(job.config)[row]
     measured = read_json(job.workdir / "evaluation" / "samples" / f"{row}.json")
-    fresh = measured is not None and measured["inputs"]["params"] == lineage.identity(job, stage, model)
+    fresh = measured is not None and measured["inputs"]["params"] == lineage.identity(job, stage)
     annotated = read_json(job.workdir / "annotations" / MANIFEST)
     results = {name: result(job, name) for name in TRAINED if not left_out(config, name)}
     return model_card(
@@ -102,7 +103,7 @@ def card_of(job: Job, row: str) -> str:
         updates={name: found["steps"] for name, found in results.items() if found is not None},
         says=way_to(config, row),
         pairs=annotated["data"]["count"] if annotated else None,
-        template=text_of(job, model).template.kind,
+        template=text_of(job, trained_model(config, stage)).template.kind,
         evaluation=read_json(job.workdir / "evaluation.json") if fresh else None,
         versions={"ctpd-jax": ctpd_jax.__version__, "jax": jax.__version__},
     )

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import Mesh
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job
-from ctpd_jax.job.models import dtype_of, text_of
-from ctpd_jax.job.table import reading_dtype, rows
+from ctpd_jax.job.models import decoder_of, dtype_of, text_of
+from ctpd_jax.job.table import reading_dtype, rows, trained_model
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.hf import load_hf, model_directory
@@ -21,7 +22,7 @@ from ctpd_jax.models.hf.config import read_config
 from ctpd_jax.models.lora import join
 from ctpd_jax.models.sampling import cut_at_stop, generate
 from ctpd_jax.processes import preempt
-from ctpd_jax.schema import Message, Model
+from ctpd_jax.schema import Message
 from ctpd_jax.text.prompts import TextModel, load_text_model
 
 SAMPLED_TOGETHER = 64  # prompts in one batch: what the cache of keys and values has room for
@@ -54,8 +55,8 @@ def answer(job: Job, row: str, prompts: Sequence[str], sampling: Sampling) -> No
     table = rows(job.config)
     if row not in table:
         raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
-    stage, model = table[row]
-    decoder, params = reading_model(job, stage, model)
+    model = trained_model(job.config, table[row])
+    decoder, params = reading_model(job, table[row], job.mesh)
     _print_answers(text_of(job, model), decoder, params, prompts, sampling, dtype_of(job.config, job.mesh))
 
 
@@ -67,12 +68,14 @@ def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Samp
     _print_answers(text, *load_hf(folder), prompts, sampling)
 
 
-def reading_model(job: Job, stage: str, model: Model) -> tuple[DecoderConfig, Params]:
-    """The model that a stage left, on this process's devices, its adapters beside what they were trained on."""
-    files = lineage.Files(job, job.own)
-    origin, stacked = lineage.finished(files, job.config, (stage,), model, reading_dtype(job.config, model))
-    own = jax.tree.map(lambda leaf: leaf[0], stacked)
-    return origin.decoder, join(origin.params, own)
+def reading_model(job: Job, stage: str, mesh: Mesh) -> tuple[DecoderConfig, Params]:
+    """The model that a stage left, in the dtype that it is scored with; adapters stay beside a bfloat16 base."""
+    files, model = lineage.Files(job, mesh), trained_model(job.config, stage)
+    dtype = reading_dtype(job.config, model)
+    if dtype == "float32":
+        return decoder_of(job, model), lineage.merged(files, job.config, stage)
+    origin, stacked = lineage.finished(files, job.config, (stage,), dtype)
+    return origin.decoder, join(origin.params, jax.tree.map(lambda leaf: leaf[0], stacked))
 
 
 def sample(

@@ -1,4 +1,4 @@
-"""Where a text may be cut without its normal form changing: the clean cuts of method, section 3.
+"""Where a text may be cut without its normal form changing: the clean cuts.
 
 A character position c is a clean cut of a normaliser N when N(text[:c]) + N(text[c:]) == N(text). For the canonical
 forms NFC and NFD a cut is lost only where characters are composed or reordered across it, so the work is done in

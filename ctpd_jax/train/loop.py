@@ -168,7 +168,7 @@ def require_shapes(name: str, expected: Params, found: Params) -> Params:
     """Returns `found`.
 
     Raises:
-        RuntimeError: parameters are not what the recipe says, so that another program would run than was planned.
+        RuntimeError: shapes or dtypes are not those of the recipe, so that another program would run than was planned.
     """
 
     def described(leaf: Any) -> tuple:
@@ -214,7 +214,7 @@ def preference_sums(
 ) -> tuple[Array, Sums]:
     """Returns the summed loss of the batch's pairs, and the sums that are logged.
 
-    The return of a response is sum_t w_t log pi(y_t) - c: the identity of section 2 of the method (arXiv 2601.11865),
+    The return of a response is sum_t w_t log pi(y_t) - c: the token form of arXiv 2601.11865's return,
     which is what keeps the teacher out of the training job.
     """
     # 1. What the policy gives each scored token, and which response that token belongs to.
@@ -315,7 +315,7 @@ def state_shapes(mesh: Mesh, optimizer: optax.GradientTransformation, params: Pa
 
 
 def make_steps(
-    sums_of: Callable[[Params, Batch], tuple[Array, Sums]],
+    loss: Callable[[Params, Batch], tuple[Array, Sums]],
     optimizer: optax.GradientTransformation,
     placed: TrainState | None = None,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
@@ -333,10 +333,8 @@ def make_steps(
 
     @partial(jax.jit, donate_argnums=(2,), out_shardings=(of_params, of_sums))
     def accumulate(params: Params, frozen: Params, gradient: Params, batch: Batch) -> tuple[Params, Sums]:
-        def sums_with(params: Params) -> tuple[Array, Sums]:
-            return sums_of(join(frozen, params), batch)
-
-        (_, sums), new = jax.value_and_grad(sums_with, has_aux=True)(params)
+        of_trainable = jax.value_and_grad(lambda params: loss(join(frozen, params), batch), has_aux=True)
+        (_, sums), new = of_trainable(params)
         return jax.tree.map(jnp.add, gradient, new), sums
 
     @partial(jax.jit, donate_argnums=(0,), out_shardings=(of_state, of_sums))

@@ -297,7 +297,7 @@ def test_a_loss_is_one_function_and_one_line_of_the_table(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda z: losses.preference_loss(z, z, loss="log"), "'sigmoid', 'ipo', 'hinge', got 'log'"),
+        (lambda z: losses.preference_loss(z, z, loss="log"), "'sigmoid', 'ipo', 'hinge'.*, got 'log'"),
         (lambda z: losses.preference_loss(z, z, beta=0.0), "beta must be positive"),
         (lambda z: losses.preference_loss(z, z, label_smoothing=0.5), "label_smoothing must lie in"),
         (lambda z: losses.preference_loss(z, z, label_smoothing=0.1, loss="ipo"), "not for 'ipo'"),

@@ -129,7 +129,7 @@ def test_training_needs_nothing_of_the_teacher(finished, tmp_path):
     assert main([*arguments, f"--config.teacher.path={tmp_path / 'gone'}"]) == 0
 
 
-def test_a_store_written_by_other_versions_is_the_same_store(finished):
+def test_a_store_written_by_other_versions_is_the_same_store(finished, capsys):
     path = finished / "annotations" / "manifest.json"
     text = path.read_text()
     told = json.loads(text)
@@ -137,6 +137,11 @@ def test_a_store_written_by_other_versions_is_the_same_store(finished):
     path.write_text(json.dumps(told))
     try:
         assert main(["train", "--config", MICRO, "--workdir", str(finished)]) == 0
+        told["data"]["rules"] -= 1  # spans that are not made any more
+        path.write_text(json.dumps(told))
+        assert main(["train", "--config", MICRO, "--workdir", str(finished)]) == 2
+        assert "data.rules is" in capsys.readouterr().err
+        told["data"]["rules"] += 1
         told["measured_by"]["positive"] = "another"
         path.write_text(json.dumps(told))
         assert main(["train", "--config", MICRO, "--workdir", str(finished)]) == 2
