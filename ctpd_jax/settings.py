@@ -45,7 +45,7 @@ def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 1
 
 def preference(lr: float, beta: float, **changes) -> ConfigDict:
     """Settings of a stage that trains on pairs."""
-    pairwise = {
+    pairwise: dict[str, Any] = {
         "beta": beta,  # strength of the KL term; rewards are beta times the return
         "loss": "sigmoid",  # "sigmoid", "ipo", "hinge": the table of core/losses.py
         "label_smoothing": 0.0,  # the probability that a label is wrong, for losses that have it
