@@ -166,6 +166,7 @@ def inspected_data(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
         if not known.config or not known.workdir:
             raise UserError("give --config and --workdir of a run, or --data with a data set.")
         return False
+    # Tokenizers of the command line, or those of the config; without any, rows alone are looked at.
     config = load_config(known.config, overrides)
     config.data.train = known.data
     check_config(config)

@@ -104,6 +104,7 @@ def param_sharding(mesh: Mesh) -> Callable[[tuple[str, ...], tuple[int, ...]], N
     """
 
     def sharding(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        # Named here: JAX's own error, much later, knows no parameter.
         spec = param_spec(path, shape)
         for size, axis in zip(shape, spec):
             if axis is not None and size % mesh.shape[axis]:

@@ -163,6 +163,7 @@ def training_items(
     examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int
 ) -> tuple[list[PairItem], dict[str, float]]:
     """Returns the student's items for CTPD, and figures about spans and weights that every log line repeats."""
+    # All at once on the device, then pair by pair on the host.
     values, figures = span_values(examples, weights, train, seed)
 
     def response(aligned: Aligned, value: SpanValues) -> ScoredResponse:
@@ -178,6 +179,7 @@ def training_items(
 def span_figures(pairs: Sequence[AlignedPair]) -> dict[str, float]:
     """Spans per pair, tokens per span, share of one-to-one spans, and share of the text's bytes that is covered."""
     responses = [pair.response(side) for pair in pairs for side in (CHOSEN, REJECTED)]
+    # Spans that face one token with one carry the teacher's signal most sharply.
     spans = sum(r.num_spans for r in responses)
     one_to_one = sum(
         int(((np.bincount(r.student.span_ids) == 1) & (np.bincount(r.teacher.span_ids) == 1)).sum()) for r in responses

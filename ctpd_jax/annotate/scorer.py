@@ -42,6 +42,7 @@ def make_scorer(config: DecoderConfig, compute: Compute) -> jax.stages.Wrapped:
     """
 
     def one(adapters: Params, base: Params, batch: Batch, slot_spans: Array) -> Array:
+        # A row has at most as many spans as it has scored slots, whatever responses lie in it.
         logps = scored_logprobs(config, join(base, adapters), batch, compute)
         return span_sums(logps, slot_spans, slot_spans.shape[1])
 

@@ -121,6 +121,7 @@ def to_record(pair: AlignedPair, scores: Scores) -> Record:
     Raises ValueError, naming the pair, where a score has another length than the spans.
     """
     record: Record = {"id": pair.id, "teacher_prompt": pair.teacher_prompt, "student_prompt": pair.student_prompt}
+    # Both alignments, and what every scorer measured of their spans.
     for index, side in enumerate(SIDES):
         aligned = pair.response(index)
         record[f"{side}_bytes"] = (pair.chosen_bytes, pair.rejected_bytes)[index]

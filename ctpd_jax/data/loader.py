@@ -97,6 +97,7 @@ def plan_updates(
     def parts(steps: int) -> Iterator[np.ndarray]:
         return (batch_indices(seed, step, len(items), batch_size) for step in range(steps))
 
+    # All updates are looked at: one late long pair would need a shape that nobody has compiled.
     shapes = plan_shapes(items, parts(steps), micro_batch, packing)
 
     def batches(step: int) -> list[Batch]:

@@ -70,7 +70,7 @@ def recipe(
         stage,
         model,
         settings,
-        steps or UNKNOWN_STEPS,
+        steps or max(settings.steps, 0) or UNKNOWN_STEPS,
         origin.decoder,
         compute,
         loss,

@@ -155,6 +155,7 @@ def rows(config: ConfigDict) -> dict[str, str]:
     Starts are there also where their stage is left out. Of the contrastive pair only a teacher's DPO is a model that
     somebody would use.
     """
+    # The stages in their order; then the student's before the teacher's.
     table: dict[str, str] = {}
     for stage in STAGES.values():
         if not stage.row:

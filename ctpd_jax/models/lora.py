@@ -61,6 +61,7 @@ def adapter_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
 
 def init_adapters(config: DecoderConfig, key: jax.Array) -> Params:
     """Draw float32 adapters that change nothing yet: A uniform in +-1/sqrt(in), as in PEFT, and B zero."""
+    # Keys in the order of the tree: the same seed draws the same adapters on every mesh.
     flat, tree = jax.tree.flatten_with_path(adapter_shapes(config))
 
     def fill(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:

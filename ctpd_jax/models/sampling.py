@@ -331,6 +331,7 @@ def _run_layers(
         return layer(nnx.merge(graph, weights), x, cos[kind], sin[kind], kind, own_cache)
 
     x = decoder.embed(config, params, tokens, jnp.dtype(program.dtype))
+    # One program for all layers where they are alike, or each in turn where their caches differ in length.
     if not isinstance(layers, tuple):
         return jax.lax.scan(body, x, (layers, np.asarray(config.layer_kinds, np.int32), cache))
     given = []
@@ -348,6 +349,7 @@ def _choose(program: _Program, inputs: _Inputs, logits: jax.Array, key: jax.Arra
     if not program.draw:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / inputs.temperature
+    # Each filter finds the least logit that it lets through; the second sees what the first one left.
     if program.top_k:
         least = least_kept(logits, jnp.ones_like(logits, jnp.int32), inputs.top_k)
         logits = jnp.where(logits < least, -jnp.inf, logits)

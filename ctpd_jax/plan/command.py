@@ -190,6 +190,7 @@ def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
     """FLOPs, bytes, what bounds the time, and pairs a second."""
     update, chip = plan.update, plan.topology.chip
     pairs = plan.stage.pairs * plan.topology.count // plan.stage.mesh.devices.size
+    # Each by itself: the slowest of them hides the others at best.
     times = {
         "arithmetic": update.flops / chip.flops,
         "memory": update.memory / chip.bandwidth,

@@ -83,6 +83,7 @@ def opens_as_it_is(directory: Path) -> bool:
 
     if not (directory / "tokenizer.json").exists():
         return True
+    # Numbers, contractions, white space, accents: where pre-tokenizers differ, they differ here.
     opened = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     core = Tokenizer.from_file(str(directory / "tokenizer.json"))
     texts = ["It's 1234567 x.cat(a_b)\n\n\n  DON'T\t\tnaïve 你好 12.5%", " two  spaces\r\n", "Ünïcödé e\u0301 \u00a0x"]
@@ -93,6 +94,7 @@ def opens_as_it_is(directory: Path) -> bool:
 def card_of(job: Job, row: str) -> str:
     """The model card of a row of the table. An evaluation is told only if it was of these very parameters."""
     config, stage = job.config, rows(job.config)[row]
+    # What was measured of an earlier model is not told of this one.
     measured = read_json(job.workdir / "evaluation" / "samples" / f"{row}.json")
     fresh = measured is not None and measured["inputs"]["params"] == lineage.identity(job, stage)
     annotated = read_json(job.workdir / "annotations" / MANIFEST)

@@ -175,6 +175,7 @@ def read_answers(row: Row, reading: Reading) -> list[Answer]:
 
 def compared(answers: list[Answer], ranked: str, report: Counters) -> list[tuple[Answer, Answer]]:
     """Return the better and the worse answer of each pair: the best against the worst, or all of different rank."""
+    # A tie between the best and the worst is a tie of all.
     best, worst = max(answers, key=lambda one: one.score), min(answers, key=lambda one: one.score)
     if best.score == worst.score:
         raise LeftOut("completions of one rank")

@@ -103,6 +103,7 @@ def ordinary_copy(copy: Tokenizer, control: dict[str, int]) -> tuple[Tokenizer, 
     Nothing is taken out of it, so that no id moves; the stand-ins come after all others, and each is looked for as
     its control token is: with the same flags.
     """
+    # Flags decide what a token takes of the white space around it: a stand-in must take the same.
     known = copy.get_added_tokens_decoder()
 
     def like(token_id: int, content: str, special: bool) -> AddedToken:
@@ -126,6 +127,7 @@ def bos_of_post_processor(hf: Any, name: str) -> int | None:
 
     It is that of transformers, which follows `add_bos_token` in tokenizer_config.json.
     """
+    # One word that needs no vocabulary: whatever stands before it was put there.
     word = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     word.post_processor = hf.backend_tokenizer.post_processor
     encoding = word.encode("a")

@@ -33,6 +33,7 @@ def messages(value: Any, column: str, reading: Reading) -> tuple[Message, ...]:
     """
     found = []
     for item in map(dict, records(from_json(value), column)):
+        # What is read is taken out; what is left must not change the meaning.
         role = item.pop("role") if "role" in item else item.pop("from", None)
         content = item.pop("content") if "content" in item else item.pop("value", None)
         require_understood(item, reading, "field of a message", said=(content,))
@@ -78,6 +79,7 @@ def history(value: Any, reading: Reading) -> tuple[Message, ...]:
     value = from_json(value, LISTS)
     if not isinstance(value, list) or not all(isinstance(turn, list) for turn in value):
         return messages(value, "history", reading)
+    # The older form: pairs of what the user said and what was answered.
     said = []
     for turn in value:
         if len(turn) != 2 or not all(isinstance(text, str) for text in turn):

@@ -147,6 +147,7 @@ def _values(column: Any) -> list[Any]:
         except (ValueError, OverflowError):
             return getattr(cell, "value", None)
 
+    # Whole columns are quick; cell by cell only where one of them is no value that Python has.
     try:
         return column.to_pylist()
     except (ValueError, OverflowError):

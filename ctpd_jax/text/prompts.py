@@ -63,6 +63,7 @@ def end_of_turn_id(tokenizer: TextTokenizer, template: PromptTemplate) -> int:
     That is the added token that the chat template puts after the answer, white space aside, else EOS. Raises UserError
     where neither is there, or the template refuses every conversation.
     """
+    # What the template itself puts after an answer goes before what the tokenizer calls its end.
     if template.kind == "chat":
         found = tokenizer.added_pattern.match(_after_answer(tokenizer, template))
         if found:

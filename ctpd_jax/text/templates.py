@@ -178,6 +178,7 @@ def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list
     whole = _prompt_text(template, messages)
     if not messages:
         return _pieces([whole], [])
+    # The first parting whose pieces are the whole text again is the right one.
     for frame, contents in _partings(template, messages):
         pieces = _pieces(frame, contents)
         if "".join(piece.text for piece in pieces) == whole:
@@ -241,6 +242,7 @@ def _amid_marks(template: PromptTemplate, messages: Sequence[Message]) -> tuple[
     A message that is empty, or that holds a switch such as "/no_think", may change the template's own text, and one
     that is nothing else is left without marks. One text and no words if the marks do not come back in pairs.
     """
+    # Marks that no text holds stand around each message's words, and show where the template put them.
     marked = []
     for message in messages:
         words, content = message.content.strip(), message.content

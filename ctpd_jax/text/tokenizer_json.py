@@ -225,6 +225,7 @@ def _added_spellings(token: dict[str, Any], facts: Facts, piece: bytes | None) -
 def _missing_bytes(pieces: dict[str, int], facts: Facts, name: str) -> frozenset[int]:
     """Return the bytes that no piece spells; raise UserError where texts need them."""
     letters = {byte: chr(point) for point, byte in byte_alphabet().items()}
+    # From 0xF5 on no byte occurs in UTF-8.
     missing = set()
     for byte in range(0xF5):
         if facts.byte_level:

@@ -79,6 +79,7 @@ def _check_leaves(where: Path, stored: Mapping[str, Shape], wanted: Mapping[str,
 
     With `cast` a float32 may be wanted as bfloat16.
     """
+    # Both ways: a leaf too many is as wrong as one that is missing.
     for name in [*wanted, *stored]:
         if name not in wanted or name not in stored:
             what = f"no leaf {name!r}" if name in wanted else f"a leaf {name!r} that nobody asked for"

@@ -304,6 +304,7 @@ def state_shapes(mesh: Mesh, optimizer: optax.GradientTransformation, params: Pa
     def placed(leaf: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    # Moments lie where their parameters do; counters are whole everywhere.
     opt_state = optax.tree.map_params(
         optimizer,
         lambda leaf, param: placed(leaf, param.sharding),

@@ -72,7 +72,7 @@ def test_adapters_stay_float32_and_are_merged_into_a_float32_base(runs):
     for stage, model in (("positive", "teacher"), ("train", "student")):
         files = files_of(half)
         assert dtypes(files.adapters(stage)) == {"float32"}
-        merged = lineage.merged(files, half.config, stage, model)
+        merged = lineage.merged(files, half.config, stage)
         base = lineage.base(files, half.config, stage, "float32").params
         assert dtypes(merged) == {"float32"}
         adapters = files.adapters(stage)["model"]["layers"]["mlp"]["up_proj"]
@@ -82,9 +82,7 @@ def test_adapters_stay_float32_and_are_merged_into_a_float32_base(runs):
         np.testing.assert_allclose(after, before + delta, atol=1e-6)
         assert np.abs(delta).max() > 1e-4
     _, exported = load_hf(half.workdir / "export")
-    jax.tree.map(
-        np.testing.assert_array_equal, exported, lineage.merged(files_of(half), half.config, "train", "student")
-    )
+    jax.tree.map(np.testing.assert_array_equal, exported, lineage.merged(files_of(half), half.config, "train"))
 
 
 def test_two_adapters_over_one_bfloat16_base_read_together(runs):

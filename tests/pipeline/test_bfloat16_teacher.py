@@ -38,7 +38,7 @@ SOURCES = {
 
 def merged(job, stage: str):
     """The teacher that a stage left, float32 and whole."""
-    return lineage.merged(files_of(job), job.config, stage, "teacher")
+    return lineage.merged(files_of(job), job.config, stage)
 
 
 def read(workdir: Path) -> list:
@@ -84,7 +84,7 @@ def test_what_rounding_leaves_of_the_weights_is_told_where_it_takes_some(runs):
 def test_parameters_are_the_float32_ones_rounded(runs):
     _, _, run = runs
     for stage in ("teacher_sft", "positive"):
-        (config, half), exact = reading_model(run, stage, "teacher"), merged(run, stage)
+        (config, half), exact = reading_model(run, stage, run.own), merged(run, stage)
         assert dtypes(exact) == {"float32"}
         adapters, base = split(half)
         assert bool(adapters) == (config.lora is not None)
@@ -95,13 +95,13 @@ def test_parameters_are_the_float32_ones_rounded(runs):
             half = merge(config, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base), adapters)
         for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(exact), strict=True):
             np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=2**-8 * float(np.abs(b).max()))
-    assert dtypes(reading_model(run, "student_sft", "student")[1]) == {"float32"}
+    assert dtypes(reading_model(run, "student_sft", run.own)[1]) == {"float32"}
 
 
 def test_what_is_sampled_is_what_is_scored(runs):
     """Token by token: the likeliest one of the model that annotation reads."""
     _, _, run = runs
-    config, params = reading_model(run, "positive", "teacher")
+    config, params = reading_model(run, "positive", run.own)
     text, pairs = text_of(run, "teacher"), load_pairs(run, "train")
     prompts = [pairs.raw[pair.id].prompt for pair in pairs.aligned[:2]]
     answers = sample(text, config, params, prompts, Sampling(max_new_tokens=3), "float32")
@@ -130,7 +130,7 @@ def test_no_wider_copy_is_read(runs, monkeypatch):
 
     for name in ("load_hf", "load_params"):
         monkeypatch.setattr(lineage, name, spied(getattr(lineage, name)))
-    reading_model(run, "positive", "teacher")
+    reading_model(run, "positive", run.own)
     wide = [path for tree in trees for path, leaf in jax.tree.leaves_with_path(tree) if leaf.dtype != jnp.bfloat16]
     assert trees and all("lora" in path[-1].key or "norm" in path[-2].key for path in wide)
 

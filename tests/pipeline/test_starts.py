@@ -79,7 +79,7 @@ def first_figures(run: Job, stage: str, model: str, items: list) -> dict[str, fl
 def test_a_dpo_begins_at_its_reference(tmp_path, sft, base, teacher_weights):
     run = made(tmp_path, "teacher", "positive", sft, base, teacher_weights)
     pairs = load_pairs(run, "train")
-    items = dpo_items(pairs.aligned, "teacher", reference_of(run, pairs, "positive", "teacher"))
+    items = dpo_items(pairs.aligned, "teacher", reference_of(run, pairs, "positive"))
     figures = first_figures(run, "positive", "teacher", items)
     assert abs(figures["rewards/margins"]) <= 1e-5 and abs(figures["rewards/weighted_margins"]) <= 1e-5
     assert abs(figures["rewards/chosen"]) <= 5e-5  # no common shift either, up to float32's rounding of some 100 nats
@@ -92,7 +92,7 @@ def test_ctpd_begins_at_the_start_that_was_annotated(tmp_path, sft, base, teache
     config.weights.source = "random"
     config.train.reference = "student"
     pairs = load_pairs(run, "train")
-    start = score(run, pairs, {"start": "student_sft"}, "student", base_dtype(config, "train"))["start"]
+    start = score(run, pairs, {"start": "student_sft"}, base_dtype(config, "train"))["start"]
     examples = [
         (pair, {side: {"start": values} for side, values in zip(SIDES, both)})
         for pair, both in zip(pairs.aligned, start, strict=True)
@@ -113,7 +113,7 @@ def test_sft_is_kept_beside_a_bfloat16_base(tmp_path):
     joined = origin.params["model"]["layers"]["self_attn"]["q_proj"]
     scale = adapted(run, "positive", "teacher").lora.scale
     merged = joined["weight"].astype(jnp.float32) + scale * joined["lora_b"] @ joined["lora_a"]
-    exact = lineage.merged(files, config, "teacher_sft", "teacher")["model"]["layers"]["self_attn"]["q_proj"]["weight"]
+    exact = lineage.merged(files, config, "teacher_sft")["model"]["layers"]["self_attn"]["q_proj"]["weight"]
     before = files.checkpoint("teacher", "float32")["model"]["layers"]["self_attn"]["q_proj"]["weight"]
     np.testing.assert_allclose(merged - before.astype(jnp.bfloat16), exact - before, atol=1e-6)
     assert set(origin.decoder.lora.targets) == {"q_proj", "o_proj", "up_proj"}

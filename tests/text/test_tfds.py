@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import HELPERS
 from helpers.tfds_package.pairs import rows
 
 from ctpd_jax.errors import UserError
@@ -56,7 +56,7 @@ def test_neither_tensorflow_nor_jax_is_imported(data_dir):
         f"pairs, _ = load_preferences({SPEC!r}, data_dir={str(data_dir)!r});"
         "assert len(pairs) == 9; assert 'tensorflow' not in sys.modules; assert 'jax' not in sys.modules"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HELPERS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -45,6 +45,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
     if raw is None:
         raise UserError(f"There is no {path.name} in {path.parent}: it is not a Hugging Face model folder.")
     config = from_hf(raw, where=str(path))
+    # Some models say only there what ends their answers.
     generation = path.with_name("generation_config.json")
     more_eos = _token_ids(Fields(read_object(generation) or {}, str(generation)), "eos_token_id", config.vocab_size)
     return replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + more_eos)))

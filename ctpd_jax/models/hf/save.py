@@ -125,6 +125,7 @@ def _tensors(
 ) -> tuple[list[TensorToWrite], dict[str, np.dtype]]:
     """Return the checkpoint's tensors in the order of the table, and their dtypes by name."""
     found, dtypes = dict(leaves(params)), {}
+    # A stacked parameter is as many tensors as it has layers; none is fetched before it is written.
     tensors: list[TensorToWrite] = []
     for path, entry in load.tensor_table(config).items():
         kind = jnp.dtype(dtype or found[path].dtype)
@@ -180,6 +181,7 @@ def _read_back(
 ) -> None:
     """Hold the written folder against what was meant: the config, and every byte of every tensor."""
     try:
+        # The config, field by field, then as many tensors as were meant, then every byte of them.
         found = read_config(directory)
         for field in dataclasses.fields(config):
             meant, there = getattr(config, field.name), getattr(found, field.name)
