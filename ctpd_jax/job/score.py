@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ from ctpd_jax.annotate.scorer import Scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import Column, shard_ranges
 from ctpd_jax.artifacts import read_json, write_json
 from ctpd_jax.data.loader import padding, plan_shapes
-from ctpd_jax.data.packing import PackingConfig, in_words
-from ctpd_jax.data.rows import BatchShape, PairItem
+from ctpd_jax.data.packing import in_words
+from ctpd_jax.data.rows import PairItem
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job
@@ -144,7 +144,8 @@ def _measure(
     with Progress(len(pairs.aligned), f"{pairs.split}/{what}", done, unit="pair") as progress:
         for shard in missing:
             places = ranges[shard]
-            scores = read(scorer, items, places, spans, micro_batch, rows, shapes, progress.update)
+            part = [items[i] for i in places], [spans[i] for i in places]
+            scores = score_pairs(scorer, *part, micro_batch, rows, shapes, progress.update)
             for (one, column), own in zip(found.items(), scores, strict=True):
                 _check_finite(job, one, stages[one], pairs.aligned, places, own)
                 column.write(shard, [values for both in own for values in both])
@@ -164,6 +165,8 @@ def reader(job: Job, stages: tuple[str, ...], dtype: str) -> tuple[Scorer, Any]:
     program = what.program()
 
     def scorer(batch: Batch, slot_spans: Array) -> Array:
+        # Before every batch: a shard of a large teacher takes longer than the grace of a preemption.
+        preempt.check("the shards that are written are kept")
         return program(adapters, base, place_batch(mesh, batch), place_rows(mesh, slot_spans))
 
     return scorer, program
@@ -181,27 +184,6 @@ def items_of(job: Job, pairs: Pairs, model: Model, instruction: str | None = Non
 def spans_of(pairs: Sequence[AlignedPair], model: Model) -> list[tuple[np.ndarray, np.ndarray]]:
     """The span ids of every pair's chosen and rejected tokens, int32 [T] each."""
     return [(pair.tokens(model, CHOSEN).span_ids, pair.tokens(model, REJECTED).span_ids) for pair in pairs]
-
-
-def read(
-    scorer: Scorer,
-    items: Sequence[PairItem],
-    places: Sequence[int],
-    spans: Sequence[tuple[np.ndarray, np.ndarray]],
-    micro_batch: int,
-    rows: PackingConfig,
-    shapes: Sequence[BatchShape],
-    done: Callable[[int], object] = lambda pairs: None,
-) -> list[Measured]:
-    """Each column's span log-probabilities of the pairs at `places`, in batches of planned shapes."""
-    some, own = [items[i] for i in places], [spans[i] for i in places]
-
-    def score(batch: Batch, slot_spans: Array) -> Array:
-        # Not after the shard: one of a large teacher takes longer than the grace of a preemption.
-        preempt.check("the shards that are written are kept")
-        return scorer(batch, slot_spans)
-
-    return score_pairs(score, some, own, micro_batch, rows, shapes, done)
 
 
 def _check_finite(

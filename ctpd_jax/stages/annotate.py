@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ctpd_jax.annotate.scorer import score_pairs
 from ctpd_jax.annotate.store import shard_ranges, to_record, write_store
 from ctpd_jax.artifacts import kept, sha256_file, write_json
 from ctpd_jax.data.loader import plan_shapes
@@ -20,7 +21,7 @@ from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of, dtype_of, text_digest, weights_digest
 from ctpd_jax.job.pairs import Pairs, load_pairs
 from ctpd_jax.job.recipe import packing, passes
-from ctpd_jax.job.score import Measured, items_of, read, reader, score, shard_size, spans_of
+from ctpd_jax.job.score import Measured, items_of, reader, score, shard_size, spans_of
 from ctpd_jax.job.table import Column, columns, left_out
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import SIDES
@@ -193,10 +194,11 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
     for wide in (True, False):
         sums: list[np.ndarray] = []
         for column in both.values():
-            items = items_of(job, pairs, column.model)
+            items = items_of(job, pairs, column.model)[: len(places)]
+            spans = spans_of(pairs.aligned[: len(places)], column.model)
             scorer, _ = reader(job, (column.stage,), "float32" if wide else column.dtype)
             shapes = plan_shapes(items, [places], micro_batch, rows)
-            (found,) = read(scorer, items, places, spans_of(pairs.aligned, column.model), micro_batch, rows, shapes)
+            (found,) = score_pairs(scorer, items, spans, micro_batch, rows, shapes)
             sums.append(np.concatenate([values for sides in found for values in sides]))
             del scorer  # and its model
         ratios.append(sums[0] - sums[1])
