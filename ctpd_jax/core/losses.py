@@ -237,9 +237,11 @@ def response_returns(
     >>> response_returns(logps, weights, ids, jnp.array([[-4.0, -4.0]]))
     Array([[-1.,  1.]], dtype=float32)
     """
-    # Every token is multiplied once and added once: this line is all that the weights are to training.
-    c = at_least_float32(constants)
-    return response_sums(weighted(token_logps, token_weights), response_ids, c.size).reshape(c.shape) - c
+    # Every token is multiplied once and added once: this is all that the weights are to training. A token of weight 0
+    # loses its response rather than its value: a select behind the product would keep XLA from fusing it into the sum.
+    c, weights = at_least_float32(constants), at_least_float32(token_weights)
+    ids = jnp.where(weights != 0, jnp.asarray(response_ids), -1)
+    return response_sums(at_least_float32(token_logps) * weights, ids, c.size).reshape(c.shape) - c
 
 
 def reward_coefficients(

@@ -6,7 +6,9 @@ With "logits" instead of arguments it compiles what must not be: the logits of a
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # it runs as a script, and the helpers are a package
 from ctpd_jax.plan.chips import devices_of, parse_topology, quiet_compiler
 
 if sys.argv[1] != "logits":
