@@ -18,7 +18,6 @@ from toy import world_on_disk
 # the two whole runs that several files share are not asked for by both workers at once.
 MEDIUM = (
     "plan/test_planner.py",
-    "plan/test_plan_is_the_run.py",
     "pipeline/test_bfloat16_teacher.py",
     "pipeline/test_bfloat16_base.py",
     "train/test_step.py",

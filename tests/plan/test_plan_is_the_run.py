@@ -25,7 +25,7 @@ CASES = {
     "adapters, bfloat16, packed": [*ADAPTERS, *HALF, "--config.annotate.teacher_weights=bfloat16",
                                    "--config.rows.packed=yes", "--config.student_dpo.steps=-1"],
 }  # fmt: skip
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "adapters"]
+pytestmark = pytest.mark.slow
 
 
 class Spy:
@@ -44,7 +44,7 @@ class Spy:
         return self.program._cache_size()
 
 
-@pytest.mark.parametrize("case", ["adapters", *SLOW])
+@pytest.mark.parametrize("case", CASES)
 def test_the_plan_lists_the_programs_that_a_run_compiles(tmp_path, monkeypatch, case):
     training: dict[str, dict[str, BatchShape]] = {}
     reading: dict[str, BatchShape] = {}
