@@ -115,6 +115,7 @@ def test_models_that_cannot_be_made_are_told_with_the_reason(tmp_path, monkeypat
         toy.on_disk._make_models_apart(tmp_path / "models", 0)
 
 
+@pytest.mark.slow
 def test_the_models_are_those_of_an_undisturbed_jax(tmp_path, monkeypatch):
     """Two processes at once, told other things about JAX: one world, which both find; no JAX in either."""
     code = (
