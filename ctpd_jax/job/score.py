@@ -146,11 +146,14 @@ def _measure(
             places = ranges[shard]
             part = [items[i] for i in places], [spans[i] for i in places]
             scores = score_pairs(scorer, *part, micro_batch, rows, shapes, progress.update)
-            for (one, column), own in zip(found.items(), scores, strict=True):
+            # The line comes before the files: a process killed between them leaves a shard that is missing, which
+            # is told anew, and never one that nobody told.
+            for one, own in zip(found, scores, strict=True):
                 _check_finite(job, one, stages[one], pairs.aligned, places, own)
-                column.write(shard, [values for both in own for values in both])
             compiled = compiled_programs(name, program, len(shapes))
             job.log.log(name, shard, {"pairs": len(places), "compiled_programs": compiled})
+            for column, own in zip(found.values(), scores, strict=True):
+                column.write(shard, [values for both in own for values in both])
 
 
 def reader(job: Job, stages: tuple[str, ...], dtype: str) -> tuple[Scorer, Any]:
