@@ -71,5 +71,6 @@ def dpo_items(pairs: Sequence[AlignedPair], model: Model, reference: Measured, s
             ids = pair.tokens(model, side).ids
             total = float(scores[side].sum(dtype=np.float64))
             responses.append(ScoredResponse(ids, np.ones(len(ids), np.float32), total, total, total))
-        items.append(PairItem(pair.prompt(model), *(responses[::-1] if swapped else responses)))
+        chosen, rejected = reversed(responses) if swapped else responses
+        items.append(PairItem(pair.prompt(model), chosen, rejected))
     return items
