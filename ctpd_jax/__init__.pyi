@@ -1,4 +1,5 @@
 # The public interface: __init__.py reads this file, so a name is public where, and only where, it stands here.
+from .core.baselines import uld_distance
 from .core.logprobs import token_logprobs
 from .core.losses import (
     LossOutput,
@@ -55,6 +56,7 @@ __all__ = [
     "span_targets",
     "tis_dpo_loss",
     "token_logprobs",
+    "uld_distance",
     "unembedding",
 ]
 
