@@ -79,7 +79,8 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
     if known.command == "sft":
         return [f"{known.model}_sft"] if known.model else ["teacher_sft", "student_sft"]
     if known.command == "dpo":
-        return ["student_dpo" if known.student else "negative" if known.reverse else "positive"]
+        both = ("student_dpo", "student_reverse") if known.student else ("positive", "negative")
+        return [both[known.reverse]]
     return [known.command]
 
 

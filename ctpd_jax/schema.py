@@ -120,6 +120,15 @@ class SpanSlots(NamedTuple):
     share: Array  # float32: 1 / the response's spans at a span's first slot, 0 at its others and in padding
 
 
+class TeacherTokens(NamedTuple):
+    """What the teacher makes of each row's response. U: its own tokens of the response, F: figures of each."""
+
+    features: Array  # float32 [R, U, F]: its largest probabilities in descending order, or its last hidden state
+    inputs: Array  # int32 [R, U]: the teacher's token before, on which the prediction stands
+    targets: Array  # int32 [R, U]: the teacher's token
+    real: Array  # bool [R, U]
+
+
 class Batch(NamedTuple):
     """Rows of tokens, and the tokens in them that are scored. A JAX pytree of static shapes.
 
@@ -142,6 +151,7 @@ class Batch(NamedTuple):
     label: Array | None = None  # float32 [P]: probability that the chosen response is the better one
     pair_weight: Array | None = None  # float32 [P]: how much the pair counts
     spans: SpanSlots | None = None  # [R, K] each: what the spans of span regression shall come to
+    teacher: TeacherTokens | None = None  # [R, U, ...]: for distillation, where a row is a response
 
     def per_pair(self) -> tuple[str, ...]:
         """The fields that belong to pairs; the others have a row for their first axis."""

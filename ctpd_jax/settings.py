@@ -54,6 +54,20 @@ def preference(lr: float, beta: float, **changes) -> ConfigDict:
     return training(lr, **pairwise, **changes)
 
 
+def distilling(ce_weight: float = 1.0, weight: float = 1.0, **changes) -> ConfigDict:
+    """Settings of a stage that learns the teacher's distributions.
+
+    `top_k`: how many of its probabilities are kept, the largest ones. `projector_lr`: peak learning rate of the
+    matrices between the two models' spaces.
+    """
+    shared: dict[str, Any] = {
+        "teacher": "teacher_sft",  # whose distributions: "teacher_sft", or "positive", the teacher's DPO
+        "ce_weight": ce_weight,  # of the chosen response's mean negative log-likelihood
+        "weight": weight,  # of what is distilled
+    }
+    return training(2e-6, steps=-1, warmup=0.05, **shared, **changes)
+
+
 def model() -> ConfigDict:
     return ConfigDict(
         {
@@ -154,6 +168,13 @@ def default_config() -> ConfigDict:
                 normalize="none",  # "span", "byte", "start" (margin relative to the student's start)
             ),
             "student_dpo": preference(lr=1e-6, beta=0.1, steps=-1),  # the plain DPO student, for comparison
+            # TIS-DPO of the student, weights from student_dpo and student_reverse: mu, k, lower, upper of `weights`.
+            "student_reverse": preference(lr=1e-6, beta=0.1, steps=-1),
+            "student_tis": preference(lr=1e-6, beta=0.1, steps=-1),
+            # Logit distillation on the chosen responses (docs/method.md, Baselines), from the start of the student.
+            "student_uld": distilling(top_k=128, ce_weight=0.5, weight=0.5),
+            "student_ot": distilling(top_k=50, weight=0.15),
+            "student_dskd": distilling(temperature=2.0, projector_lr=1e-3),
             "evaluate": {
                 "samples": 2,  # answers to draw from every model, from one held-out prompt after the other
                 "temperature": 0.7,
@@ -319,12 +340,24 @@ def check_config(config: ConfigDict) -> None:
         require(frozen, f"{stage}.lora.base", f"without adapters ({stage}.lora.rank 0) parameters train in float32")
         if "beta" in settings:
             require_ranges(OF_PREFERENCES, f"{stage}.")
+        if "teacher" in settings:
+            known = settings.teacher in ("teacher_sft", "positive")
+            require(known, f"{stage}.teacher", "choose one of teacher_sft, positive")
+            dpo = (
+                "positive" in CONTRASTIVE.get(config.weights.source, ()) and config.weights.positive_scorer == "teacher"
+            )
+            lacking = settings.teacher == "positive" and settings.steps != -1 and not dpo
+            require(not lacking, f"{stage}.teacher", "this config's weights train no such teacher")
+            numbers = " ".join(name for name in ("top_k", "temperature", "projector_lr") if name in settings)
+            require_ranges(((numbers, POSITIVE), ("ce_weight weight", NOT_NEGATIVE)), f"{stage}.")
 
     # 4. What does not go together.
     weights = config.weights
     require(weights.lower < weights.upper, "weights.lower", "it has to lie below weights.upper")
     for stage in CONTRASTIVE.get(weights.source, ()):
         require(config[stage].steps >= 0, f"{stage}.steps", f"weights.source {weights.source!r} needs that stage")
+    for stage in ("student_dpo", "student_reverse") if config.student_tis.steps != -1 else ():
+        require(config[stage].steps >= 0, f"{stage}.steps", "student_tis takes its weights from that stage")
     train = config.train
     asks = {"regression": True, "mixed": True, "margin": train.teacher_margin != "none"}.get(train.objective, False)
     taught = weights.source not in ("uniform", "random")

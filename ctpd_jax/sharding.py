@@ -40,6 +40,7 @@ RULES: Mapping[tuple[str, str], tuple[str | None, ...]] = {
     **{(name, "bias"): ("tensor",) for name in _COLUMN},
     **{(name, "lora_a"): (None, "fsdp") for name in _COLUMN},
     **{(name, "lora_b"): ("tensor", None) for name in _COLUMN},
+    **{(name, "weight"): (None, "fsdp") for name in ("query", "student_to_teacher", "teacher_to_student")},
     **{(name, "weight"): _IN for name in _ROW},
     **{(name, "bias"): (None,) for name in _ROW},
     **{(name, "lora_a"): (None, "tensor") for name in _ROW},
@@ -157,6 +158,11 @@ def place_batch(mesh: Mesh, batch: Batch) -> Batch:
 def place_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
     """Place an array [R, ...], the same on every process, spread by rows."""
     return _place(array, NamedSharding(mesh, P(ROWS)))
+
+
+def place_like(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Place an array, the same on every process, as its shape says."""
+    return _place(array, shape.sharding)
 
 
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -10,7 +10,7 @@ from ctpd_jax.job.table import PLANNED, STAGES
 COMMANDS = {
     "run": "every stage in order; picks up where it stopped",
     "sft": "supervised fine-tuning of teacher and student",
-    "dpo": "the contrastive pair: DPO, and with --reverse the pair swapped; --student: the plain DPO student",
+    "dpo": "the contrastive pair: DPO, and with --reverse the pair swapped; --student: the same of the student",
     # Every other stage has a command of its own name.
     **{name: stage.says for name, stage in STAGES.items() if stage.kind not in ("sft", "dpo")},
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
@@ -81,9 +81,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "sft":
             command.add_argument("--model", choices=["teacher", "student"], help="only this one")
         if name == "dpo":
-            which = command.add_mutually_exclusive_group()
-            which.add_argument("--reverse", action="store_true", help="train the negative model, sides swapped")
-            which.add_argument("--student", action="store_true", help="train the plain DPO student, for comparison")
+            command.add_argument("--reverse", action="store_true", help="train the negative model, sides swapped")
+            command.add_argument("--student", action="store_true", help="of the plain DPO student, for comparison")
         if name == "inspect":
             command.add_argument("--pair", type=int, default=0, metavar="N", help="the N-th pair of the training data")
             command.add_argument("--data", metavar="FILE", help="a data set, as config.data.train takes it")
@@ -126,7 +125,7 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
         default="ctpd",
         metavar="ROW",
         help="which model of the run, by its name in the evaluation's table: student_start, student_dpo, ctpd, "
-        "teacher, teacher_dpo (default: ctpd)",
+        "teacher, teacher_dpo, or a baseline's such as student_tis (default: ctpd)",
     )
     which.add_argument(
         "--folder",

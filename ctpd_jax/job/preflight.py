@@ -55,7 +55,8 @@ def check_everything(job: Job) -> None:
     for stage in TRAINED:
         if not left_out(job.config, stage):
             steps_per_epoch(len(pairs.aligned), job.config[stage].batch_size)
-            recipe(job.config, stage, decoder_of(job, trained_model(job.config, stage)), job.mesh)
+            own, teacher = decoder_of(job, trained_model(job.config, stage)), decoder_of(job, "teacher")
+            recipe(job.config, stage, own, job.mesh, teacher=teacher)
 
 
 def check_readers(job: Job) -> None:

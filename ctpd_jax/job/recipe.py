@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.lineage import Shapes
 from ctpd_jax.job.models import compute_on
-from ctpd_jax.job.table import base_dtype, columns, is_sft, left_out, trained_model
+from ctpd_jax.job.table import STAGES, base_dtype, columns, is_sft, left_out, trained_model
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
@@ -26,13 +27,20 @@ from ctpd_jax.models.hf.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import row_devices, shard_shapes
+from ctpd_jax.train.distill import distill_sums, method_of, projector_shapes
 from ctpd_jax.train.loop import Objective, Recipe, preference_sums, sft_sums
 
 UNKNOWN_STEPS = 100  # where no data says how many updates there are; no shape depends on it
 
 
 def recipe(
-    config: ConfigDict, stage: str, decoder: DecoderConfig, mesh: Mesh, steps: int = 0, platform: str | None = None
+    config: ConfigDict,
+    stage: str,
+    decoder: DecoderConfig,
+    mesh: Mesh,
+    steps: int = 0,
+    platform: str | None = None,
+    teacher: DecoderConfig | None = None,
 ) -> Recipe:
     """What a training stage executes on a mesh.
 
@@ -40,6 +48,7 @@ def recipe(
         decoder: of the model that it trains, as the user brought it.
         steps: updates; 0 where they are not known.
         platform: "tpu" where the mesh's devices only stand for some.
+        teacher: of the model whose distributions are learnt, for distillation.
 
     Raises:
         UserError: such a model cannot be trained, or not so: adapters on matrices that it does not have, an attention
@@ -64,7 +73,16 @@ def recipe(
     # What it minimises.
     loss: Callable = partial(sft_sums, origin.decoder, compute)
     extra: tuple[str, ...] = ()
-    if not is_sft(config, stage):
+    if teacher is not None and STAGES[stage].kind == "distill":
+        loss, extra = (
+            partial(distill_sums, method_of(stage, settings, teacher), settings, origin.decoder, compute),
+            ("teacher",),
+        )
+        if "projector_lr" in settings:  # DSKD: matrices between the two spaces, and the teacher's unembedding
+            head = jax.ShapeDtypeStruct((teacher.vocab_size, teacher.hidden_size), jnp.float32)
+            trainable = trainable | {"projectors": projector_shapes(decoder, teacher)}
+            frozen = frozen | {"teacher": {"lm_head": {"weight": head}}}
+    elif not is_sft(config, stage):
         objective, extra = objective_of(settings)
         loss = partial(preference_sums, origin.decoder, objective, compute)
     return Recipe(

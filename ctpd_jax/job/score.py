@@ -33,7 +33,12 @@ Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabiliti
 
 
 def score(
-    job: Job, pairs: Pairs, stages: Mapping[str, str], dtype: str, instruction: str | None = None
+    job: Job,
+    pairs: Pairs,
+    stages: Mapping[str, str],
+    dtype: str,
+    instruction: str | None = None,
+    by_token: bool = False,
 ) -> dict[str, Measured]:
     """Has the models that stages left read a split, in one pass.
 
@@ -41,6 +46,7 @@ def score(
         stages: column -> stage; several only as adapters of one shape over one base.
         dtype: of their parameters.
         instruction: put before every prompt.
+        by_token: the log-probability of every token of theirs, rather than of every span.
 
     Returns:
         What each column holds. Shards that are on disk already, measured by the same models, are not read again.
@@ -48,7 +54,7 @@ def score(
 
     # 1. What is missing. One process says so: each from its own view of a shared folder could leave a shard to nobody.
     def columns_of() -> dict[str, Column]:
-        return {one: _column(job, pairs, one, stage, dtype, instruction) for one, stage in stages.items()}
+        return {one: _column(job, pairs, one, stage, dtype, instruction, by_token) for one, stage in stages.items()}
 
     def look() -> tuple[int, list[int]]:
         size = shard_size(job, pairs.split)
@@ -65,7 +71,7 @@ def score(
     missing = missing[jax.process_index() :: jax.process_count()]
     with preempt.apart(f"{pairs.split}/{'+'.join(stages)} is measured"):
         if missing:
-            _measure(job, pairs, stages, dtype, instruction, found, ranges, missing)
+            _measure(job, pairs, stages, dtype, instruction, by_token, found, ranges, missing)
 
     # 3. Everything that was measured, from disk.
     measured = {}
@@ -102,7 +108,9 @@ def _home(split: Split) -> str:
     return "annotations" if split == "train" else "evaluation"
 
 
-def _column(job: Job, pairs: Pairs, name: str, stage: str, dtype: str, instruction: str | None) -> Column:
+def _column(
+    job: Job, pairs: Pairs, name: str, stage: str, dtype: str, instruction: str | None, by_token: bool = False
+) -> Column:
     identity = {
         "params": lineage.identity(job, stage),
         "model": trained_model(job.config, stage),
@@ -110,6 +118,7 @@ def _column(job: Job, pairs: Pairs, name: str, stage: str, dtype: str, instructi
         "instruction": instruction,
         "data": pairs.identity,
         "compute": dtype_of(job.config, job.mesh),
+        **({"of": "tokens"} if by_token else {}),
     }
     # Held-out scores are cheap and follow whatever was trained last; annotations are not thrown away unasked.
     return Column(job.workdir / _home(pairs.split), name, identity, pairs.split == "test", first_process())
@@ -121,6 +130,7 @@ def _measure(
     stages: Mapping[str, str],
     dtype: str,
     instruction: str | None,
+    by_token: bool,
     found: Mapping[str, Column],
     ranges: Sequence[range],
     missing: Sequence[int],
@@ -130,7 +140,7 @@ def _measure(
     name = f"{_home(pairs.split)}/{what}"
 
     # 1. The model's view of the pairs, in rows of a few shapes.
-    items, spans = items_of(job, pairs, model, instruction), spans_of(pairs.aligned, model)
+    items, spans = items_of(job, pairs, model, instruction), spans_of(pairs.aligned, model, by_token)
     rows, micro_batch = packing(job.config, job.own), job.config.annotate.micro_batch
     shapes = plan_shapes(items, ranges, micro_batch, rows)
     job.say(f"{name}: {in_words(padding(items, ranges[:16], micro_batch, rows, shapes))}")
@@ -184,8 +194,11 @@ def items_of(job: Job, pairs: Pairs, model: Model, instruction: str | None = Non
     return [plain_item(pair, model, text.prompt(steered(pairs.raw[pair.id], pair.dropped))) for pair in pairs.aligned]
 
 
-def spans_of(pairs: Sequence[AlignedPair], model: Model) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The span ids of every pair's chosen and rejected tokens, int32 [T] each."""
+def spans_of(pairs: Sequence[AlignedPair], model: Model, by_token: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The span ids of every pair's chosen and rejected tokens, int32 [T] each; by token, each is a span of its own."""
+    if by_token:
+        ids = [[len(pair.tokens(model, side).ids) for side in (CHOSEN, REJECTED)] for pair in pairs]
+        return [(np.arange(chosen, dtype=np.int32), np.arange(rejected, dtype=np.int32)) for chosen, rejected in ids]
     return [(pair.tokens(model, CHOSEN).span_ids, pair.tokens(model, REJECTED).span_ids) for pair in pairs]
 
 

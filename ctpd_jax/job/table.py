@@ -30,7 +30,7 @@ class Stage:
 
     @property
     def trains(self) -> bool:
-        return self.kind in ("sft", "dpo", "train")
+        return self.kind in ("sft", "dpo", "train", "tis", "distill")
 
 
 STAGES = {
@@ -60,6 +60,26 @@ STAGES = {
             model="student", row="student_dpo",
         ),
         Stage(
+            "student_reverse", "dpo", "ctpd dpo --student --reverse", "student, leaning to the rejected responses",
+            model="student",
+        ),
+        Stage(
+            "student_tis", "tis", "ctpd student_tis", "student, TIS-DPO with a contrastive pair of its own",
+            model="student", row="student_tis",
+        ),
+        Stage(
+            "student_uld", "distill", "ctpd student_uld", "student, ULD of the teacher's sorted probabilities",
+            model="student", row="student_uld",
+        ),
+        Stage(
+            "student_ot", "distill", "ctpd student_ot", "student, Multi-Level OT of the teacher's sorted probabilities",
+            model="student", row="student_ot",
+        ),
+        Stage(
+            "student_dskd", "distill", "ctpd student_dskd", "student, DSKD of the teacher's hidden states",
+            model="student", row="student_dskd",
+        ),
+        Stage(
             "train", "train", "ctpd train", "student, CTPD on the annotated data",
             model="student", row="ctpd",
         ),
@@ -71,7 +91,12 @@ STAGES = {
     )
 }  # fmt: skip
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
-PLANNED = (*TRAINED, "annotate")  # what runs programs of its own
+# What runs programs of its own, and is planned: distillation is not, its programs depend on the teacher's tokens too.
+PLANNED = (*(name for name in TRAINED if STAGES[name].kind != "distill"), "annotate")
+# Students that other methods make of the same start: they stand beside CTPD, and nothing else needs them.
+BASELINES = tuple(
+    name for name in TRAINED if STAGES[name].model == "student" and STAGES[name].starts_from and name != "train"
+)
 
 
 # ------------------------------------------------------------------------------------------------ asked of a config
@@ -98,7 +123,9 @@ def left_out(config: ConfigDict, stage: str) -> bool:
 
 def is_sft(config: ConfigDict, stage: str) -> bool:
     """Whether a stage learns single responses rather than pairs."""
-    return STAGES[stage].kind == "sft" or (stage in ("positive", "negative") and config.weights.source == "sft")
+    return STAGES[stage].kind in ("sft", "distill") or (
+        stage in ("positive", "negative") and config.weights.source == "sft"
+    )
 
 
 def base_dtype(config: ConfigDict, stage: str) -> str:
@@ -179,5 +206,5 @@ def row_starts(config: ConfigDict) -> dict[str, str]:
 
 def way_to(config: ConfigDict, row: str) -> dict[str, str]:
     """What the training stages on the way to a student of the table make, in words."""
-    way = [name for name in TRAINED if name != "student_dpo"] if row == "ctpd" else ["student_sft"]
+    way = [name for name in TRAINED if name not in BASELINES] if row == "ctpd" else ["student_sft"]
     return {name: STAGES[name].says.format(model=trained_model(config, name)) for name in way}

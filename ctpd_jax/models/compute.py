@@ -30,10 +30,20 @@ class Compute:
 
 def scored_logprobs(config: DecoderConfig, params: Params, batch: Batch, compute: Compute) -> Array:
     """Returns log pi(target | everything before) of each scored slot: float32 [R, K], 0 in padding."""
+    return logprobs_of(config, params, scored_states(config, params, batch, compute), batch, compute)
+
+
+def scored_states(config: DecoderConfig, params: Params, batch: Batch, compute: Compute) -> Array:
+    """Returns the hidden state that predicts each scored slot: [R, K, D] in the compute dtype."""
     mesh, dtype = compute.mesh, jnp.dtype(compute.dtype)
     hidden = hidden_states(config, params, batch.tokens, batch.layout, compute.remat, dtype, compute.attention, mesh)
     # Only scored positions meet the vocabulary: a prompt's logits would cost as much and nobody asks for them.
-    scored = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)  # [R, K, D]
+    return jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
+
+
+def logprobs_of(config: DecoderConfig, params: Params, scored: Array, batch: Batch, compute: Compute) -> Array:
+    """Returns what `scored_logprobs` does, given the states [R, K, D]."""
+    mesh = compute.mesh
     head = unembedding(config, params).astype(scored.dtype)
     # The block of logits is spread over the devices, so that each may have one of the usual size.
     chunk = max(1, BLOCK_BYTES // (4 * config.vocab_size)) * (1 if mesh is None else mesh.devices.size)

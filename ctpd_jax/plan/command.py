@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.errors import UserError
-from ctpd_jax.job.table import PLANNED, is_sft, left_out, trained_model
+from ctpd_jax.job.table import PLANNED, TRAINED, is_sft, left_out, trained_model
 from ctpd_jax.plan.chips import GIB, Topology, devices_of, has_compiler, parse_topology
 from ctpd_jax.plan.planner import (
     Candidate,
@@ -87,7 +87,12 @@ def chosen(arguments: argparse.Namespace, config: ConfigDict) -> list[str]:
                 f"--stage {stage}: the config leaves it out. To plan it, give --config.{stage}.steps=0"
                 + (" and --config.weights.source=dpo." if stage in ("positive", "negative") else ".")
             )
-    return arguments.stage or [stage for stage in PLANNED if not left_out(config, stage)]
+    if arguments.stage:
+        return arguments.stage
+    for stage in TRAINED:
+        if stage not in PLANNED and not left_out(config, stage):
+            print(f"{stage}: distillation is not planned, what it takes depends on the teacher's tokens too.\n")
+    return [stage for stage in PLANNED if not left_out(config, stage)]
 
 
 def search(

@@ -1,5 +1,6 @@
 """DPO from the SFT model: `positive`, `negative` (sides swapped) and, for comparison, `student_dpo` (arXiv 2305.18290).
 
+`student_reverse` is `student_dpo` with the sides swapped, which TIS-DPO of the student needs.
 With weights.source = "sft" the contrastive pair is SFT instead, on the chosen and on the rejected responses.
 """
 
@@ -23,11 +24,14 @@ from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Model
 from ctpd_jax.stages.sft import response_items
 from ctpd_jax.train.loop import train
 
+REVERSED = ("negative", "student_reverse")  # what learns pairs with the sides swapped
+
 
 def run(job: Job, stage: str) -> None:
     config, settings = job.config, job.config[stage]
     if left_out(config, stage):
-        job.say(f"{stage}: left out.")
+        why = "weights.source needs none" if config[stage].steps != -1 else f"config.{stage}.steps = -1"
+        job.say(f"{stage}: left out ({why}).")
         return
 
     # 1. What is executed. Refuses here, before anything is loaded, what cannot be trained.
@@ -41,7 +45,7 @@ def run(job: Job, stage: str) -> None:
         items = response_items(pairs.aligned, model, CHOSEN if stage == "positive" else REJECTED)
     else:
         reference = reference_of(job, pairs, stage)
-        items = dpo_items(pairs.aligned, model, reference, swapped=stage == "negative")
+        items = dpo_items(pairs.aligned, model, reference, swapped=stage in REVERSED)
 
     # 3. Is it finished, or begun from the same things?
     source = "sft" if is_sft(config, stage) else "dpo"

@@ -54,6 +54,15 @@ def adam(settings: ConfigDict) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def hasten_projectors(factor: float) -> optax.GradientTransformation:
+    """Multiplies the changes of a distillation's projectors, which begin at random."""
+
+    def own(path: tuple, change: jax.Array) -> jax.Array:
+        return change * factor if path[0].key == "projectors" else change
+
+    return optax.stateless(lambda changes, params: jax.tree.map_with_path(own, changes))
+
+
 def make_optimizer(settings: ConfigDict, steps: int) -> optax.GradientTransformation:
     """Returns clip by global norm -> AdamW; moments are float32 like the parameters, unless `settings.moments`."""
     adamw = optax.chain(
@@ -61,4 +70,6 @@ def make_optimizer(settings: ConfigDict, steps: int) -> optax.GradientTransforma
         optax.add_decayed_weights(settings.weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate(settings, steps)),
     )
+    if "projector_lr" in settings:
+        adamw = optax.chain(adamw, hasten_projectors(settings.projector_lr / settings.lr))
     return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)

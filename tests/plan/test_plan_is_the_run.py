@@ -10,12 +10,13 @@ from helpers import MICRO
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.rows import BatchShape
 from ctpd_jax.job.recipe import Reading
-from ctpd_jax.job.table import TRAINED, left_out
+from ctpd_jax.job.table import BASELINES, TRAINED, left_out
 from ctpd_jax.plan.programs import decoders, plan_stage
 from ctpd_jax.sharding import make_mesh
 from ctpd_jax.train.loop import Recipe
 
-SHORT = [f"--config.{stage}.steps=1" for stage in TRAINED]
+# The other baselines run programs of these stages.
+SHORT = [f"--config.{stage}.steps=1" for stage in TRAINED if stage == "student_dpo" or stage not in BASELINES]
 ADAPTERS = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
 HALF = [f"--config.{stage}.lora.base=bfloat16" for stage in ("teacher_sft", "positive", "negative", "train")]
 MIXED = ["--config.train.objective=mixed", "--config.train.teacher_margin=weight", "--config.student_dpo.steps=-1"]

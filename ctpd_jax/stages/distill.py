@@ -1,0 +1,84 @@
+"""Logit distillation of the chosen responses, for comparison: ULD, Multi-Level OT and DSKD (docs/method.md, Baselines).
+
+The teacher reads them once and leaves what is needed on disk (job/features.py). DSKD trains matrices between the two
+models' spaces beside the student; they are dropped when it is saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from ctpd_jax.data.loader import batch_indices, micro_batches, plan_updates
+from ctpd_jax.job.features import Features, one_response_a_row, teacher_features
+from ctpd_jax.job.job import Job
+from ctpd_jax.job.lineage import identity
+from ctpd_jax.job.models import decoder_of
+from ctpd_jax.job.pairs import load_pairs
+from ctpd_jax.job.recipe import packing, recipe
+from ctpd_jax.job.table import left_out
+from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
+from ctpd_jax.models.decoder import Params
+from ctpd_jax.schema import CHOSEN, Batch
+from ctpd_jax.sharding import place_like
+from ctpd_jax.stages.sft import response_items
+from ctpd_jax.train.distill import init_projectors, projector_shapes
+from ctpd_jax.train.loop import train
+
+
+def run(job: Job, stage: str) -> None:
+    config, settings = job.config, job.config[stage]
+    if left_out(config, stage):
+        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
+        return
+
+    # 1. What is executed.
+    pairs, student, teacher = load_pairs(job, "train"), decoder_of(job, "student"), decoder_of(job, "teacher")
+    items = response_items(pairs.aligned, "student", CHOSEN)
+    steps = steps_of(config, stage, len(items))
+    what = recipe(config, stage, student, job.mesh, steps, teacher=teacher)
+
+    # 2. Is it finished, or begun from the same things?
+    if finished_before(job, what, {"data": pairs.identity, "taught_by": identity(job, settings.teacher)}):
+        return
+
+    # 3. What the teacher says. More probabilities than the larger vocabulary has are none.
+    k = min(settings.get("top_k", 0), max(student.vocab_size, teacher.vocab_size))
+    features = teacher_features(job, pairs, settings.teacher, k)
+
+    # 4. Which responses every update sees, one a row, with the teacher's tokens beside them.
+    rows = one_response_a_row(packing(config, job.mesh))
+    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
+    job.say(f"{stage}: {updates.padding:.0%} of the tokens in rows are padding; a row is one response here.")
+
+    def batches(step: int) -> list[Batch]:
+        places = batch_indices(config.seed, step, len(items), settings.batch_size)
+        own, micro_batch = [items[i] for i in places], min(settings.micro_batch, settings.batch_size)
+        found = micro_batches(own, micro_batch, rows, updates.shapes)
+        return [features.beside(batch, pairs.aligned, places[each].tolist(), rows.multiple) for batch, each in found]
+
+    # 5. The loop, from the newest checkpoint if there is one.
+    initial, frozen = parameters(job, what)
+
+    def begin() -> Params:
+        shapes = projector_shapes(student, teacher) if "projectors" in what.trainable else {}
+        drawn = {"projectors": init_projectors(shapes, jax.random.key(config.seed))} if shapes else {}
+        return initial() | drawn
+
+    with_teacher = frozen | teacher_head(features, what.frozen)
+    checkpoints = job.workdir / stage / "checkpoints"
+    laid_out = replace(updates, batches=batches)
+    params = train(what, checkpoints, begin, with_teacher, laid_out, job.log, log_every=config.log_every)
+
+    # 6. What evaluation needs.
+    leave(job, what, {name: value for name, value in params.items() if name != "projectors"}, {})
+
+
+def teacher_head(features: Features, frozen: Params) -> Params:
+    """The teacher's unembedding on the devices where the recipe wants it; {} for methods that do without."""
+    if features.head is None:
+        return {}
+    where = frozen["teacher"]["lm_head"]["weight"]
+    return {"teacher": {"lm_head": {"weight": place_like(np.asarray(features.head), where)}}}
