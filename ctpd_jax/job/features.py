@@ -16,7 +16,7 @@ import numpy as np
 
 from ctpd_jax.annotate.store import Column, shard_ranges
 from ctpd_jax.data.loader import micro_batches, plan_shapes
-from ctpd_jax.data.packing import PackingConfig, round_up
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
@@ -42,10 +42,8 @@ class Features(NamedTuple):
     of_pairs: list[np.ndarray]  # float32 [U, F] each
     head: np.ndarray | None  # float32 [V, D], with hidden states
 
-    def beside(self, batch: Batch, pairs: Sequence[AlignedPair], places: Sequence[int], multiple: int) -> Batch:
-        """The batch, whose row r is the chosen response of pair `places[r]`, with the teacher's tokens."""
-        # As many as the longest response of all has: one shape for the whole stage.
-        size = int(round_up(max(map(len, self.of_pairs)), multiple))
+    def beside(self, batch: Batch, pairs: Sequence[AlignedPair], places: Sequence[int], size: int) -> Batch:
+        """The batch, whose row r is the chosen response of pair `places[r]`, with `size` teacher tokens a row."""
         rows = len(batch.tokens)
         features = np.zeros((rows, size, self.of_pairs[0].shape[1]), np.float32)
         inputs, targets = np.zeros((2, rows, size), np.int32)

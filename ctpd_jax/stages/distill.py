@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ctpd_jax.data.loader import batch_indices, micro_batches, plan_updates
+from ctpd_jax.data.packing import round_up
 from ctpd_jax.job.features import Features, one_response_a_row, teacher_features
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.lineage import identity
@@ -53,11 +54,14 @@ def run(job: Job, stage: str) -> None:
     updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
     job.say(f"{stage}: {updates.padding:.0%} of the tokens in rows are padding; a row is one response here.")
 
+    # As many teacher tokens a row as the longest response has: one shape for the whole stage.
+    size = int(round_up(max(map(len, features.of_pairs)), rows.multiple))
+
     def batches(step: int) -> list[Batch]:
         places = batch_indices(config.seed, step, len(items), settings.batch_size)
         own, micro_batch = [items[i] for i in places], min(settings.micro_batch, settings.batch_size)
         found = micro_batches(own, micro_batch, rows, updates.shapes)
-        return [features.beside(batch, pairs.aligned, places[each].tolist(), rows.multiple) for batch, each in found]
+        return [features.beside(batch, pairs.aligned, places[each].tolist(), size) for batch, each in found]
 
     # 5. The loop, from the newest checkpoint if there is one.
     initial, frozen = parameters(job, what)
