@@ -145,7 +145,8 @@ def default_config() -> ConfigDict:
                 objective="ctpd",
                 tau=1.0,  # how far the teacher is followed: its log-ratio of a span, its margin of a pair
                 target_clip=2.0,  # bound of the teacher's log-ratio of a span, both ways, in nats
-                teacher_margin="label",  # "label", "offset", "weight", "none": how its margin enters margin and mixed
+                margin_as="label",  # "label", "offset", "weight", "none": how its margin enters margin and mixed
+                margin_from="teacher",  # "data": the rows' own "margin", or "score_chosen" less "score_rejected"
                 regression=1.0,  # weight of the spans' regression in mixed
                 spread=1.0,  # of calibrated: root mean square of beta times the margin at step 0
                 offset=0.0,  # by which the chosen response's reward has to lead (SimPO's gamma)
@@ -225,7 +226,8 @@ CHOICES = {
     "weights.positive_scorer": ("teacher", "student"),
     "weights.negative_scorer": ("teacher", "student"),
     "train.objective": ("ctpd", "calibrated", "margin", "regression", "mixed"),
-    "train.teacher_margin": ("label", "offset", "weight", "none"),
+    "train.margin_from": ("teacher", "data"),
+    "train.margin_as": ("label", "offset", "weight", "none"),
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
@@ -326,15 +328,16 @@ def check_config(config: ConfigDict) -> None:
     for stage in CONTRASTIVE.get(weights.source, ()):
         require(config[stage].steps >= 0, f"{stage}.steps", f"weights.source {weights.source!r} needs that stage")
     train = config.train
-    asks = {"regression": True, "mixed": True, "margin": train.teacher_margin != "none"}.get(train.objective, False)
+    asks = train.objective in ("regression", "mixed")
+    asks |= train.objective == "margin" and train.margin_as != "none" and train.margin_from == "teacher"
     taught = weights.source not in ("uniform", "random")
     require(
         taught or not asks, "weights.source", f"train.objective {train.objective!r} follows a teacher that has learnt"
     )
-    labelled = asks and train.objective != "regression" and train.teacher_margin == "label"
+    labelled = train.objective in ("margin", "mixed") and train.margin_as == "label"
     plain = train.loss == "sigmoid" and not train.label_smoothing
-    require(plain or not labelled, "train.loss", "train.teacher_margin 'label' is for sigmoid without label smoothing")
-    sure = train.teacher_margin == "offset" or train.tau <= 1
+    require(plain or not labelled, "train.loss", "train.margin_as 'label' is for sigmoid without label smoothing")
+    sure = train.margin_as == "offset" or train.tau <= 1
     require(sure or train.objective not in ("margin", "mixed"), "train.tau", "it is a share here, from 0 to 1")
     anchored = train.reference == "teacher" and train.normalize != "start"
     require(anchored or train.objective != "calibrated", "train.reference", "calibrated tempers the teacher's")

@@ -106,7 +106,7 @@ def pair_labels(margins: PerPair, tau: Scalar = 1.0) -> Float[Array, " B"]:
     return 1 - tau + tau * jax.nn.sigmoid(at_least_float32(margins))
 
 
-def pair_weights(margins: PerPair, tau: Scalar = 1.0) -> Float[Array, " B"]:
+def sure_weights(margins: PerPair, tau: Scalar = 1.0) -> Float[Array, " B"]:
     """`pair_labels`, scaled to mean one over the data: how much a pair counts where the teacher doubts its label."""
     sure = pair_labels(margins, tau)
     return sure / jnp.maximum(jnp.mean(sure), jnp.finfo(sure.dtype).tiny)
