@@ -38,6 +38,8 @@ class PreferencePair:
     chosen: str
     rejected: str
     source: str = ""  # where it stands, for messages: "train.jsonl:17"
+    weight: float = 1.0  # how much it counts in training on pairs
+    margin: float | None = None  # by how much the chosen answer is the better one, in the data's own unit
 
 
 # ------------------------------------------------------------------------------------------------ spans
@@ -84,6 +86,8 @@ class AlignedPair:
     rejected_bytes: int
     truncated: tuple[bool, bool] = (False, False)  # chosen, rejected
     dropped: int = 0  # characters cut from the left of the last user message
+    weight: float = 1.0  # as in PreferencePair
+    margin: float | None = None
 
     def response(self, side: int) -> Aligned:
         return self.chosen if side == CHOSEN else self.rejected

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.core.arrays import masked_sum_and_count
 from ctpd_jax.core.losses import Normalize, reward_coefficients
-from ctpd_jax.core.objectives import pair_labels, pair_weights, span_targets, teacher_margins, tempered_constants
+from ctpd_jax.core.objectives import pair_labels, span_targets, sure_weights, teacher_margins, tempered_constants
 from ctpd_jax.core.projection import project_to_tokens
 from ctpd_jax.core.weights import (
     agreeing_weights,
@@ -33,7 +33,8 @@ from ctpd_jax.core.weights import (
     uniform_weights,
     weight_diagnostics,
 )
-from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.data.rows import PairItem, ScoredResponse, pair_weights
+from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Aligned, AlignedPair, Array
 
 Scores = Mapping[str, np.ndarray]  # scorer -> float32 [S]
@@ -102,8 +103,8 @@ class SpanValues:
     # What some objectives need besides.
     targets: np.ndarray | None = None  # float32 [S], core.objectives.span_targets
     anchor: float = 0.0  # c with the student's start for reference
-    positive: float = 0.0  # log pi+ of the response, and of what pi+ was trained from
-    before: float = 0.0
+    positive: float = 0.0  # log pi+ of the response, and of what it is held against
+    other: float = 0.0
 
 
 def span_values(
@@ -124,6 +125,7 @@ def span_values(
     contrastive = weights.source not in ("uniform", "random")
     before = "reference" if weights.positive_scorer == "teacher" else "start"  # what pi+ was trained from
     opposite = before if weights.source == "dpo_reference" else "negative"
+    other = before if train.contrast == "start" else opposite
 
     @jax.jit
     def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, side: Array, keys: Array) -> tuple:
@@ -143,10 +145,10 @@ def span_values(
             options = (student, sizes, train.span_logprob, normalize)
             extra["anchor"] = reward_coefficients(w, student, scores["start"], *options)[1]
         if followed and contrastive:
-            for name, column in (("positive", "positive"), ("before", before)):
+            for name, column in (("positive", "positive"), ("other", other)):
                 extra[name] = jnp.where(mask, scores[column], 0).sum(axis=-1)
         if objective in ("regression", "mixed"):
-            extra["targets"] = span_targets(scores["start"], positive, scores[before], train.tau, train.target_clip)
+            extra["targets"] = span_targets(scores["start"], positive, scores[other], train.tau, train.target_clip)
 
         # What is logged beside it: whole responses, every token counting one.
         plain = jnp.zeros_like(constant) if summed is None else jnp.where(mask, summed, 0).sum(axis=-1)
@@ -202,7 +204,8 @@ def training_items(
     """
     # All at once on the device, then pair by pair on the host.
     values, figures = span_values(examples, weights, train, seed)
-    constants, of_pairs, told = pair_values(values, train, teacher_beta)
+    pairs = [pair for pair, _ in examples]
+    constants, of_pairs, told = pair_values(pairs, values, train, teacher_beta)
 
     def response(aligned: Aligned, value: SpanValues, constant: float) -> ScoredResponse:
         spans = (None, None) if value.targets is None else (aligned.student.span_ids, value.targets)
@@ -210,15 +213,20 @@ def training_items(
         return ScoredResponse(ids, weights, constant, value.start, value.reference, *spans)
 
     items = []
-    for number, ((pair, _), both) in enumerate(zip(examples, values)):
+    for number, (pair, both, given) in enumerate(zip(pairs, values, pair_weights(pairs))):
         chosen, rejected = (response(pair.response(s), both[s], constants[number][s]) for s in (CHOSEN, REJECTED))
         label, weight = (float(of_pairs[name][number]) if name in of_pairs else None for name in ("label", "weight"))
+        if given is not None:
+            weight = given * (1 if weight is None else weight)
         items.append(PairItem(pair.student_prompt, chosen, rejected, label, weight))
-    return items, figures | told | span_figures([pair for pair, _ in examples])
+    return items, figures | told | span_figures(pairs)
 
 
 def pair_values(
-    values: Sequence[tuple[SpanValues, SpanValues]], train: ConfigDict, teacher_beta: float
+    pairs: Sequence[AlignedPair],
+    values: Sequence[tuple[SpanValues, SpanValues]],
+    train: ConfigDict,
+    teacher_beta: float,
 ) -> tuple[list[list[float]], dict[str, np.ndarray], dict[str, float]]:
     """Returns c of every pair's two responses, `label` or `weight` of every pair where it has one, and figures.
 
@@ -234,18 +242,26 @@ def pair_values(
         tempered, kappa = tempered_constants(numbers("constant"), numbers("anchor"), train.beta, train.spread)
         constants, figures = np.asarray(tempered).tolist(), {"anchor/kappa": float(kappa)}
 
-    # 2. The teacher's margin, as one number a pair.
+    # 2. The margin that the teacher or the data give, as one number a pair.
     of_pairs: dict[str, np.ndarray] = {}
     lead = np.full(len(values), train.offset / train.beta)
-    if train.objective in ("margin", "mixed") and train.teacher_margin != "none":
-        margins = teacher_margins(numbers("positive"), numbers("before"), teacher_beta)
-        figures["teacher/agrees"] = float((margins > 0).mean())
-        if train.teacher_margin == "label":
-            of_pairs["label"] = np.asarray(pair_labels(margins, train.tau))
-        elif train.teacher_margin == "weight":
-            of_pairs["weight"] = np.asarray(pair_weights(margins, train.tau))
+    if train.objective in ("margin", "mixed") and train.margin_as != "none":
+        if train.margin_from == "data":
+            margins = np.array([np.nan if pair.margin is None else pair.margin for pair in pairs], np.float32)
+            if np.isnan(margins).any():
+                raise UserError(
+                    f"Pair {pairs[int(np.isnan(margins).argmax())].id} has no margin: config.train.margin_from 'data' "
+                    'needs a column "margin", or "score_chosen" and "score_rejected", in every row.'
+                )
         else:
-            lead = lead + train.tau * np.asarray(margins) / train.beta
+            margins = np.asarray(teacher_margins(numbers("positive"), numbers("other"), teacher_beta))
+            figures["teacher/agrees"] = float((margins > 0).mean())
+        if train.margin_as == "label":
+            of_pairs["label"] = np.asarray(pair_labels(margins, train.trust))
+        elif train.margin_as == "weight":
+            of_pairs["weight"] = np.asarray(sure_weights(margins, train.trust))
+        else:
+            lead = lead + train.trust * np.asarray(margins) / train.beta
 
     # 3. By what the chosen response has to lead: an offset of its return.
     if lead.any():

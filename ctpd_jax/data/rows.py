@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import CHOSEN, REJECTED, Batch, RowLayout, SpanSlots
+from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Batch, RowLayout, SpanSlots
 
 LAYOUTS = ("response", "pair", "shared")
 
@@ -149,6 +149,12 @@ def build_batch(
         if batch.pair_weight is not None:
             batch.pair_weight[number] = item.weight
     return batch
+
+
+def pair_weights(pairs: Sequence[AlignedPair]) -> list[float | None]:
+    """Return the weights that the data give their pairs; None for each where all are 1, as nearly always."""
+    some = any(pair.weight != 1 for pair in pairs)
+    return [pair.weight if some else None for pair in pairs]
 
 
 def extra_fields(item: PairItem) -> tuple[str, ...]:

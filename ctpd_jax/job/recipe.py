@@ -110,7 +110,7 @@ def objective_of(settings: ConfigDict) -> tuple[Objective, tuple[str, ...]]:
     elif name == "mixed":
         beyond = {"regression": settings.regression}
     extra: tuple[str, ...] = ("spans",) if beyond else ()
-    field = {"label": "label", "weight": "pair_weight"}.get(settings.get("teacher_margin", "none"))
+    field = {"label": "label", "weight": "pair_weight"}.get(settings.get("margin_as", "none"))
     if name in ("margin", "mixed") and field:
         extra += (field,)
     return Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight, **beyond), extra

@@ -249,6 +249,6 @@ def test_tempered_anchor_and_teacher_margins(dtype: str) -> None:
             totals.append(np.stack([np.where(a["teacher_span_ids"] >= 0, a[name], 0).sum(axis=1) for a in both], 1))
         margins = objectives.teacher_margins(*totals, GOLDEN["beta"])
         np.testing.assert_allclose(margins, golden["margins"], rtol=tolerance["rtol"], atol=1e-5)
-        for function, name in ((objectives.pair_labels, "labels"), (objectives.pair_weights, "weights")):
+        for function, name in ((objectives.pair_labels, "labels"), (objectives.sure_weights, "weights")):
             expected = np.array(golden["margins"], dtype)
             np.testing.assert_allclose(function(expected, golden["tau"]), golden[name], **tolerance)
