@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from quality_cells import Cell, Method, Sizes, World, alone, lines_of, made_from, run_world
@@ -142,7 +145,15 @@ def run_missing(folder: Path, sizes: Sizes, cells: Sequence[Cell], jobs: int) ->
 
 
 def begin_worker(folder: Path) -> None:
-    """Prepares a process of its own; what stages say goes to DIR/log.txt."""
+    """Prepares a process of its own; what stages say goes to DIR/log.txt, and it ends with the process that began it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # else it would write into a world that the repeated command is at work in
+
+    Thread(target=watch, daemon=True).start()
     sys.stderr = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (as long as the process)
     alone(folder)
 
