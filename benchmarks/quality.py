@@ -145,7 +145,7 @@ def run_missing(folder: Path, sizes: Sizes, cells: Sequence[Cell], jobs: int) ->
 
 
 def begin_worker(folder: Path) -> None:
-    """Prepares a process of its own; what stages say goes to DIR/log.txt, and it ends with the process that began it."""
+    """Prepares a worker: what stages say goes to DIR/log.txt, and it ends with the process that began it."""
     parent = os.getppid()
 
     def watch() -> None:
