@@ -11,6 +11,7 @@ from .core.losses import (
     span_return,
     tis_dpo_loss,
 )
+from .core.objectives import span_regression_loss, span_targets
 from .core.projection import project_to_tokens, span_sums
 from .core.weights import importance_weights
 from .errors import UserError
@@ -48,8 +49,10 @@ __all__ = [
     "reward_coefficients",
     "save_hf",
     "sft_loss",
+    "span_regression_loss",
     "span_return",
     "span_sums",
+    "span_targets",
     "tis_dpo_loss",
     "token_logprobs",
     "unembedding",

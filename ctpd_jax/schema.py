@@ -38,6 +38,8 @@ class PreferencePair:
     chosen: str
     rejected: str
     source: str = ""  # where it stands, for messages: "train.jsonl:17"
+    weight: float = 1.0  # how much it counts in training on pairs
+    margin: float | None = None  # by how much the chosen answer is the better one, in the data's own unit
 
 
 # ------------------------------------------------------------------------------------------------ spans
@@ -84,6 +86,8 @@ class AlignedPair:
     rejected_bytes: int
     truncated: tuple[bool, bool] = (False, False)  # chosen, rejected
     dropped: int = 0  # characters cut from the left of the last user message
+    weight: float = 1.0  # as in PreferencePair
+    margin: float | None = None
 
     def response(self, side: int) -> Aligned:
         return self.chosen if side == CHOSEN else self.rejected
@@ -112,6 +116,14 @@ class RowLayout(NamedTuple):
     parent: Array
 
 
+class SpanSlots(NamedTuple):
+    """Spans of a batch, laid beside its scored tokens. All [R, K]."""
+
+    span: Array  # int32: the number of the slot's span in its row, 0..K-1; -1 in padding
+    target: Array  # float32: what the span's log-probability shall come to, at each of its slots
+    share: Array  # float32: 1 / the response's spans at a span's first slot, 0 at its others and in padding
+
+
 class Batch(NamedTuple):
     """Rows of tokens, and the tokens in them that are scored. A JAX pytree of static shapes.
 
@@ -130,6 +142,15 @@ class Batch(NamedTuple):
     start: Array  # float32 [P, 2]: log-probability under the model's own start, every token counting one; NaN: unknown
     reference: Array  # float32 [P, 2]: the same of the reference, 0 without one
     real: Array  # float32 [P]: 1 for a pair, 0 for padding of the last batch
+    # What some objectives need besides, and else None.
+    label: Array | None = None  # float32 [P]: probability that the chosen response is the better one
+    pair_weight: Array | None = None  # float32 [P]: how much the pair counts
+    spans: SpanSlots | None = None  # [R, K] each: what the spans of span regression shall come to
+
+    def per_pair(self) -> tuple[str, ...]:
+        """The fields that belong to pairs; the others have a row for their first axis."""
+        names = ("constant", "start", "reference", "real", "label", "pair_weight")
+        return tuple(name for name in names if getattr(self, name) is not None)
 
 
 # ------------------------------------------------------------------------------------------------ reports

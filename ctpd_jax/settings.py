@@ -47,7 +47,7 @@ def preference(lr: float, beta: float, **changes) -> ConfigDict:
     """Settings of a stage that trains on pairs."""
     pairwise: dict[str, Any] = {
         "beta": beta,  # strength of the KL term; rewards are beta times the return
-        "loss": "sigmoid",  # "sigmoid", "ipo", "hinge": the table of core/losses.py
+        "loss": "sigmoid",  # "sigmoid", "ipo", "hinge", "robust", "dpop", "apo": the table of core/losses.py
         "label_smoothing": 0.0,  # the probability that a label is wrong, for losses that have it
         "sft_weight": 0.0,  # of the chosen response's mean negative log-likelihood, added to the loss
     }
@@ -114,7 +114,9 @@ def default_config() -> ConfigDict:
             "positive": preference(lr=2e-6, beta=0.3, clip=3.0),
             "negative": preference(lr=2e-6, beta=0.3, clip=1.0),
             "weights": {
-                "source": "dpo",  # "dpo", "sft" (on chosen, on rejected), "prompts", "uniform", "random"
+                # "dpo", "sft" (on chosen, on rejected), "prompts", "uniform", "random"; "dpo_reference": the DPO model
+                # against its own start, so that no reverse DPO is trained.
+                "source": "dpo",
                 "positive_scorer": "teacher",  # whose tokens the positive model reads: "teacher" or "student"
                 "negative_scorer": "teacher",  # teacher+teacher: the paper; teacher+student: mixed
                 "good_prompt": "Answer helpfully, correctly and politely.",  # for source = "prompts"
@@ -123,7 +125,7 @@ def default_config() -> ConfigDict:
                 "k": 1.0,
                 "lower": -0.5,
                 "upper": 1.5,
-                "transform": "none",  # "threshold", "scale", "rank", "binary"
+                "transform": "none",  # "threshold", "scale", "rank", "binary", "mean_one", "agree"
                 "top_share": 0.5,  # for transform = "binary"
             },
             "annotate": {
@@ -139,6 +141,15 @@ def default_config() -> ConfigDict:
             "train": preference(
                 lr=1e-6,
                 beta=0.1,
+                # "ctpd" (the paper), "calibrated", "margin", "regression", "mixed": docs/method.md, Objectives.
+                objective="ctpd",
+                tau=1.0,  # how far the teacher is followed: its log-ratio of a span, its margin of a pair
+                target_clip=2.0,  # bound of the teacher's log-ratio of a span, both ways, in nats
+                margin_as="label",  # "label", "offset", "weight", "none": how its margin enters margin and mixed
+                margin_from="teacher",  # "data": the rows' own "margin", or "score_chosen" less "score_rejected"
+                regression=1.0,  # weight of the spans' regression in mixed
+                spread=1.0,  # of calibrated: root mean square of beta times the margin at step 0
+                offset=0.0,  # by which the chosen response's reward has to lead (SimPO's gamma)
                 reference="teacher",  # "teacher", "student" (its own start), "none"
                 span_logprob="sum",  # "mean": over the span's own tokens, each side over its own
                 normalize="none",  # "span", "byte", "start" (margin relative to the student's start)
@@ -195,6 +206,9 @@ def paper_on_tpu(teacher: str, student: str, micro_batch: int, layout: str = "sh
     return config
 
 
+# The stages that train the pair whose log-ratio the weights are.
+CONTRASTIVE = {"dpo": ("positive", "negative"), "sft": ("positive", "negative"), "dpo_reference": ("positive",)}
+
 Range = tuple[Callable[[Any], bool], str]  # what has to hold of a value, and what is said where it does not
 
 CHOICES = {
@@ -207,10 +221,13 @@ CHOICES = {
     "data.ranked": ("best_worst", "all"),
     "rows.layout": ("response", "pair", "shared"),
     "rows.packed": ("auto", "yes", "no"),
-    "weights.source": ("dpo", "sft", "prompts", "uniform", "random"),
-    "weights.transform": ("none", "threshold", "scale", "rank", "binary"),
+    "weights.source": ("dpo", "sft", "prompts", "uniform", "random", "dpo_reference"),
+    "weights.transform": ("none", "threshold", "scale", "rank", "binary", "mean_one", "agree"),
     "weights.positive_scorer": ("teacher", "student"),
     "weights.negative_scorer": ("teacher", "student"),
+    "train.objective": ("ctpd", "calibrated", "margin", "regression", "mixed"),
+    "train.margin_from": ("teacher", "data"),
+    "train.margin_as": ("label", "offset", "weight", "none"),
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
@@ -240,7 +257,9 @@ OF_OTHERS: tuple[tuple[str, Range], ...] = (
     ("data.max_prompt_tokens data.max_response_tokens rows.buckets rows.multiple log_every", POSITIVE),
     ("annotate.micro_batch annotate.pairs_per_shard evaluate.max_new_tokens weights.k", POSITIVE),
     ("data.limit data.test_limit rows.length annotate.compared_pairs", NOT_NEGATIVE),
-    ("evaluate.samples evaluate.temperature", NOT_NEGATIVE),
+    ("evaluate.samples evaluate.temperature train.regression train.offset", NOT_NEGATIVE),
+    ("train.target_clip train.spread", POSITIVE),
+    ("train.tau", NOT_NEGATIVE),
     ("data.min_kept", SHARE),
     ("evaluate.length_tolerance", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
     ("weights.top_share", (lambda x: 0 < x <= 1, "it lies in (0, 1]")),
@@ -306,9 +325,22 @@ def check_config(config: ConfigDict) -> None:
     # 4. What does not go together.
     weights = config.weights
     require(weights.lower < weights.upper, "weights.lower", "it has to lie below weights.upper")
-    if weights.source in ("dpo", "sft"):
-        for stage in ("positive", "negative"):
-            require(config[stage].steps >= 0, f"{stage}.steps", f"weights.source {weights.source!r} needs that stage")
+    for stage in CONTRASTIVE.get(weights.source, ()):
+        require(config[stage].steps >= 0, f"{stage}.steps", f"weights.source {weights.source!r} needs that stage")
+    train = config.train
+    asks = train.objective in ("regression", "mixed")
+    asks |= train.objective == "margin" and train.margin_as != "none" and train.margin_from == "teacher"
+    taught = weights.source not in ("uniform", "random")
+    require(
+        taught or not asks, "weights.source", f"train.objective {train.objective!r} follows a teacher that has learnt"
+    )
+    labelled = train.objective in ("margin", "mixed") and train.margin_as == "label"
+    plain = train.loss == "sigmoid" and not train.label_smoothing
+    require(plain or not labelled, "train.loss", "train.margin_as 'label' is for sigmoid without label smoothing")
+    sure = train.margin_as == "offset" or train.tau <= 1
+    require(sure or train.objective not in ("margin", "mixed"), "train.tau", "it is a share here, from 0 to 1")
+    anchored = train.reference == "teacher" and train.normalize != "start"
+    require(anchored or train.objective != "calibrated", "train.reference", "calibrated tempers the teacher's")
     ranked = weights.source == "uniform" and weights.transform != "none"
     require(not ranked, "weights.transform", "uniform weights have nothing to transform, set it to none")
     own = config.train.lora.rank and config.train.steps != -1 and config.student_sft.steps == -1

@@ -150,7 +150,7 @@ def place_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Place a batch, the same on every process, on the mesh: each process hands over only what its devices hold."""
     # What has a row for its first axis is spread by rows; what belongs to pairs is whole everywhere.
     by_row, whole = NamedSharding(mesh, P(ROWS)), replicated(mesh)
-    shardings = jax.tree.map(lambda _: by_row, batch)._replace(constant=whole, start=whole, reference=whole, real=whole)
+    shardings = jax.tree.map(lambda _: by_row, batch)._replace(**dict.fromkeys(batch.per_pair(), whole))
     return jax.tree.map(_place, batch, shardings)
 
 

@@ -42,6 +42,7 @@ MEDIUM = (
     "train/test_programs.py",
     "examples/test_one_page.py",
     "pipeline/test_sigterm.py",
+    "annotate/test_coefficients.py",
 )
 
 # Most tests are small programs that run once or twice: what XLA does to make them faster is most of their time.

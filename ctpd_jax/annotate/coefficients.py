@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,13 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.core.arrays import masked_sum_and_count
 from ctpd_jax.core.losses import Normalize, reward_coefficients
+from ctpd_jax.core.objectives import pair_labels, span_targets, sure_weights, teacher_margins, tempered_constants
 from ctpd_jax.core.projection import project_to_tokens
 from ctpd_jax.core.weights import (
+    agreeing_weights,
     binary_weights,
     importance_weights,
+    mean_one_weights,
     random_weights,
     rank_weights,
     scale_weights,
@@ -29,7 +33,8 @@ from ctpd_jax.core.weights import (
     uniform_weights,
     weight_diagnostics,
 )
-from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.data.rows import PairItem, ScoredResponse, pair_weights
+from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Aligned, AlignedPair, Array
 
 Scores = Mapping[str, np.ndarray]  # scorer -> float32 [S]
@@ -49,7 +54,7 @@ def span_weights(
         values = random_weights(keys, mask)
     else:
         values = importance_weights(positive, negative, mu[:, None], weights.k, weights.lower, weights.upper, mask=mask)
-    # 2. The paper's transforms of them, one at most.
+    # 2. A transform of them, one at most.
     if weights.transform == "threshold":
         values = threshold_weights(values, mask=mask)
     elif weights.transform == "scale":
@@ -58,6 +63,10 @@ def span_weights(
         values = rank_weights(values, mask=mask)
     elif weights.transform == "binary":
         values = binary_weights(values, 100 * weights.top_share, mask=mask)
+    elif weights.transform == "mean_one":
+        values = mean_one_weights(values, mask=mask)
+    elif weights.transform == "agree":
+        values = agreeing_weights(values, weights.k, mask=mask)
     return values, weight_diagnostics(positive, negative, values, weights.lower, weights.upper, mask=mask)
 
 
@@ -91,6 +100,11 @@ class SpanValues:
     constant: float  # c
     start: float  # log pi_start of the response, every span counting one; NaN where the start was not measured
     reference: float  # log pi_ref, likewise; 0 without a reference
+    # What some objectives need besides.
+    targets: np.ndarray | None = None  # float32 [S], core.objectives.span_targets
+    anchor: float = 0.0  # c with the student's start for reference
+    positive: float = 0.0  # log pi+ of the response, and of what pi+ was trained from
+    before: float = 0.0
 
 
 def span_values(
@@ -103,29 +117,44 @@ def span_values(
     `train.normalize = "start"` (margin relative to the student's start) is the student's start as reference: the other
     reference cancels from that margin.
     """
-    reference = "start" if train.normalize == "start" else REFERENCES[train.reference]
+    # Where the teacher is followed span by span or by its margin, it is not the reference besides.
+    objective, followed = train.objective, train.objective in ("margin", "regression", "mixed")
+    reference = "start" if followed or train.normalize == "start" else REFERENCES[train.reference]
     normalize: Normalize = "none" if train.normalize == "start" else train.normalize
 
     contrastive = weights.source not in ("uniform", "random")
+    before = "reference" if weights.positive_scorer == "teacher" else "start"  # what pi+ was trained from
+    opposite = before if weights.source == "dpo_reference" else "negative"
 
     @jax.jit
     def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, side: Array, keys: Array) -> tuple:
         # `student` and `teacher` count the tokens of each span, `sizes` its bytes.
         mask, mu = student > 0, jnp.where(side == CHOSEN, weights.mu, -weights.mu)
         zeros = jnp.zeros(mask.shape)
-        positive, negative = (scores["positive"], scores["negative"]) if contrastive else (zeros, zeros)
+        positive, negative = (scores["positive"], scores[opposite]) if contrastive else (zeros, zeros)
         w, diagnostics = span_weights(positive, negative, mask, mu, keys, weights)
 
         # The method: core turns weights and reference into one number a token and one a response.
         summed, counts = scores[reference] if reference else None, teacher if reference == "reference" else student
         a, constant = reward_coefficients(w, student, summed, counts, sizes, train.span_logprob, normalize)
 
+        # What objectives beyond the paper's need.
+        extra = {}
+        if objective == "calibrated":
+            options = (student, sizes, train.span_logprob, normalize)
+            extra["anchor"] = reward_coefficients(w, student, scores["start"], *options)[1]
+        if followed and contrastive:
+            for name, column in (("positive", "positive"), ("before", before)):
+                extra[name] = jnp.where(mask, scores[column], 0).sum(axis=-1)
+        if objective in ("regression", "mixed"):
+            extra["targets"] = span_targets(scores["start"], positive, scores[before], train.tau, train.target_clip)
+
         # What is logged beside it: whole responses, every token counting one.
         plain = jnp.zeros_like(constant) if summed is None else jnp.where(mask, summed, 0).sum(axis=-1)
         start = jnp.where(mask, scores["start"], 0).sum(axis=-1) if "start" in scores else jnp.full_like(plain, jnp.nan)
         for number, name in enumerate(SIDES):
             diagnostics[name] = masked_sum_and_count(w, mask & (side == number)[:, None])
-        return (w, a, constant, start, plain), diagnostics
+        return (w, a, constant, start, plain), extra, diagnostics
 
     project = jax.jit(project_to_tokens)
     responses = [(pair.response(s), scores[name], s) for pair, scores in examples for s, name in enumerate(SIDES)]
@@ -135,7 +164,7 @@ def span_values(
     for size, places in by_size([aligned.num_spans for aligned, _, _ in responses]).items():
         part = [responses[i] for i in places]
         names = part[0][1].keys()
-        found, diagnostics = measure(
+        found, extra, diagnostics = measure(
             {name: padded([scores[name] for _, scores, _ in part], size) for name in names},
             padded([np.bincount(aligned.student.span_ids) for aligned, _, _ in part], size, np.int32),
             padded([np.bincount(aligned.teacher.span_ids) for aligned, _, _ in part], size, np.int32),
@@ -147,11 +176,17 @@ def span_values(
         w, a, *sums = found
         longest = padded_size(max(len(aligned.student.ids) for aligned, _, _ in part))
         span_ids = padded([aligned.student.span_ids for aligned, _, _ in part], longest, np.int32, fill=-1)
-        w, of_tokens, *sums = jax.device_get((w, project(a, span_ids), *sums))
+        w, of_tokens, targets, extra, *sums = jax.device_get(
+            (w, project(a, span_ids), extra.pop("targets", None), extra, *sums)
+        )
+        numbers = dict(zip(("constant", "start", "reference"), sums)) | extra
         for row, place in enumerate(places):
             aligned = responses[place][0]
+            own: dict[str, Any] = {name: float(each[row]) for name, each in numbers.items()}
+            if targets is not None:
+                own["targets"] = targets[row, : aligned.num_spans]
             token_weights = of_tokens[row, : len(aligned.student.ids)]
-            out[place] = SpanValues(w[row, : aligned.num_spans], token_weights, *(float(each[row]) for each in sums))
+            out[place] = SpanValues(w[row, : aligned.num_spans], token_weights, **own)
         for name, (total, count) in jax.device_get(diagnostics).items():
             totals[name] = totals.get(name, 0) + np.array([total, count], np.float64)
     figures = {f"weights/{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}
@@ -160,20 +195,77 @@ def span_values(
 
 
 def training_items(
-    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int
+    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int, teacher_beta: float
 ) -> tuple[list[PairItem], dict[str, float]]:
-    """Returns the student's items for CTPD, and figures about spans and weights that every log line repeats."""
+    """Returns the student's items for CTPD, and figures about spans and weights that every log line repeats.
+
+    `teacher_beta` is that of the teacher's DPO: it makes the teacher's log-ratios rewards.
+    """
     # All at once on the device, then pair by pair on the host.
     values, figures = span_values(examples, weights, train, seed)
+    pairs = [pair for pair, _ in examples]
+    constants, of_pairs, told = pair_values(pairs, values, train, teacher_beta)
 
-    def response(aligned: Aligned, value: SpanValues) -> ScoredResponse:
-        return ScoredResponse(aligned.student.ids, value.token_weights, value.constant, value.start, value.reference)
+    def response(aligned: Aligned, value: SpanValues, constant: float) -> ScoredResponse:
+        spans = (None, None) if value.targets is None else (aligned.student.span_ids, value.targets)
+        ids, weights = aligned.student.ids, value.token_weights
+        return ScoredResponse(ids, weights, constant, value.start, value.reference, *spans)
 
-    items = [
-        PairItem(pair.student_prompt, *(response(pair.response(side), both[side]) for side in (CHOSEN, REJECTED)))
-        for (pair, _), both in zip(examples, values)
-    ]
-    return items, figures | span_figures([pair for pair, _ in examples])
+    items = []
+    for number, (pair, both, given) in enumerate(zip(pairs, values, pair_weights(pairs))):
+        chosen, rejected = (response(pair.response(s), both[s], constants[number][s]) for s in (CHOSEN, REJECTED))
+        label, weight = (float(of_pairs[name][number]) if name in of_pairs else None for name in ("label", "weight"))
+        if given is not None:
+            weight = given * (1 if weight is None else weight)
+        items.append(PairItem(pair.student_prompt, chosen, rejected, label, weight))
+    return items, figures | told | span_figures(pairs)
+
+
+def pair_values(
+    pairs: Sequence[AlignedPair],
+    values: Sequence[tuple[SpanValues, SpanValues]],
+    train: ConfigDict,
+    teacher_beta: float,
+) -> tuple[list[list[float]], dict[str, np.ndarray], dict[str, float]]:
+    """Returns c of every pair's two responses, `label` or `weight` of every pair where it has one, and figures.
+
+    These need the pairs together: a calibrated anchor and weights of mean one look at all of them.
+    """
+
+    def numbers(name: str) -> np.ndarray:
+        return np.array([[getattr(value, name) for value in both] for both in values], np.float32)
+
+    # 1. The constants: as they are, or tempered.
+    constants, figures = [[value.constant for value in both] for both in values], {}
+    if train.objective == "calibrated":
+        tempered, kappa = tempered_constants(numbers("constant"), numbers("anchor"), train.beta, train.spread)
+        constants, figures = np.asarray(tempered).tolist(), {"anchor/kappa": float(kappa)}
+
+    # 2. The margin that the teacher or the data give, as one number a pair.
+    of_pairs: dict[str, np.ndarray] = {}
+    lead = np.full(len(values), train.offset / train.beta)
+    if train.objective in ("margin", "mixed") and train.margin_as != "none":
+        if train.margin_from == "data":
+            margins = np.array([np.nan if pair.margin is None else pair.margin for pair in pairs], np.float32)
+            if np.isnan(margins).any():
+                raise UserError(
+                    f"Pair {pairs[int(np.isnan(margins).argmax())].id} has no margin: config.train.margin_from 'data' "
+                    'needs a column "margin", or "score_chosen" and "score_rejected", in every row.'
+                )
+        else:
+            margins = np.asarray(teacher_margins(numbers("positive"), numbers("before"), teacher_beta))
+            figures["teacher/agrees"] = float((margins > 0).mean())
+        if train.margin_as == "label":
+            of_pairs["label"] = np.asarray(pair_labels(margins, train.tau))
+        elif train.margin_as == "weight":
+            of_pairs["weight"] = np.asarray(sure_weights(margins, train.tau))
+        else:
+            lead = lead + train.tau * np.asarray(margins) / train.beta
+
+    # 3. By what the chosen response has to lead: an offset of its return.
+    if lead.any():
+        constants = [[chosen + float(more), rejected] for (chosen, rejected), more in zip(constants, lead)]
+    return constants, of_pairs, figures
 
 
 def span_figures(pairs: Sequence[AlignedPair]) -> dict[str, float]:

@@ -33,7 +33,7 @@ NAME = "ctpd_annotations"  # of the TFDS data set
 SPLIT = "train"
 MANIFEST = "manifest.json"
 _PROGRESS = "manifest.json.progress"
-_FORMAT = 1
+_FORMAT = 2
 _OWN_FIELDS = ("format", "num_pairs", "shard_pairs", "scorers", "shards", "metadata", "written_with")
 _ALIGNED = ("bounds", "teacher_ids", "teacher_span_ids", "student_ids", "student_span_ids")  # of each side, int32
 
@@ -121,6 +121,7 @@ def to_record(pair: AlignedPair, scores: Scores) -> Record:
     Raises ValueError, naming the pair, where a score has another length than the spans.
     """
     record: Record = {"id": pair.id, "teacher_prompt": pair.teacher_prompt, "student_prompt": pair.student_prompt}
+    record |= {"weight": pair.weight, "margin": np.nan if pair.margin is None else pair.margin}
     # Both alignments, and what every scorer measured of their spans.
     for index, side in enumerate(SIDES):
         aligned = pair.response(index)
@@ -155,6 +156,8 @@ def from_record(record: Mapping[str, Any]) -> tuple[AlignedPair, Scores]:
         chosen_bytes=int(record["chosen_bytes"]),
         rejected_bytes=int(record["rejected_bytes"]),
         truncated=(bool(record["chosen_truncated"]), bool(record["rejected_truncated"])),
+        weight=float(record["weight"]),
+        margin=None if np.isnan(record["margin"]) else float(record["margin"]),
     )
     # Nothing else in a record is float32.
     scores: Scores = {side: {} for side in SIDES}
@@ -171,6 +174,7 @@ def _features(scorers: Sequence[str]) -> Any:
 
     ints = tfds.features.Tensor(shape=(None,), dtype=np.int32)
     fields = {"id": tfds.features.Text(), "teacher_prompt": ints, "student_prompt": ints}
+    fields |= dict.fromkeys(("weight", "margin"), tfds.features.Scalar(np.float64))
     for side in SIDES:
         fields[f"{side}_bytes"] = tfds.features.Scalar(np.int64)
         fields[f"{side}_truncated"] = tfds.features.Scalar(np.bool_)

@@ -61,9 +61,35 @@ def hinge_link(margin: Float[Array, "*B"], beta: Scalar) -> Float[Array, "*B"]:
     return jax.nn.relu(1 - beta * margin)
 
 
-# A new loss is a function above and an entry here, whose key config.STAGE.loss then takes. It takes label smoothing if
-# it has the parameter.
-LOSSES: dict[str, Callable[..., Array]] = {"sigmoid": sigmoid_link, "ipo": ipo_link, "hinge": hinge_link}
+def robust_link(margin: Float[Array, "*B"], beta: Scalar, label_smoothing: Scalar = 0.0) -> Float[Array, "*B"]:
+    """(-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e): robust DPO (arXiv 2403.00409), unbiased if a share e of
+    the labels is wrong."""
+    right, wrong = -jax.nn.log_sigmoid(beta * margin), -jax.nn.log_sigmoid(-beta * margin)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def dpop_link(
+    margin: Float[Array, "*B"], chosen: Float[Array, "*B"], beta: Scalar, penalty: Scalar = 50.0
+) -> Float[Array, "*B"]:
+    """-log s(beta (h - penalty max(0, -r_w))): DPO-Positive (arXiv 2402.13228, eq. 3); the chosen stays as likely."""
+    return -jax.nn.log_sigmoid(beta * (margin - penalty * jax.nn.relu(-chosen)))
+
+
+def apo_link(chosen: Float[Array, "*B"], rejected: Float[Array, "*B"], beta: Scalar) -> Float[Array, "*B"]:
+    """1 - s(beta r_w) + s(beta r_l): APO-zero (arXiv 2408.06266), each response pulled its own way."""
+    return 1 - jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(beta * rejected)
+
+
+# A new loss is a function above and an entry here, whose key config.STAGE.loss then takes. It names as parameters what
+# it needs of margin, chosen, rejected (the two returns), beta and label_smoothing.
+LOSSES: dict[str, Callable[..., Array]] = {
+    "sigmoid": sigmoid_link,
+    "ipo": ipo_link,
+    "hinge": hinge_link,
+    "robust": robust_link,
+    "dpop": dpop_link,
+    "apo": apo_link,
+}
 
 
 def smooths(loss: str) -> bool:
@@ -95,7 +121,7 @@ def preference_loss(
     Args:
         chosen_return, rejected_return: [B], r of the two responses, not yet times beta.
         beta: > 0, the strength of the KL term; rewards are beta * r.
-        label_smoothing: 0 <= e < 0.5, for link functions that take it.
+        label_smoothing: 0 <= e < 0.5, for link functions that take it; or [B], one in [0, 1] for each pair.
         loss: a key of LOSSES.
 
     Raises:
@@ -114,12 +140,15 @@ def preference_loss(
         if not 0 <= label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}.")
         if label_smoothing and not smooths(loss):
-            raise ValueError(f"label_smoothing is defined for the sigmoid loss only, not for {loss!r}.")
+            taken = ", ".join(filter(smooths, LOSSES))
+            raise ValueError(f"label_smoothing is defined for {taken}, not for {loss!r}.")
 
     # 2. The margin, in float32: it is a small difference of sums of hundreds of nats.
     chosen, rejected = at_least_float32(chosen_return), at_least_float32(rejected_return)
     margin = chosen - rejected
-    value = link(margin, beta, label_smoothing) if smooths(loss) else link(margin, beta)
+    # A link names what it takes.
+    given = {"margin": margin, "chosen": chosen, "rejected": rejected, "beta": beta, "label_smoothing": label_smoothing}
+    value = link(**{name: given[name] for name in inspect.signature(link).parameters if name in given})
     return LossOutput(value, beta * chosen, beta * rejected, jax.nn.sigmoid(-(beta * margin)))
 
 

@@ -125,6 +125,21 @@ def binary_weights(weights: Spans, percent: Number = 50.0, mask: Mask | None = N
     return jnp.where(real & (_by_row(descending_rank, values, real) < kept), 1, 0).astype(values.dtype)
 
 
+def mean_one_weights(weights: Spans, mask: Mask | None = None) -> Weights:
+    """w_i / mean(w): each response counts as much as without weights. A response without weight keeps none."""
+    values = at_least_float32(weights)
+    values = jnp.where(mask_or_all(mask, values.shape), values, 0)
+    spans = mask_or_all(mask, values.shape).sum(axis=-1, keepdims=True)
+    total = values.sum(axis=-1, keepdims=True)
+    return values * spans / jnp.where(total > 0, total, 1)
+
+
+def agreeing_weights(weights: Spans, k: Number = 1.0, mask: Mask | None = None) -> Weights:
+    """Keep w where w >= k, which is mu * d >= 0; give 0 where the contrastive pair contradicts the label."""
+    values = at_least_float32(weights)
+    return jnp.where(mask_or_all(mask, values.shape) & (values >= k), values, 0)
+
+
 def uniform_weights(mask: Mask) -> Weights:
     """Give 1 to each real span: the ablation without weights."""
     return jnp.asarray(mask, bool).astype(jnp.float32)

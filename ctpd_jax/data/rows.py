@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import CHOSEN, REJECTED, Batch, RowLayout
+from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Batch, RowLayout, SpanSlots
 
 LAYOUTS = ("response", "pair", "shared")
 
@@ -32,6 +32,8 @@ class ScoredResponse:
     constant: float = 0.0  # c(y), subtracted from the weighted log-probability
     start: float = float("nan")  # log-probability under the model's own start, every token counting one
     reference: float = 0.0  # the same of the reference
+    span_ids: np.ndarray | None = None  # int32 [T], 0..S-1; where spans have targets
+    targets: np.ndarray | None = None  # float32 [S], log-probabilities
 
 
 class PairItem(NamedTuple):
@@ -40,6 +42,8 @@ class PairItem(NamedTuple):
     prompt: np.ndarray  # int32 [Tp], at least one token: the first response token needs a predictor
     chosen: ScoredResponse
     rejected: ScoredResponse | None
+    label: float | None = None  # probability that the chosen response is the better one, where that is not certain
+    weight: float | None = None  # how much the pair counts, where that differs
 
     @property
     def responses(self) -> tuple[ScoredResponse, ...]:
@@ -82,6 +86,7 @@ def build_batch(
         raise ValueError(f"{len(items)} items do not fit a batch of {pairs} pairs.")
     # 1. An empty batch.
     of_row, of_slot = (shape.rows, shape.length), (shape.rows, shape.scored)
+    extra = extra_fields(items[0])
     batch = Batch(
         tokens=np.zeros(of_row, np.int32),
         layout=RowLayout(*(np.zeros(of_row, np.int32) for _ in RowLayout._fields)),
@@ -94,7 +99,13 @@ def build_batch(
         start=np.zeros((pairs, 2), np.float32),
         reference=np.zeros((pairs, 2), np.float32),
         real=(np.arange(pairs) < len(items)).astype(np.float32),
+        label=np.ones(pairs, np.float32) if "label" in extra else None,
+        pair_weight=np.zeros(pairs, np.float32) if "pair_weight" in extra else None,
+        spans=SpanSlots(np.full(of_slot, -1, np.int32), *np.zeros((2, *of_slot), np.float32))
+        if "spans" in extra
+        else None,
     )
+    first_span = np.zeros(shape.rows, np.int32)  # spans of each row so far
     used, slots, segments = (np.zeros(shape.rows, np.int64) for _ in range(3))  # of each row so far
 
     def write(row: int, tokens: np.ndarray, position: int, parent: int) -> None:
@@ -128,7 +139,36 @@ def build_batch(
             batch.target[place] = response.tokens
             batch.pair[place], batch.side[place] = number, side
             batch.weight[place] = response.weights
+            if batch.spans is not None:
+                first_span[row] = _write_spans(batch.spans, place, first_span[row], response)
             slots[row] += count
             batch.constant[number, side] = response.constant
             batch.start[number, side], batch.reference[number, side] = response.start, response.reference
+        if batch.label is not None:
+            batch.label[number] = item.label
+        if batch.pair_weight is not None:
+            batch.pair_weight[number] = item.weight
     return batch
+
+
+def pair_weights(pairs: Sequence[AlignedPair]) -> list[float | None]:
+    """Return the weights that the data give their pairs; None for each where all are 1, as nearly always."""
+    some = any(pair.weight != 1 for pair in pairs)
+    return [pair.weight if some else None for pair in pairs]
+
+
+def extra_fields(item: PairItem) -> tuple[str, ...]:
+    """Return which optional fields a batch of such items has; all items of a stage are alike."""
+    found = {"label": item.label, "pair_weight": item.weight, "spans": item.chosen.targets}
+    return tuple(name for name, value in found.items() if value is not None)
+
+
+def _write_spans(spans: SpanSlots, place: tuple[int, slice], first: int, response: ScoredResponse) -> int:
+    """Write a response's spans, numbered from `first` on; return the next number."""
+    ids, targets = response.span_ids, response.targets
+    assert ids is not None and targets is not None
+    spans.span[place] = first + ids
+    spans.target[place] = targets[ids]
+    # Span ids do not decrease: a span's first token is where they change.
+    spans.share[place] = np.diff(ids, prepend=-1).astype(bool) / len(targets)
+    return first + len(targets)

@@ -86,7 +86,10 @@ def _check_ids(job: Job, split: str, model: Model, pairs: list[AlignedPair]) -> 
 def _identity(job: Job, aligned: list[AlignedPair], limits: Limits) -> dict[str, Any]:
     """What identifies the prepared pairs."""
     ids = hashlib.sha256("\n".join(pair.id for pair in aligned).encode()).hexdigest()
+    worth = [(pair.weight, pair.margin) for pair in aligned]
+    told = any(weight != 1 or margin is not None for weight, margin in worth)
     return {
+        **({"worth": hashlib.sha256(repr(worth).encode()).hexdigest()} if told else {}),
         "examples": ids,
         "count": len(aligned),
         "max_prompt_tokens": limits.prompt,

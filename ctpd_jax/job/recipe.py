@@ -63,8 +63,9 @@ def recipe(
 
     # What it minimises.
     loss: Callable = partial(sft_sums, origin.decoder, compute)
+    extra: tuple[str, ...] = ()
     if not is_sft(config, stage):
-        objective = Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight)
+        objective, extra = objective_of(settings)
         loss = partial(preference_sums, origin.decoder, objective, compute)
     return Recipe(
         stage,
@@ -77,7 +78,24 @@ def recipe(
         shard_shapes(mesh, trainable),
         shard_shapes(mesh, frozen),
         mesh,
+        extra,
     )
+
+
+def objective_of(settings: ConfigDict) -> tuple[Objective, tuple[str, ...]]:
+    """What a preference stage minimises, and the optional fields of Batch that it reads."""
+    name = settings.get("objective", "ctpd")
+    # Most of what sets objectives apart lies in the weights and constants of the items: annotate.coefficients.
+    beyond: dict[str, Any] = {}
+    if name == "regression":
+        beyond = {"preference": False, "regression": 1.0}
+    elif name == "mixed":
+        beyond = {"regression": settings.regression}
+    extra: tuple[str, ...] = ("spans",) if beyond else ()
+    field = {"label": "label", "weight": "pair_weight"}.get(settings.get("margin_as", "none"))
+    if name in ("margin", "mixed") and field:
+        extra += (field,)
+    return Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight, **beyond), extra
 
 
 def check_loss(config: ConfigDict, stage: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctpd_jax.schema import Model
+from ctpd_jax.settings import CONTRASTIVE
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def left_out(config: ConfigDict, stage: str) -> bool:
     """Whether the config leaves a stage out; only those that train can be."""
     if not STAGES[stage].trains:
         return False
-    if stage in ("positive", "negative") and config.weights.source not in ("dpo", "sft"):
+    if stage in ("positive", "negative") and stage not in CONTRASTIVE.get(config.weights.source, ()):
         return True
     return config[stage].steps == -1
 
@@ -140,7 +141,7 @@ def columns(config: ConfigDict) -> dict[str, Column]:
     }
     for name, instruction in (("positive", weights.good_prompt), ("negative", weights.bad_prompt)):
         model = weights[f"{name}_scorer"]
-        if weights.source in ("dpo", "sft"):
+        if name in CONTRASTIVE.get(weights.source, ()):
             found[name] = Column(name, model, reading_dtype(config, model))
         elif weights.source == "prompts":
             stage = f"{model}_sft"
@@ -162,7 +163,7 @@ def rows(config: ConfigDict) -> dict[str, str]:
             continue
         model = trained_model(config, stage.name)
         start = stage.starts_from == ""
-        dpo_teacher = config.weights.source == "dpo" and model == "teacher"
+        dpo_teacher = config.weights.source in ("dpo", "dpo_reference") and model == "teacher"
         if start or (not left_out(config, stage.name) and (stage.name != "positive" or dpo_teacher)):
             table[stage.row] = stage.name
     return dict(sorted(table.items(), key=lambda entry: trained_model(config, entry[1]) != "student"))

@@ -6,7 +6,7 @@ Letters: R rows, L row length, K scored tokens of a row, P pairs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf.config import from_hf, read_config
-from ctpd_jax.schema import Batch, Model, RowLayout
+from ctpd_jax.schema import Batch, Model, RowLayout, SpanSlots
 from ctpd_jax.sharding import ROWS, replicated, row_devices
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
@@ -171,8 +171,8 @@ def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
     return padding(items, parts, micro_batch, rows, plan_shapes(items, parts, micro_batch, rows))
 
 
-def abstract_batch(mesh: Mesh, shape: BatchShape, pairs: int) -> Batch:
-    """A batch as jax.ShapeDtypeStruct, placed as `sharding.place_batch` places it."""
+def abstract_batch(mesh: Mesh, shape: BatchShape, pairs: int, extra: Sequence[str] = ()) -> Batch:
+    """A batch as jax.ShapeDtypeStruct, placed as `sharding.place_batch` places it; `extra` are optional fields."""
     by_row, whole = NamedSharding(mesh, P(ROWS)), replicated(mesh)
 
     def array(size: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
@@ -182,7 +182,9 @@ def abstract_batch(mesh: Mesh, shape: BatchShape, pairs: int) -> Batch:
     slot = array((shape.rows, shape.scored), jnp.int32, by_row)
     weight = array((shape.rows, shape.scored), jnp.float32, by_row)
     both, one = array((pairs, 2), jnp.float32, whole), array((pairs,), jnp.float32, whole)
-    return Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, both, both, both, one)
+    optional = {"label": one, "pair_weight": one, "spans": SpanSlots(slot, weight, weight)}
+    batch = Batch(row, RowLayout(row, row, row), slot, slot, slot, slot, weight, both, both, both, one)
+    return batch._replace(**{name: optional[name] for name in extra})
 
 
 def device_bytes(tree: Any) -> float:
@@ -224,7 +226,7 @@ def training(
     # A micro-batch and its memory, what lies beside it included.
     micro_batch = min(settings.micro_batch, settings.batch_size)
     shape = shape or largest_shape(config, micro_batch, 1 if is_sft(config, name) else 2, row_devices(mesh))
-    batch = abstract_batch(mesh, shape, micro_batch)
+    batch = abstract_batch(mesh, shape, micro_batch, what.extra)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     memory = {
         "parameters": device_bytes(what.trainable) + device_bytes(what.frozen),

@@ -104,6 +104,9 @@ def known_without_teacher(job: Job, stored: Mapping) -> dict[str, Any]:
     }
     if config.weights.source not in ("uniform", "random"):
         settings["weights_source"] = config.weights.source
+    # The same DPO model, and its reverse besides.
+    if config.weights.source == "dpo_reference" and stored.get("settings", {}).get("weights_source") == "dpo":
+        settings["weights_source"] = "dpo"
     # Of a model whose stage is in this workdir, or that is the user's own student, the digest is known.
     at_hand = {}
     for name, column in asked.items():

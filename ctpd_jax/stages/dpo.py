@@ -11,7 +11,7 @@ import numpy as np
 
 from ctpd_jax.data.loader import plan_updates
 from ctpd_jax.data.packing import in_words
-from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.data.rows import PairItem, ScoredResponse, pair_weights
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
@@ -65,11 +65,12 @@ def run(job: Job, stage: str) -> None:
 def dpo_items(pairs: Sequence[AlignedPair], model: Model, reference: Measured, swapped: bool = False) -> list[PairItem]:
     """Pairs for plain DPO: weights of one, c the reference's log-probability of the whole response."""
     items = []
-    for pair, scores in zip(pairs, reference, strict=True):
+    for pair, scores, weight in zip(pairs, reference, pair_weights(pairs), strict=True):
         responses = []
         for side in (CHOSEN, REJECTED):
             ids = pair.tokens(model, side).ids
             total = float(scores[side].sum(dtype=np.float64))
             responses.append(ScoredResponse(ids, np.ones(len(ids), np.float32), total, total, total))
-        items.append(PairItem(pair.prompt(model), *(responses[::-1] if swapped else responses)))
+        chosen, rejected = reversed(responses) if swapped else responses
+        items.append(PairItem(pair.prompt(model), chosen, rejected, weight=weight))
     return items

@@ -38,8 +38,9 @@ def run(job: Job, stage: str) -> None:
     store = open_store(folder, expected)
 
     # 2. What is learnt: the student's tokens with their weights, and one constant a response.
+    beta = config.positive.beta
     examples = [store[i] for i in range(len(store))]
-    items, figures = training_items(examples, config.weights, settings, config.seed)
+    items, figures = training_items(examples, config.weights, settings, config.seed, beta)
 
     # 3. What is executed.
     steps = steps_of(config, stage, len(items))
@@ -48,7 +49,7 @@ def run(job: Job, stage: str) -> None:
     # 4. Is it finished, or begun from the same things?
     weights = {name: value for name, value in config.weights.to_dict().items() if not name.endswith("_prompt")}
     annotations = hashlib.sha256(canonical_json(compared(store.manifest))).hexdigest()
-    if finished_before(job, what, {"weights": weights, "annotations": annotations}):
+    if finished_before(job, what, {"weights": weights, "teacher_beta": beta, "annotations": annotations}):
         return
 
     # 5. Which items every update sees, in rows of a few shapes.

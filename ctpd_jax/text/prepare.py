@@ -140,6 +140,8 @@ def _prepare(
         rejected_bytes=sizes[REJECTED],
         truncated=(closed[CHOSEN][1], closed[REJECTED][1]),
         dropped=prompt.dropped,
+        weight=pair.weight,
+        margin=pair.margin,
     )
     return ready, prompt
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from ctpd_jax.schema import Counters, Message, PreferencePair
 from ctpd_jax.text import columns, dialogue
 from ctpd_jax.text.answers import EXPECTED, LAYOUTS, Answer, Row, compared, read_answers
-from ctpd_jax.text.columns import LeftOut, Reading, empty, from_json, require_understood
+from ctpd_jax.text.columns import LeftOut, Reading, empty, from_json, number, require_understood
 from ctpd_jax.text.dialogue import messages
 
 # The first of these that a row holds is its prompt. "conversations" is ShareGPT's name for the turns so far; OpenAI's
@@ -57,6 +58,7 @@ def read_row(
         answers = read_answers(left, reading)
         prompt = _own_prompt(left, answers, reading)
         system = next((left.pop(name) for name in SYSTEM_COLUMNS if isinstance(left.get(name), str) and left[name]), "")
+        weight, margin = _worth(left)
         # 3. One pair of each two answers that are compared, if nothing is left that could change it.
         found: list[PreferencePair | LeftOut] = []
         for better, worse in compared(answers, reading.ranked, report):
@@ -65,7 +67,7 @@ def read_row(
                 said = [pair.chosen, pair.rejected, *(message.content for message in pair.prompt)]
                 said += [better.value, worse.value, *([prompt.raw] if prompt else ())]
                 require_understood(left, reading, said=said)
-                found.append(_usable(pair))
+                found.append(replace(_usable(pair), weight=weight, margin=margin))
             except LeftOut as reason:
                 found.append(reason)
         return found
@@ -73,6 +75,19 @@ def read_row(
         return [reason]
     except RecursionError:
         return [LeftOut("values nested too deeply")]
+
+
+def _worth(row: Row) -> tuple[float, float | None]:
+    """Read how much a pair counts, and by how much its chosen answer is the better one."""
+    names = ("margin", "weight", "score_chosen", "score_rejected")
+    margin, weight, chosen, rejected = (number(row.get(name)) for name in names)
+    if margin is None and chosen is not None and rejected is not None:
+        margin = chosen - rejected
+    # A pair of weight 0 would teach nothing, and one below that the opposite: then it stays what nobody understood.
+    if weight is None or not 0 < weight < math.inf:
+        return 1.0, margin
+    del row["weight"]
+    return weight, margin
 
 
 def _note_columns(row: Row, report: Counters) -> None:

@@ -35,6 +35,7 @@ from ctpd_jax.core.losses import (
     sft_loss,
     sft_term,
 )
+from ctpd_jax.core.objectives import response_errors
 from ctpd_jax.core.projection import response_sums
 from ctpd_jax.data.loader import Updates
 from ctpd_jax.errors import UserError
@@ -66,6 +67,7 @@ class Recipe:
     trainable: Params  # jax.ShapeDtypeStruct with shardings; float32
     frozen: Params  # likewise: what lies under the adapters that are trained, else {}
     mesh: Mesh
+    extra: tuple[str, ...] = ()  # optional fields of Batch that the loss reads
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -202,6 +204,8 @@ class Objective:
     label_smoothing: float = 0.0
     loss: str = "sigmoid"
     sft_weight: float = 0.0
+    preference: bool = True  # without, the spans' regression is all of it
+    regression: float = 0.0  # of core.objectives.response_errors, both responses
 
 
 def response_ids(batch: Batch) -> Array:
@@ -229,10 +233,16 @@ def preference_sums(
         returns[:, CHOSEN],
         returns[:, REJECTED],
         beta=objective.beta,
-        label_smoothing=objective.label_smoothing,
+        label_smoothing=objective.label_smoothing if batch.label is None else 1 - batch.label,
         loss=objective.loss,
     )
-    loss = out.loss + objective.sft_weight * sft_term(plain[:, CHOSEN], counts[:, CHOSEN])
+    fluency = objective.sft_weight * sft_term(plain[:, CHOSEN], counts[:, CHOSEN])
+    loss, errors = out.loss + fluency, None
+    if batch.spans is not None:
+        errors = response_errors(logps, batch.spans, ids, batch.constant.size).reshape(shape).mean(axis=1)
+        loss = (loss if objective.preference else fluency) + objective.regression * errors
+    if batch.pair_weight is not None:
+        loss = batch.pair_weight * loss
     real = batch.real
     total = jnp.sum(loss * real)
 
@@ -247,10 +257,12 @@ def preference_sums(
         "logps/chosen": plain[:, CHOSEN],
         "logps/rejected": plain[:, REJECTED],
     }
+    if errors is not None:
+        means["regression/error"] = errors
     pairs = jnp.sum(real)
     sums = {name: jnp.stack([jnp.sum(jnp.where(real > 0, value, 0.0)), pairs]) for name, value in means.items()}
-    if objective.loss == "sigmoid":  # of the other links it is not the pair's weight in the gradient
-        weights = out.lam - objective.label_smoothing
+    if objective.loss == "sigmoid" and objective.preference:  # else it is not the pair's weight in the gradient
+        weights = out.lam - (objective.label_smoothing if batch.label is None else 1 - batch.label)
         sums |= {f"lambda/{name}": jnp.stack(part) for name, part in lambda_diagnostics(weights, real > 0).items()}
     return total, sums | token_sums(batch)
 

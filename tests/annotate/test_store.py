@@ -47,6 +47,8 @@ def make_pair(index: int) -> AlignedPair:
         chosen_bytes=2**33 + index,
         rejected_bytes=index,
         truncated=(index % 2 == 0, index % 3 == 0),
+        weight=1 + index / 8,
+        margin=None if index % 3 == 0 else index - 2.5,
     )
 
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctpd_jax.core import losses, weights
+from ctpd_jax.core import losses, objectives, weights
 from ctpd_jax.core.logprobs import token_logprobs
 from ctpd_jax.core.projection import project_to_tokens, span_counts, span_means, span_sums
+from ctpd_jax.schema import SpanSlots
 
 SCRIPT = Path(__file__).parents[1] / "golden" / "make_golden.py"
 GOLDEN: dict[str, Any] = json.loads(SCRIPT.with_name("core.json").read_text())
@@ -61,6 +62,8 @@ def weights_of(kind: str, a: dict[str, np.ndarray], mu: float) -> jax.Array:
         "threshold": weights.threshold_weights,
         "scale": weights.scale_weights,
         "rank": weights.rank_weights,
+        "mean_one": weights.mean_one_weights,
+        "agree": weights.agreeing_weights,
     }
     return transforms[kind](w, mask=mask)
 
@@ -187,3 +190,65 @@ def test_losses(golden: dict[str, Any], dtype: str, form: Any) -> None:
                 tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else PRECISIONS[dtype]
                 np.testing.assert_allclose(gradients[side][b, : len(expected)], expected, **tolerance)
                 np.testing.assert_array_equal(gradients[side][b, len(expected) :], 0)
+
+
+# ------------------------------------------------------------------------------------------------ objectives beyond
+
+
+def slots_of(targets: jax.Array, ids: np.ndarray) -> SpanSlots:
+    """The token form of spans: one response a row."""
+    first = (ids >= 0) & (np.diff(ids, prepend=-1, axis=1) > 0)
+    spans = ids.max(axis=1, keepdims=True) + 1
+    return SpanSlots(ids, project_to_tokens(targets, ids), first / spans)
+
+
+@pytest.mark.parametrize("form", ["spans", "slots"])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_span_regression(side: str, dtype: str, form: str) -> None:
+    """The mean over spans, and what the training step computes of tokens: value and gradient."""
+    golden = GOLDEN["objectives"]
+    with jax.enable_x64(True):
+        a = side_arrays(side, dtype)
+        student, spans = a["student_span_ids"], a["mask"].shape[1]
+        start = span_sums(a["start"], student, spans)
+        aligned, before = (span_sums(a[name], a["teacher_span_ids"], spans) for name in ("positive", "reference"))
+        targets = objectives.span_targets(start, aligned, before, golden["tau"], golden["clip"])
+
+        def loss(policy: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if form == "spans":
+                errors = objectives.span_regression_loss(span_sums(policy, student, spans), targets, a["mask"])
+            else:
+                rows = np.broadcast_to(np.arange(len(student))[:, None], student.shape)
+                errors = objectives.response_errors(policy, slots_of(targets, student), rows, len(student))
+            return errors.sum(), errors
+
+        gradient, errors = jax.grad(loss, has_aux=True)(jnp.asarray(a["policy"]))
+        for b, (pair, own) in enumerate(zip(golden["regression"], ragged(targets, a["mask"]))):
+            tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else PRECISIONS[dtype]
+            np.testing.assert_allclose(own, pair[side]["targets"], **PRECISIONS[dtype])
+            np.testing.assert_allclose(errors[b], pair[side]["loss"], **tolerance)
+            count = len(pair[side]["gradient"])
+            np.testing.assert_allclose(gradient[b, :count], pair[side]["gradient"], **tolerance)
+            np.testing.assert_array_equal(gradient[b, count:], 0)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_tempered_anchor_and_teacher_margins(dtype: str) -> None:
+    golden, tolerance = GOLDEN["objectives"], PRECISIONS[dtype]
+    with jax.enable_x64(True):
+        constants = [np.array(golden[name], dtype) for name in ("anchors", "starts")]
+        tempered, kappa = objectives.tempered_constants(*constants, GOLDEN["beta"], golden["spread"])
+        np.testing.assert_allclose(kappa, golden["kappa"], rtol=1e-5 if dtype == "float32" else 1e-12)
+        np.testing.assert_allclose(tempered, golden["tempered"], rtol=1e-5 if dtype == "float32" else 1e-12)
+        assert kappa < 1  # else the spread would not have been tried
+
+        totals = []
+        for name in ("positive", "reference"):
+            both = [side_arrays(side, dtype) for side, _ in SIDES]
+            totals.append(np.stack([np.where(a["teacher_span_ids"] >= 0, a[name], 0).sum(axis=1) for a in both], 1))
+        margins = objectives.teacher_margins(*totals, GOLDEN["beta"])
+        np.testing.assert_allclose(margins, golden["margins"], rtol=tolerance["rtol"], atol=1e-5)
+        for function, name in ((objectives.pair_labels, "labels"), (objectives.sure_weights, "weights")):
+            expected = np.array(golden["margins"], dtype)
+            np.testing.assert_allclose(function(expected, golden["tau"]), golden[name], **tolerance)

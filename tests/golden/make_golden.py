@@ -85,6 +85,8 @@ def all_weights(response: dict[str, Any], mu: int) -> dict[str, list[float]]:
         "rank": rank(w, 0.6, 2.0),
         "binary 30": binary(w, 30),
         "binary 50": binary(w, 50),
+        "mean_one": [x * len(w) / sum(w) for x in w],
+        "agree": [x if x >= 1 else 0.0 for x in w],
         "uniform": [1.0] * len(w),
     }
 
@@ -122,9 +124,27 @@ def log_sigmoid(x: float) -> float:
     return -log1p(exp(-x)) if x > 0 else x - log1p(exp(x))
 
 
-def link(h: float, loss: str, smoothing: float) -> tuple[float, float]:
+def link(chosen: float, rejected: float, loss: str, smoothing: float) -> tuple[float, float, float]:
+    """The loss of a pair and its derivatives by the returns of chosen and rejected."""
+    if loss == "apo":
+        s_chosen, s_rejected = (exp(log_sigmoid(BETA * r)) for r in (chosen, rejected))
+        slopes = -BETA * s_chosen * (1 - s_chosen), BETA * s_rejected * (1 - s_rejected)
+        return 1 - s_chosen + s_rejected, *slopes
+    if loss == "dpop":
+        lost = max(0.0, -chosen)
+        h = chosen - rejected - 50 * lost
+        slope = -BETA * exp(log_sigmoid(-BETA * h))
+        return -log_sigmoid(BETA * h), slope * (51 if lost else 1), -slope
+    value, slope = margin_link(chosen - rejected, loss, smoothing)
+    return value, slope, -slope
+
+
+def margin_link(h: float, loss: str, smoothing: float) -> tuple[float, float]:
     """The loss of a pair and its derivative by the margin h."""
     s = exp(log_sigmoid(BETA * h))
+    if loss == "robust":
+        value = -(1 - smoothing) * log_sigmoid(BETA * h) + smoothing * log_sigmoid(-BETA * h)
+        return value / (1 - 2 * smoothing), -BETA * ((1 - smoothing) * (1 - s) + smoothing * s) / (1 - 2 * smoothing)
     if loss == "sigmoid":
         value = -(1 - smoothing) * log_sigmoid(BETA * h) - smoothing * log_sigmoid(-BETA * h)
         return value, BETA * (smoothing * s - (1 - smoothing) * (1 - s))
@@ -141,11 +161,8 @@ def pair_loss(pair: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         names = ("reference", "span_logprob", "normalize")
         returns[side], slopes[side] = token_form(pair[side], weights, *(options[n] for n in names))
     h = returns["chosen"] - returns["rejected"]
-    value, slope = link(h, options["loss"], options["label_smoothing"])
-    gradients = {
-        "chosen": [slope * a for a in slopes["chosen"]],
-        "rejected": [-slope * a for a in slopes["rejected"]],
-    }
+    value, *by_return = link(returns["chosen"], returns["rejected"], options["loss"], options["label_smoothing"])
+    gradients = {side: [slope * a for a in slopes[side]] for side, slope in zip(("chosen", "rejected"), by_return)}
     if options["sft"]:
         tokens = [t for t, i in enumerate(pair["chosen"]["student_span_ids"]) if i >= 0]
         value -= SFT_WEIGHT * sum(pair["chosen"]["policy"][t] for t in tokens) / len(tokens)
@@ -171,14 +188,73 @@ def option_table() -> list[dict[str, Any]]:
         "label_smoothing": 0.0,
         "sft": False,
     }
-    names = ("other bounds and k", "threshold", "scale", "rank", "binary 30", "binary 50", "uniform")
+    names = (
+        "other bounds and k",
+        "threshold",
+        "scale",
+        "rank",
+        "binary 30",
+        "binary 50",
+        "uniform",
+        "mean_one",
+        "agree",
+    )
     changed: list[dict[str, Any]] = [{}] + [{"weights": name} for name in names]
     changed += [{"loss": "ipo"}, {"loss": "hinge"}, {"label_smoothing": 0.1}, {"sft": True}]
+    changed += [{"loss": "robust", "label_smoothing": 0.1}, {"loss": "dpop"}, {"loss": "apo"}]
     for reference in ("teacher", "start", "none"):
         for span_logprob in ("sum", "mean"):
             for normalize in ("none", "span", "byte"):
                 changed.append({"reference": reference, "span_logprob": span_logprob, "normalize": normalize})
     return [default | change for change in changed]
+
+
+# ------------------------------------------------------------------------------------------------ objectives beyond
+
+
+def regression(response: dict[str, Any], tau: float, bound: float) -> dict[str, Any]:
+    """Targets of the spans, the mean squared error over them, and its derivative by the policy's token log-probs."""
+    spans, mine, theirs = len(response["bytes"]), response["student_span_ids"], response["teacher_span_ids"]
+    start, policy = sums(response["start"], mine, spans), sums(response["policy"], mine, spans)
+    aligned, before = sums(response["positive"], theirs, spans), sums(response["reference"], theirs, spans)
+    targets = [s + tau * clip(p - r, -bound, bound) for s, p, r in zip(start, aligned, before)]
+    errors = [p - t for p, t in zip(policy, targets)]
+    slope = [2 * errors[i] / spans if i >= 0 else 0.0 for i in mine]
+    return {"targets": targets, "loss": sum(e * e for e in errors) / spans, "gradient": slope}
+
+
+def objectives(pairs: list[dict[str, Any]], tau: float, bound: float, spread: float) -> dict[str, Any]:
+    """What span regression, the tempered anchor and the teacher's margin make of the pairs."""
+
+    def constant(response: dict[str, Any], mu: int, name: str) -> float:
+        ids = response["teacher_span_ids" if name == "reference" else "student_span_ids"]
+        weights = importance(response, mu, 1.0, -0.5, 1.5)
+        return sum(w * r for w, r in zip(weights, sums(response[name], ids, len(weights))))
+
+    def total(response: dict[str, Any], name: str) -> float:
+        return sum(v for v, i in zip(response[name], response["teacher_span_ids"]) if i >= 0)
+
+    sides = (("chosen", 1), ("rejected", -1))
+    anchors = [[constant(pair[side], mu, "reference") for side, mu in sides] for pair in pairs]
+    starts = [[constant(pair[side], mu, "start") for side, mu in sides] for pair in pairs]
+    logits = [BETA * ((s[0] - a[0]) - (s[1] - a[1])) for s, a in zip(starts, anchors)]
+    kappa = min(1.0, spread / (sum(x * x for x in logits) / len(logits)) ** 0.5)
+    rewards = [[total(pair[side], "positive") - total(pair[side], "reference") for side, _ in sides] for pair in pairs]
+    margins = [BETA * (chosen - rejected) for chosen, rejected in rewards]
+    labels = [1 - tau + tau / (1 + exp(-m)) for m in margins]
+    return {
+        "tau": tau,
+        "clip": bound,
+        "spread": spread,
+        "regression": [{side: regression(pair[side], tau, bound) for side, _ in sides} for pair in pairs],
+        "anchors": anchors,
+        "starts": starts,
+        "kappa": kappa,
+        "tempered": [[s + kappa * (a - s) for s, a in zip(*both)] for both in zip(starts, anchors)],
+        "margins": margins,
+        "labels": labels,
+        "weights": [x * len(labels) / sum(labels) for x in labels],
+    }
 
 
 # ------------------------------------------------------------------------------------------------ token log-probs
@@ -229,6 +305,7 @@ def build() -> dict[str, Any]:
         "pairs": pairs,
         "spans": spans,
         "losses": losses,
+        "objectives": objectives(pairs, 0.7, 0.9, 0.2),
     }
 
 

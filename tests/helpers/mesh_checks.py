@@ -43,7 +43,7 @@ def config_of(name):
                    initializer_range=0.1)  # fmt: skip
 
 
-def pairs(config, count=32):
+def pairs(config, count=32, beyond=False):
     random = np.random.default_rng(5)
 
     def tokens(low, high):
@@ -51,16 +51,21 @@ def pairs(config, count=32):
 
     def response():
         ids = tokens(4, 20)
-        return ScoredResponse(ids, random.uniform(0.5, 1.5, len(ids)).astype(np.float32), float(-4.0 * len(ids)))
+        plain = ids, random.uniform(0.5, 1.5, len(ids)).astype(np.float32), float(-4.0 * len(ids))
+        if not beyond:
+            return ScoredResponse(*plain)
+        spans = np.arange(len(ids), dtype=np.int32) // 2  # of two tokens each
+        return ScoredResponse(*plain, span_ids=spans, targets=random.normal(-8, 1, spans[-1] + 1).astype(np.float32))
 
-    return [PairItem(tokens(2, 12), response(), response()) for _ in range(count)]
+    own = (0.7, 1.5) if beyond else ()
+    return [PairItem(tokens(2, 12), response(), response(), *own) for _ in range(count)]
 
 
-def run(name, sizes, layout, workdir, lora=False):
+def run(name, sizes, layout, workdir, lora=False, beyond=False):
     """20 updates; the metrics of each, and the digest of the final parameters."""
     config = config_of(name)
     mesh = make_mesh(sizes, jax.devices() if sizes != MESHES["1"] else jax.devices()[:1])
-    items = pairs(config)
+    items = pairs(config, beyond=beyond)
     rows = PackingConfig(layout, True, 1, 8, 0, row_devices(mesh))
     settings = preference(3e-3, 0.1, batch_size=8, micro_batch=8)
     updates = plan_updates(items, 0, STEPS, 8, 8, rows)
@@ -71,7 +76,7 @@ def run(name, sizes, layout, workdir, lora=False):
         trained = with_lora(config, 4, 8.0)
         initial, shapes, frozen = partial(init_adapters, trained, jax.random.key(2)), adapter_shapes(trained), base
     with MetricLog(workdir) as log:
-        loss = partial(preference_sums, trained, Objective(0.1), Compute(mesh=mesh))
+        loss = partial(preference_sums, trained, Objective(0.1, regression=1.0), Compute(mesh=mesh))
         recipe = recipe_of(loss, shapes, settings, STEPS, param_shapes(config) if lora else {}, mesh, "train")
         params = train(recipe, workdir / "checkpoints", initial, frozen, updates, log)
     lines = read_metrics(workdir, "train")
@@ -93,6 +98,7 @@ def main() -> None:
         for mesh, sizes in MESHES.items():
             found[f"{name} {mesh}"] = run(name, sizes, layout, root / f"{name}-{mesh}".replace(" ", "_"))
     for mesh in ("1", "2x2x2"):
+        found[f"beyond {mesh}"] = run("llama", MESHES[mesh], "shared", root / f"beyond-{mesh}", beyond=True)
         found[f"lora {mesh}"] = run("llama", MESHES[mesh], "response", root / f"lora-{mesh}", lora=True)
     found["again 2x2x2"] = run("llama", MESHES["2x2x2"], "response", root / "again")
     print(json.dumps(found))

@@ -18,11 +18,11 @@ def found(tmp_path_factory) -> dict:
     return json.loads(printed.splitlines()[-1])
 
 
-@pytest.mark.parametrize("model", ["llama", "gemma3", "lora"])
+@pytest.mark.parametrize("model", ["llama", "gemma3", "lora", "beyond"])
 def test_every_mesh_trains_as_one_device_does(found, model):
     one = np.array(found[f"{model} 1"]["loss"])
     others = {name: run for name, run in found.items() if name.startswith(model) and not name.endswith(" 1")}
-    assert len(others) == (1 if model == "lora" else 3)
+    assert len(others) == (1 if model in ("lora", "beyond") else 3)
     for name, run in others.items():
         gaps = np.abs(np.array(run["loss"]) - one) / np.abs(one)
         print(f"{name}: relative gap {gaps[0]:.1e} at the first update, {gaps.max():.1e} at most")

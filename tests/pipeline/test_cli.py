@@ -51,6 +51,11 @@ def test_every_config_has_only_known_keys_and_says_its_command(config):
         ("--config.weights.transform=softmax", "weights.transform is 'softmax'"),
         ("--config.weights.source=oracle", "weights.source is 'oracle'"),
         ("--config.train.loss=kto", "train.loss is 'kto'"),
+        ("--config.train.objective=best", "train.objective is 'best'"),
+        ("--config.train.objective=regression --config.weights.source=uniform", "follows a teacher"),
+        ("--config.train.objective=margin --config.train.loss=ipo", "train.loss is 'ipo'"),
+        ("--config.train.objective=mixed --config.train.tau=2.0", "train.tau is 2.0"),
+        ("--config.train.objective=calibrated --config.train.reference=student", "train.reference is 'student'"),
         ("--config.train.reference=teachers", "train.reference is 'teachers'"),
         ("--config.rows.layout=packed", "rows.layout is 'packed'"),
         ("--config.data.unit=word", "data.unit is 'word'"),
@@ -69,7 +74,7 @@ def test_every_config_has_only_known_keys_and_says_its_command(config):
 )
 def test_a_setting_that_cannot_be_is_named(tmp_path, capsys, monkeypatch, override, message):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # config.platform changes it, and other tests' processes inherit it
-    assert run(tmp_path, override) == 2
+    assert run(tmp_path, *override.split()) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

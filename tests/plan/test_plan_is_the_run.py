@@ -18,8 +18,10 @@ from ctpd_jax.train.loop import Recipe
 SHORT = [f"--config.{stage}.steps=1" for stage in TRAINED]
 ADAPTERS = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
 HALF = [f"--config.{stage}.lora.base=bfloat16" for stage in ("teacher_sft", "positive", "negative", "train")]
+MIXED = ["--config.train.objective=mixed", "--config.train.margin_as=weight", "--config.student_dpo.steps=-1"]
 CASES = {
     "plain": [],
+    "one teacher, mixed": [*MIXED, "--config.weights.source=dpo_reference"],
     "packed": ["--config.rows.packed=yes", "--config.rows.layout=response"],
     "adapters": [*ADAPTERS, "--config.student_dpo.steps=-1"],
     "adapters, bfloat16, packed": [*ADAPTERS, *HALF, "--config.annotate.teacher_weights=bfloat16",

@@ -101,6 +101,20 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("columns", "weight", "margin"),
+    [
+        ({}, 1.0, None),
+        ({"weight": 0.25, "margin": -1}, 0.25, -1.0),
+        ({"weight": "2", "score_chosen": 8.5, "score_rejected": "8"}, 2.0, 0.5),
+        ({"score_chosen": 8.5}, 1.0, None),
+    ],
+)
+def test_what_a_row_says_of_its_worth(tmp_path, columns, weight, margin):
+    pair = only(tmp_path, {"prompt": "Q", "chosen": "A", "rejected": "B"} | columns)
+    assert (pair.weight, pair.margin) == (weight, margin)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_same_pair(tmp_path, name):
     pair = only(tmp_path, LAYOUTS[name])

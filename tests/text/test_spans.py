@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
@@ -21,7 +22,14 @@ from ctpd_jax.text.spans import align, align_batch, align_ids, truncate, with_en
 from ctpd_jax.text.tokens import encode, encode_batch, load_tokenizer
 
 # Assigned characters: about the others Python's Unicode version and the tokenizer's may disagree.
-UNICODE = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=24)
+# Marks that are younger than the tokenizers' tables of Unicode: to them these are letters, to the oracle marks.
+YOUNG = "".join(
+    c
+    for c in map(chr, range(0x300, 0x110000))
+    if unicodedata.combining(c)
+    and core("byte-nfd").normalizer.normalize_str("a\u0301" + c) != unicodedata.normalize("NFD", "a\u0301" + c)
+)
+UNICODE = st.text(st.characters(exclude_categories=("Cs", "Cn"), exclude_characters=YOUNG), max_size=24)
 NASTY = st.text(
     st.sampled_from(
         "aeu zsq\u0304\u0308\u0301\u0302\u0323\u0327\u0331\u0334\u0344\u0345\u0f73\u1100\u1161\u11a8"

@@ -46,16 +46,22 @@ def start(config):
     return jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
 
 
-def random_items(count: int, seed: int = 0) -> list[PairItem]:
+def random_items(count: int, seed: int = 0, beyond: bool = False) -> list[PairItem]:
+    """`beyond`: with targets of spans, a label and a weight, as some objectives have."""
     rng = np.random.default_rng(seed)
 
     def response() -> ScoredResponse:
         n = int(rng.integers(3, 20))
         ids, weights = rng.integers(3, VOCABULARY, n).astype(np.int32), rng.uniform(0.5, 2, n).astype(np.float32)
-        return ScoredResponse(ids, weights, float(rng.normal(-80, 5)), float(rng.normal(-80, 5)))
+        both = ids, weights, float(rng.normal(-80, 5)), float(rng.normal(-80, 5)), 0.0
+        if not beyond:
+            return ScoredResponse(*both)
+        spans = np.unique(np.sort(rng.integers(0, n, n)), return_inverse=True)[1].astype(np.int32)
+        return ScoredResponse(*both, spans, rng.normal(-8, 3, spans.max() + 1).astype(np.float32))
 
     prompts = [rng.integers(3, VOCABULARY, int(rng.integers(2, 12))).astype(np.int32) for _ in range(count)]
-    return [PairItem(prompt, response(), response()) for prompt in prompts]
+    own = (0.7, 1.5) if beyond else ()
+    return [PairItem(prompt, response(), response(), *own) for prompt in prompts]
 
 
 def relative(a, b) -> float:
@@ -64,10 +70,10 @@ def relative(a, b) -> float:
 
 
 @cache
-def update(config, layout, micro=4, remat="dots"):
+def update(config, layout, micro=4, remat="dots", beyond=False):
     """The gradient and the metrics of one update of 4 pairs."""
-    items, params = random_items(4), start(config)
-    objective = Objective(0.1, label_smoothing=0.1, sft_weight=0.3)
+    items, params = random_items(4, beyond=beyond), start(config)
+    objective = Objective(0.1, label_smoothing=0.1, sft_weight=0.3, regression=0.5 if beyond else 0.0)
     sums_in = partial(preference_sums, config, objective, Compute(remat=remat))
     accumulate, _ = make_steps(sums_in, make_optimizer(preference(1e-3, 0.1), 10))
     gradient, sums = jax.tree.map(jnp.zeros_like, params), {}
@@ -90,6 +96,43 @@ def test_layouts_give_the_same_update(name):
     first, *others = (update(MODELS[name], layout) for layout in LAYOUTS)
     for other in others:
         assert_same_update(other, first)
+
+
+def test_what_objectives_beyond_need_lies_beside_the_tokens_in_every_layout():
+    first, *others = (update(LLAMA, layout, beyond=True) for layout in LAYOUTS)
+    for other in (*others, update(LLAMA, "shared", micro=3, beyond=True)):
+        assert_same_update(other, first)
+        assert other[1]["regression/error"] == pytest.approx(first[1]["regression/error"], rel=1e-5)
+
+
+def test_a_mixture_is_its_parts():
+    """Soft label, pair weight, regression and SFT term, against the definitions on each response's log-probs."""
+    items, params = random_items(3, beyond=True), start(LLAMA)
+    items[1] = items[1]._replace(label=0.2, weight=0.0)
+    batch = build_batch(items, "shared", BatchShape(4, 64, 40), 4)
+    logits_of = jax.jit(lambda tokens: apply(LLAMA, params, tokens))
+    preferred, rest = 0.0, 0.0
+    for item in items:
+        returns, errors, fluency = [], [], 0.0
+        for response in item.responses:
+            tokens = np.zeros((1, 40), np.int32)  # one length, one program
+            end = len(item.prompt) + len(response.tokens)
+            tokens[0, :end] = np.concatenate([item.prompt, response.tokens])
+            logps = jax.nn.log_softmax(logits_of(tokens)[0])[len(item.prompt) - 1 : end - 1]
+            logps = np.asarray(jnp.take_along_axis(logps, response.tokens[:, None], 1)[:, 0])
+            returns.append(logps @ response.weights - response.constant)
+            sums = np.bincount(response.span_ids, logps)
+            errors.append(np.mean((sums - response.targets) ** 2))
+            fluency = fluency or -logps.mean()
+        h = 0.1 * (returns[0] - returns[1])
+        soft = item.label * np.logaddexp(0, -h) + (1 - item.label) * np.logaddexp(0, h)
+        preferred += item.weight * soft
+        rest += item.weight * (0.5 * np.mean(errors) + 0.3 * fluency)
+    for preferring, expected in ((True, preferred + rest), (False, rest)):
+        objective = Objective(0.1, sft_weight=0.3, preference=preferring, regression=0.5)
+        total, sums = sums_of(LLAMA, objective, Compute(), params, batch)
+        assert float(total) == pytest.approx(expected, rel=1e-5)
+        assert ("lambda/mean" in sums) == preferring
 
 
 def test_splits_and_remat_give_the_same_update():
