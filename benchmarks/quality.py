@@ -46,6 +46,16 @@ METHODS = {
     "dpo": Method("DPO of the student", stage="student_dpo"),
     "ctpd": Method("CTPD, the paper's"),
     "ctpd_start": Method("CTPD, the student's start as reference", {"train.reference": "student"}),
+    # Ours. The regression's loss is small against the SFT term, which gets a tenth of the weight.
+    "calibrated": Method("CTPD, the anchor tempered", {"train.objective": "calibrated"}),
+    "margin_label": Method("the teacher's margin as soft label", {"train.objective": "margin"}),
+    "margin_weight": Method(
+        "the teacher's margin as the pair's weight", {"train.objective": "margin", "train.margin_as": "weight"}
+    ),
+    "regression": Method(
+        "span regression", {"train.objective": "regression", "train.sft_weight": 0.2}, knob="tau", knobs=(2.0, 4.0, 8.0)
+    ),
+    "mixed": Method("soft label and span regression", {"train.objective": "mixed"}),
     # Ablations of CTPD: weights, reference, span log-probability, normalisation.
     "uniform": Method("weights of one", {"weights.source": "uniform"}),
     "random": Method("random weights", {"weights.source": "random"}),
@@ -63,9 +73,15 @@ METHODS = {
     "per_byte": Method("reward per byte", {"train.normalize": "byte"}, knobs=(10.0, 30.0, 100.0)),
 }
 ROWS = ("sft", "teacher", "teacher_dpo")
-MAIN = ("dpo", "ctpd", "ctpd_start", "uniform", "random")
+MAIN = ("dpo", "ctpd", "ctpd_start", "calibrated", "margin_label", "margin_weight", "regression", "mixed")
 ABLATIONS = tuple(name for name in METHODS if name not in (*ROWS, *MAIN))
-CURVES = ("dpo", "ctpd", "ctpd_start")  # measured in all worlds, the others in the nominal one
+CURVES = (
+    "dpo",
+    "ctpd",
+    "ctpd_start",
+    "margin_weight",
+    "regression",
+)  # measured in all worlds, the others in the nominal one
 
 CHOOSING_SEEDS = (100, 101)  # of the worlds on which settings are chosen
 WORLDS = {

@@ -224,7 +224,7 @@ def run_cell(world: Made, cell: Cell, method: Method, sizes: Sizes) -> dict[str,
 
     # 2. What became of it.
     found = {"train_seconds": round(trained - began, 2)}
-    found |= of_test_pairs(job, stage, config[stage].get("beta", config.train.beta))
+    found |= of_test_pairs(job, stage, reward_scale(config, stage))
     found |= of_samples(job, stage, sizes)
     if stage == "train":
         found |= of_weights(world, config)
@@ -233,6 +233,13 @@ def run_cell(world: Made, cell: Cell, method: Method, sizes: Sizes) -> dict[str,
         shutil.rmtree(job.workdir / stage)
     config.update(world.base)
     return found
+
+
+def reward_scale(config: ConfigDict, stage: str) -> float:
+    """What makes a reward of the student's log-ratio, for the calibration."""
+    if stage == "train" and config.train.objective == "regression":  # the log-ratio is tau times the teacher's
+        return config.positive.beta / config.train.tau
+    return config[stage].get("beta", config.train.beta)
 
 
 def of_test_pairs(job: Job, stage: str, beta: float) -> dict[str, float]:
@@ -312,7 +319,7 @@ def of_weights(world: Made, config: ConfigDict) -> dict[str, float]:
         correlations.append(0.0 if flat else float(np.corrcoef(rewards, weights)[0, 1]) * (1 if side == CHOSEN else -1))
 
     # 2. Lambda of the untouched student: its log-probabilities of spans are in the store.
-    items, _ = training_items(world.examples, config.weights, config.train, config.seed)
+    items, _ = training_items(world.examples, config.weights, config.train, config.seed, config.positive.beta)
     margins = []
     for item, (pair, scores) in zip(items, world.examples):
         returns = []
