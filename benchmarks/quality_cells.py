@@ -297,29 +297,34 @@ def of_samples(job: Job, stage: str, sizes: Sizes) -> dict[str, float]:
 
 
 def of_weights(world: Made, config: ConfigDict) -> dict[str, float]:
-    """How the spans' weights follow the true rewards of the pieces, and how lambda is spread before training.
+    """How the teacher's signal follows the true rewards of the pieces, and how lambda is spread before training.
 
-    A chosen piece should weigh more the better it is, a rejected one the worse it is: the correlation is the mean of
-    both sides'.
+    A chosen piece should weigh more the better it is, a rejected one the worse it is; of the regression's target both
+    should be higher. The correlation is the mean of both sides'.
     """
-    # 1. Correlation of a piece's mean weight with its reward, on both sides.
-    values, _ = span_values(world.examples, config.weights, config.train, config.seed)
+    # 1. Correlation of a piece's mean signal with its reward, on both sides.
+    settings = config.weights, config.train, config.seed
+    values, _ = span_values(world.examples, *settings)
+    regression = config.train.objective == "regression"
     raw = raw_pairs(config.data.train)
     correlations = []
-    for side in (CHOSEN, REJECTED):
+    for side, name in enumerate(SIDES):
         pieces: list[tuple[float, float]] = []
-        for (pair, _), both in zip(world.examples, values):
-            text = (raw[pair.id].chosen, raw[pair.id].rejected)[side]
+        for (pair, scores), both in zip(world.examples, values):
+            own, text = both[side], (raw[pair.id].chosen, raw[pair.id].rejected)[side]
+            signal = own.targets - scores[name]["start"] if regression else own.weights * (1 if side == CHOSEN else -1)
             question, bounds = raw[pair.id].prompt[-1].content, pair.response(side).bounds
-            weighed = piece_ratios(text, question, bounds, both[side].weights)
-            counts = piece_ratios(text, question, bounds, np.ones(len(bounds) - 1))
-            pieces += [(reward, total / count) for (reward, total), (_, count) in zip(weighed, counts)]
-        rewards, weights = np.array(pieces).T
-        flat = np.ptp(weights) < 1e-6  # uniform weights follow nothing
-        correlations.append(0.0 if flat else float(np.corrcoef(rewards, weights)[0, 1]) * (1 if side == CHOSEN else -1))
+            summed, counts = (piece_ratios(text, question, bounds, each) for each in (signal, np.ones(len(signal))))
+            pieces += [(reward, total / count) for (reward, total), (_, count) in zip(summed, counts)]
+        rewards, signals = np.array(pieces).T
+        # Uniform weights follow nothing.
+        correlations.append(0.0 if np.ptp(signals) < 1e-6 else float(np.corrcoef(rewards, signals)[0, 1]))
+    found = {"weights_follow_truth": float(np.mean(correlations))}
+    if regression:  # it has no lambda
+        return found
 
     # 2. Lambda of the untouched student: its log-probabilities of spans are in the store.
-    items, _ = training_items(world.examples, config.weights, config.train, config.seed, config.positive.beta)
+    items, _ = training_items(world.examples, *settings, config.positive.beta)
     margins = []
     for item, (pair, scores) in zip(items, world.examples):
         returns = []
@@ -330,7 +335,7 @@ def of_weights(world: Made, config: ConfigDict) -> dict[str, float]:
             returns.append(float(response.weights[firsts] @ scores[name]["start"]) - response.constant)
         margins.append(returns[CHOSEN] - returns[REJECTED])
     shares = lambda_shares(np.array(margins), config.train.beta)
-    return {"weights_follow_truth": float(np.mean(correlations))} | {f"lambda_{k}": v for k, v in shares.items()}
+    return found | {f"lambda_{name}": value for name, value in shares.items()}
 
 
 @lru_cache(maxsize=2)
