@@ -3,8 +3,6 @@
 A world's teacher stages are made once and stay in its folder; every cell on that world trains in the same folder, one
 after the other, measures, and makes room for the next. So a cell that was killed is begun anew, and a finished world is
 never made twice.
-
-N pairs of responses; S spans of one.
 """
 
 from __future__ import annotations
@@ -18,41 +16,29 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import toy
-from toy.truth import mean_and_error, piece_ratios
-from toy.world import true_reward
+from quality_measures import of_samples, of_test_pairs, of_weights
 
-from ctpd_jax.annotate.coefficients import Example, span_values, training_items
+from ctpd_jax.annotate.coefficients import Example
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.errors import UserError
-from ctpd_jax.evaluate.accuracy import difference, lambda_shares, length_matched
 from ctpd_jax.job.job import Job, open_job
-from ctpd_jax.job.models import dtype_of, text_of
-from ctpd_jax.job.pairs import load_pairs
-from ctpd_jax.job.score import score
-from ctpd_jax.job.table import STAGES, trained_model
-from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
+from ctpd_jax.job.table import STAGES
 from ctpd_jax.settings import check_config, default_config
-from ctpd_jax.stages.evaluate import prompts_of
-from ctpd_jax.stages.generate import Sampling, reading_model, sample
-from ctpd_jax.text.preferences import load_preferences
 
 FORMAT = 1  # raise it when a change here makes other numbers from the same settings
 # One shape of rows, and few shapes over all worlds: to compile a cell's program takes as long as to train it. The many
 # updates of SFT are worth a tighter fit.
 ROWS = {"layout": "shared", "buckets": 1, "multiple": 32}
 ROWS_OF_SFT = {"layout": "shared", "buckets": 2, "multiple": 16}
-BINS = 10  # of the expected calibration error
 WORLD_STAGES = ("teacher_sft", "student_sft", "positive", "negative", "annotate")
 
 
@@ -224,124 +210,15 @@ def run_cell(world: Made, cell: Cell, method: Method, sizes: Sizes) -> dict[str,
 
     # 2. What became of it.
     found = {"train_seconds": round(trained - began, 2)}
-    found |= of_test_pairs(job, stage, reward_scale(config, stage))
-    found |= of_samples(job, stage, sizes)
+    found |= of_test_pairs(job, stage)
+    found |= of_samples(job, stage, sizes.samples, sizes.max_new_tokens)
     if stage == "train":
-        found |= of_weights(world, config)
+        found |= of_weights(world.examples, config)
     found["seconds"] = round(time.perf_counter() - began, 2)
     if method.knobs:
         shutil.rmtree(job.workdir / stage)
     config.update(world.base)
     return found
-
-
-def reward_scale(config: ConfigDict, stage: str) -> float:
-    """What makes a reward of the student's log-ratio, for the calibration."""
-    if stage == "train" and config.train.objective == "regression":  # the log-ratio is tau times the teacher's
-        return config.positive.beta / config.train.tau
-    return config[stage].get("beta", config.train.beta)
-
-
-def of_test_pairs(job: Job, stage: str, beta: float) -> dict[str, float]:
-    """Accuracies, calibration and fluency on the held-out pairs, whose labels are true."""
-    pairs, start = load_pairs(job, "test"), f"{trained_model(job.config, stage)}_sft"
-    covered = np.array([[pair.response(side).bounds[-1] for side in (CHOSEN, REJECTED)] for pair in pairs.aligned])
-    lengths = np.array([[pair.chosen_bytes, pair.rejected_bytes] for pair in pairs.aligned])
-
-    def logps(name: str) -> np.ndarray:  # float64 [N, 2]
-        column = score(job, pairs, {name: name}, "float32")[name]
-        return np.array([[scores.sum(dtype=np.float64) for scores in both] for both in column])
-
-    # Rewards against the model's own start, every token counting one: the same for all methods.
-    own = logps(stage)
-    margins = difference(own - logps(start))
-    similar = length_matched(lengths, job.config.evaluate.length_tolerance)
-    probability = 1 / (1 + np.exp(-beta * margins))  # that the better response is the better one
-    return {
-        "accuracy": share(margins),
-        "accuracy_length_matched": share(margins[similar]),
-        "accuracy_per_byte": share(difference(own / covered)),
-        "brier": float(np.mean((1 - probability) ** 2)),
-        "ece": calibration_error(probability),
-        "margin": float(beta * margins.mean()),
-        "bits_per_byte": float(-own[:, CHOSEN].sum() / covered[:, CHOSEN].sum() / np.log(2)),
-    }
-
-
-def share(margins: np.ndarray) -> float:
-    """Return the share of positive margins, ties one half."""
-    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
-
-
-def calibration_error(probability: np.ndarray) -> float:
-    """Return the expected calibration error of float [N], the probabilities given to what is true.
-
-    A prediction is as sure as its likelier side; in each bin its mean is held against how often that side is true.
-    """
-    sure, right = np.maximum(probability, 1 - probability), (probability > 0.5) + 0.5 * (probability == 0.5)
-    which = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    gaps = [abs((sure - right)[which == number].sum()) for number in range(BINS)]
-    return float(sum(gaps) / len(probability))
-
-
-def of_samples(job: Job, stage: str, sizes: Sizes) -> dict[str, float]:
-    """The mean true reward of answers to the held-out prompts, and their mean length in characters."""
-    prompts = prompts_of(load_pairs(job, "test"))
-    asked = [prompts[number % len(prompts)] for number in range(sizes.samples)]
-    sampling = Sampling(sizes.max_new_tokens, 1.0, seed=job.config.seed)
-    text = text_of(job, trained_model(job.config, stage))
-    answers = sample(text, *reading_model(job, stage, job.own), asked, sampling, dtype_of(job.config, job.mesh))
-    rewards = mean_and_error([true_reward(answer, prompt) for answer, prompt in zip(answers, asked)])
-    length = float(np.mean([len(answer) for answer in answers]))
-    return {"reward": rewards["mean"], "reward_error": rewards["error"], "answer_length": length}
-
-
-def of_weights(world: Made, config: ConfigDict) -> dict[str, float]:
-    """How the teacher's signal follows the true rewards of the pieces, and how lambda is spread before training.
-
-    A chosen piece should weigh more the better it is, a rejected one the worse it is; of the regression's target both
-    should be higher. The correlation is the mean of both sides'.
-    """
-    # 1. Correlation of a piece's mean signal with its reward, on both sides.
-    settings = config.weights, config.train, config.seed
-    values, _ = span_values(world.examples, *settings)
-    regression = config.train.objective == "regression"
-    raw = raw_pairs(config.data.train)
-    correlations = []
-    for side, name in enumerate(SIDES):
-        pieces: list[tuple[float, float]] = []
-        for (pair, scores), both in zip(world.examples, values):
-            own, text = both[side], (raw[pair.id].chosen, raw[pair.id].rejected)[side]
-            signal = own.targets - scores[name]["start"] if regression else own.weights * (1 if side == CHOSEN else -1)
-            question, bounds = raw[pair.id].prompt[-1].content, pair.response(side).bounds
-            summed, counts = (piece_ratios(text, question, bounds, each) for each in (signal, np.ones(len(signal))))
-            pieces += [(reward, total / count) for (reward, total), (_, count) in zip(summed, counts)]
-        rewards, signals = np.array(pieces).T
-        # Uniform weights follow nothing.
-        correlations.append(0.0 if np.ptp(signals) < 1e-6 else float(np.corrcoef(rewards, signals)[0, 1]))
-    found = {"weights_follow_truth": float(np.mean(correlations))}
-    if regression:  # it has no lambda
-        return found
-
-    # 2. Lambda of the untouched student: its log-probabilities of spans are in the store.
-    items, _ = training_items(world.examples, *settings, config.positive.beta)
-    margins = []
-    for item, (pair, scores) in zip(items, world.examples):
-        returns = []
-        for side, name in enumerate(SIDES):
-            span_ids = pair.response(side).student.span_ids
-            firsts = np.searchsorted(span_ids, np.arange(pair.response(side).num_spans))
-            response = item.responses[side]
-            returns.append(float(response.weights[firsts] @ scores[name]["start"]) - response.constant)
-        margins.append(returns[CHOSEN] - returns[REJECTED])
-    shares = lambda_shares(np.array(margins), config.train.beta)
-    return found | {f"lambda_{name}": value for name, value in shares.items()}
-
-
-@lru_cache(maxsize=2)
-def raw_pairs(path: str) -> dict[str, Any]:
-    """The training pairs as they were written, by id."""
-    return {pair.id: pair for pair in load_preferences(path, "train")[0]}
 
 
 # ------------------------------------------------------------------------------------------------ many cells
