@@ -3,7 +3,7 @@
     python benchmarks/quality.py                                     # everything, about an hour on two cores
     python benchmarks/quality.py --worlds nominal --methods dpo,ctpd --seeds 3
     python benchmarks/quality.py --report                            # the tables and figures of what is there
-    python benchmarks/quality.py --one "world=seed0-noise0.2-word-teacher1,method=ctpd,knob=0.1,lr=0.001"
+    python benchmarks/quality.py --one "world=seed0-noise0.2-word-teacher1,method=ctpd,beta=0.1,lr=0.001"
 
 Every method trains the same student on the same pairs with as many updates of as many pairs. Its one knob and its
 learning rate are chosen on worlds of their own (other seeds: other pairs, noise and models) by the true reward of
@@ -36,6 +36,7 @@ from ctpd_jax.errors import UserError
 LRS = (1e-3, 2e-3)
 STUDENT = {"weights.positive_scorer": "student", "weights.negative_scorer": "student"}
 
+# A method that trains in a stage of its own, of job/table.py, is a line as well: stage="student_tis".
 # A new method is a line. `knobs` are the values of its one knob that are tried, beside LRS.
 METHODS = {
     # What is not trained here: rows of the table.
@@ -75,13 +76,8 @@ METHODS = {
 ROWS = ("sft", "teacher", "teacher_dpo")
 MAIN = ("dpo", "ctpd", "ctpd_start", "calibrated", "margin_label", "margin_weight", "regression", "mixed")
 ABLATIONS = tuple(name for name in METHODS if name not in (*ROWS, *MAIN))
-CURVES = (
-    "dpo",
-    "ctpd",
-    "ctpd_start",
-    "margin_weight",
-    "regression",
-)  # measured in all worlds, the others in the nominal one
+# Measured in all worlds, the others in the nominal one.
+CURVES = ("dpo", "ctpd", "ctpd_start", "margin_weight", "regression")
 
 CHOOSING_SEEDS = (100, 101)  # of the worlds on which settings are chosen
 WORLDS = {
@@ -107,17 +103,17 @@ def choosing_cells(names: Sequence[str]) -> list[Cell]:
 def chosen_settings(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Each method's knob and learning rate: the best mean true reward over the worlds where settings are chosen."""
     grid = {World(seed=seed).name for seed in CHOOSING_SEEDS}
-    rewards: dict[tuple[str, float, float], list[float]] = {}
+    rewards: dict[tuple[str, float, float], dict[str, float]] = {}
     for line in lines:
         key = line["key"]
         if key["world"] in grid:
             reward = line["found"].get("reward", float("-inf"))  # a training that diverged
-            rewards.setdefault((key["method"], key["knob"], key["lr"]), []).append(reward)
+            rewards.setdefault((key["method"], key["knob"], key["lr"]), {})[key["world"]] = reward
     found = {name: (0.0, 0.0) for name in names if not METHODS[name].knobs}
     for name in names:
-        tried = {setting: sum(all_) / len(all_) for setting, all_ in rewards.items() if setting[0] == name}
+        tried = {each[1:]: sum(own.values()) / len(own) for each, own in rewards.items() if each[0] == name}
         if tried:
-            found[name] = max(tried, key=lambda setting: tried[setting])[1:]
+            found[name] = max(tried, key=lambda setting: tried[setting])
     return found
 
 
@@ -176,17 +172,20 @@ def begin_worker(folder: Path) -> None:
 
 def run_one(folder: Path, sizes: Sizes, text: str) -> None:
     """Runs one cell again and prints its numbers, beside those of its line if there is one."""
-    # 1. What is asked for.
+    # 1. What is asked for; what is left out is as it was chosen.
     parts = dict(part.partition("=")[::2] for part in text.split(","))
-    if unknown := set(parts) - {"world", "method", "knob", "lr", "seed"}:
-        raise UserError(f"--one does not know {', '.join(sorted(unknown))}; it takes world, method, knob, lr, seed.")
+    (name,) = named_methods(parts.get("method", "ctpd"))
+    allowed = {"world", "method", METHODS[name].knob, "lr", "seed"}
+    if unknown := set(parts) - allowed:
+        raise UserError(f"--one does not know {', '.join(sorted(unknown))}; it takes {', '.join(sorted(allowed))}.")
     world = World.named(parts.get("world", World().name))
-    method = named_methods(parts.get("method", "ctpd"))[0]
-    knob, lr = float(parts.get("knob", 0)), float(parts.get("lr", 0))
-    cell = Cell(world, method, knob, lr, int(parts.get("seed", world.seed)))
+    lines = lines_here(folder, sizes)
+    knob, lr = chosen_settings(lines, [name]).get(name, ((*METHODS[name].knobs, 0.0)[0], LRS[0]))
+    knob, lr = float(parts.get(METHODS[name].knob, knob)), float(parts.get("lr", lr))
+    cell = Cell(world, name, knob, lr, int(parts.get("seed", world.seed)))
     # 2. The line of before stays, and if there is none, this run leaves it.
     alone(folder)
-    before = [line["found"] for line in lines_here(folder, sizes) if line["key"] == cell.key]
+    before = [line["found"] for line in lines if line["key"] == cell.key]
     (found,) = run_world(folder, sizes, METHODS, [cell])
     # 3. Seconds differ, nothing else.
     for name, value in found.items():
@@ -214,7 +213,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="worlds of each kind (default: 5)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
     parser.add_argument("--sizes", default="", help=f"NAME=VALUE,... among {asdict(Sizes())}")
-    parser.add_argument("--one", metavar="WHICH", help="run one cell again: world=...,method=...,knob=...,lr=...")
+    parser.add_argument("--one", metavar="WHICH", help="run one cell again: world=...,method=...,beta=...,lr=...")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and figures of what is there")
     known = parser.parse_args()
     try:
@@ -245,21 +244,13 @@ def tables(folder: Path, sizes: Sizes) -> str:
     for line in lines:
         key = line["key"]
         world = World.named(key["world"])
-        at_chosen = settings.get(key["method"]) == (key["knob"], key["lr"])
-        if (
-            at_chosen
-            and world.seed not in CHOOSING_SEEDS
-            and key["seed"] == world.seed
-            and "failed" not in line["found"]
-        ):
+        if settings.get(key["method"]) != (key["knob"], key["lr"]) or "failed" in line["found"]:
+            continue
+        if world.seed not in CHOOSING_SEEDS and key["seed"] == world.seed:
             found = results.setdefault((replace(world, seed=0).name, key["method"]), {})
             found[world.seed] = line["found"]
-    kinds = {
-        kind: {
-            world.name: f"{getattr(world, kind):g}" if kind in ("noise", "teacher") else world.mismatch for world in own
-        }
-        for kind, own in WORLDS.items()
-    }
+    # What varies within a kind of worlds is the field of that name; the nominal one has none.
+    kinds = {kind: {world.name: str(getattr(world, kind, kind)) for world in own} for kind, own in WORLDS.items()}
     return report(folder, results, settings, {name: method.says for name, method in METHODS.items()}, kinds)
 
 

@@ -54,7 +54,7 @@ def test_a_report_has_its_tables_and_figures(report, tmp_path):
 
 @pytest.mark.slow
 def test_a_cell_run_again_gives_the_same_numbers(tmp_path):
-    cell = "world=seed3-noise0.2-near-teacher0.5,method=ctpd,knob=0.3,lr=0.002"
+    cell = "world=seed3-noise0.2-near-teacher0.5,method=ctpd,beta=0.3,lr=0.002"
     command = [sys.executable, BENCHMARKS / "quality.py", "--dir", tmp_path, "--sizes", TINY, "--one", cell]
     for again in (False, True):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
