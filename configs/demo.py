@@ -3,7 +3,7 @@
     ctpd run --config configs/demo.py --workdir runs/demo
     python examples/toy/truth.py runs/demo
 
-Another world: --config=configs/demo.py:pairs=500,noise=0.4 (also test_pairs and seed).
+Another world: --config=configs/demo.py:pairs=500,noise=0.4 (also test_pairs, seed and mismatch: near, word, unigram).
 """
 
 import sys
@@ -19,7 +19,9 @@ import toy
 
 def get_config(settings: str = "") -> ConfigDict:
     config = default_config()
-    world = toy.world_on_disk(**toy.settings_in(settings, pairs=2000, test_pairs=300, noise=0.25, seed=0))
+    world = toy.world_on_disk(
+        **toy.settings_in(settings, pairs=2000, test_pairs=300, noise=0.25, seed=0, mismatch="word")
+    )
     config.teacher.path, config.student.path = world.teacher, world.student
     config.data.update({"train": world.train, "test": world.test, "max_prompt_tokens": 64, "max_response_tokens": 96})
     config.rows.update({"layout": "shared", "buckets": 2, "multiple": 16})

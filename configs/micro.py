@@ -16,7 +16,7 @@ import toy
 
 def get_config(settings: str = "") -> ConfigDict:
     config = default_config()
-    world = toy.world_on_disk(**toy.settings_in(settings, pairs=48, test_pairs=16, noise=0.25, seed=0))
+    world = toy.world_on_disk(**toy.settings_in(settings, pairs=48, test_pairs=16, noise=0.25, seed=0, mismatch="word"))
     config.teacher.path, config.student.path = world.teacher, world.student
     config.data.update({"train": world.train, "test": world.test, "max_prompt_tokens": 64, "max_response_tokens": 64})
     config.rows.update({"layout": "shared", "buckets": 1})
