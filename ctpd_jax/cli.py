@@ -80,6 +80,8 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
         return [f"{known.model}_sft"] if known.model else ["teacher_sft", "student_sft"]
     if known.command == "dpo":
         return ["student_dpo" if known.student else "negative" if known.reverse else "positive"]
+    if known.command == "train":
+        return ["student_proposed" if known.proposed else "train"]
     return [known.command]
 
 

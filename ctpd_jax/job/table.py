@@ -56,12 +56,21 @@ STAGES = {
             "span log-probabilities of reference, contrastive pair and start -> DIR/annotations",
         ),
         Stage(
+            "propose", "propose", "ctpd propose",
+            "the student answers the prompts, the teacher ranks its answers -> pairs and their store in DIR/proposals",
+        ),
+        Stage(
             "student_dpo", "dpo", "ctpd dpo --student", "student, plain DPO, for comparison",
             model="student", row="student_dpo",
         ),
         Stage(
             "train", "train", "ctpd train", "student, CTPD on the annotated data",
             model="student", row="ctpd",
+        ),
+        Stage(
+            "student_proposed", "train", "ctpd train --proposed",
+            "student, CTPD on its own answers as the teacher ranks them",
+            model="student", row="ctpd_proposed",
         ),
         Stage(
             "evaluate", "evaluate", "ctpd evaluate",
@@ -72,6 +81,7 @@ STAGES = {
 }  # fmt: skip
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
 PLANNED = (*TRAINED, "annotate")  # what runs programs of its own
+DISTILLED = ("ctpd", "ctpd_proposed")  # rows of the students that CTPD made; the first that is there is exported
 
 
 # ------------------------------------------------------------------------------------------------ asked of a config
@@ -88,7 +98,9 @@ def starts_from(config: ConfigDict, stage: str) -> str:
 
 
 def left_out(config: ConfigDict, stage: str) -> bool:
-    """Whether the config leaves a stage out; only those that train can be."""
+    """Whether the config leaves a stage out; only those that train can be, and proposals that nobody learns from."""
+    if stage == "propose":
+        return left_out(config, "student_proposed")
     if not STAGES[stage].trains:
         return False
     if stage in ("positive", "negative") and stage not in CONTRASTIVE.get(config.weights.source, ()):
@@ -179,5 +191,6 @@ def row_starts(config: ConfigDict) -> dict[str, str]:
 
 def way_to(config: ConfigDict, row: str) -> dict[str, str]:
     """What the training stages on the way to a student of the table make, in words."""
-    way = [name for name in TRAINED if name != "student_dpo"] if row == "ctpd" else ["student_sft"]
+    others = {"student_dpo", "train", "student_proposed"} - {rows(config)[row]}
+    way = [name for name in TRAINED if name not in others] if row in DISTILLED else ["student_sft"]
     return {name: STAGES[name].says.format(model=trained_model(config, name)) for name in way}
