@@ -33,6 +33,7 @@ def get_config(settings: str = "") -> ConfigDict:
     config.student_dpo.steps = config.student_proposed.steps = 0
     # This world has forty questions: many answers to each, and many pairs of them.
     config.propose.update({"answers": 48, "pairs": 24, "batch": 256})
+    config.student_proposed.epochs = 2.0  # as many updates as the others
     config.annotate.micro_batch = 16
     config.evaluate.update({"samples": 200, "max_new_tokens": 80, "temperature": 1.0})
     config.teacher.remat = "dots"
