@@ -81,6 +81,8 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
     if known.command == "dpo":
         both = ("student_dpo", "student_reverse") if known.student else ("positive", "negative")
         return [both[known.reverse]]
+    if known.command == "train":
+        return ["student_proposed" if known.proposed else "train"]
     return [known.command]
 
 

@@ -178,6 +178,18 @@ def default_config() -> ConfigDict:
             "student_uld": distilling(top_k=128, ce_weight=0.5, weight=0.5),
             "student_ot": distilling(top_k=50, weight=0.15),
             "student_dskd": distilling(temperature=2.0, projector_lr=1e-3),
+            "propose": {  # pairs for student_proposed: the student answers prompts, the teacher ranks its answers
+                "prompts": "",  # a data set as data.train takes it; "": data.train. Labels are not looked at
+                "limit": 0,  # first N distinct prompts; 0: all
+                "answers": 4,  # to each prompt; the best and the worst of them become a pair
+                "pairs": 1,  # of each prompt; 2: and the second best with the second worst
+                "temperature": 1.0,
+                "batch": 64,  # answers that are drawn together, and kept on disk from then on
+                # What ranks, per byte: "weights", the two models whose log-ratio the weights of spans are made of; or
+                # "reference", the positive one against what it was trained from.
+                "contrast": "weights",
+                "min_contrast": 0.0,  # nats per byte by which the best has to lead the worst
+            },
             "evaluate": {
                 "samples": 2,  # answers to draw from every model, from one held-out prompt after the other
                 "temperature": 0.7,
@@ -192,6 +204,8 @@ def default_config() -> ConfigDict:
             "compile_cache": True,  # keep compiled programs in WORKDIR/compile_cache
         }
     )
+    # The student that learns from proposals has the settings of `train`, and is left out unless it is asked for.
+    config.student_proposed = ConfigDict(config.train.to_dict() | {"steps": -1})
     config.lock()
     return config
 
@@ -256,6 +270,7 @@ CHOICES = {
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
     "annotate.teacher_weights": ("float32", "bfloat16"),
+    "propose.contrast": ("weights", "reference"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
 POSITIVE = (lambda x: 0 < x < math.inf, "it has to be positive and finite")
@@ -284,6 +299,9 @@ OF_OTHERS: tuple[tuple[str, Range], ...] = (
     ("evaluate.samples evaluate.temperature train.regression train.offset", NOT_NEGATIVE),
     ("train.target_clip train.spread", POSITIVE),
     ("train.tau train.trust", NOT_NEGATIVE),
+    ("propose.pairs propose.temperature propose.batch", POSITIVE),
+    ("propose.limit propose.min_contrast", NOT_NEGATIVE),
+    ("propose.answers", (lambda x: x >= 2, "one answer has nothing to be ranked against")),
     ("data.min_kept", SHARE),
     ("evaluate.length_tolerance", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
     ("weights.top_share", (lambda x: 0 < x <= 1, "it lies in (0, 1]")),
@@ -391,3 +409,15 @@ def check_config(config: ConfigDict) -> None:
             "config.train.normalize 'start' measures against the student's start, so config.train.reference "
             "cannot be 'none'."
         )
+
+    # 5. The student of the proposals is trained as `train` is: what has to hold there has to hold of its settings.
+    proposed = config.student_proposed
+    if proposed.steps != -1:
+        ranks = weights.source not in ("uniform", "random")
+        require(ranks, "weights.source", "proposals are ranked by the contrast of two models")
+        instead = ConfigDict(config.to_dict() | {"train": proposed.to_dict()})
+        instead.student_proposed.steps = -1
+        try:
+            check_config(instead)
+        except UserError as error:
+            raise UserError(str(error).replace("config.train.", "config.student_proposed.")) from None
