@@ -30,9 +30,10 @@ from quality_measures import of_samples, of_test_pairs, of_weights
 from ctpd_jax.annotate.coefficients import Example
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.check import check_config
 from ctpd_jax.job.job import Job, open_job
 from ctpd_jax.job.table import STAGES
-from ctpd_jax.settings import check_config, default_config
+from ctpd_jax.settings import default_config
 
 FORMAT = 1  # raise it when a change here makes other numbers from the same settings
 # One shape of rows, and few shapes over all worlds: to compile a cell's program takes as long as to train it. The many

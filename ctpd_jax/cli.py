@@ -21,9 +21,10 @@ from ml_collections import ConfigDict, config_flags
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.arguments import parser
+from ctpd_jax.job.check import check_config
 from ctpd_jax.job.table import STAGES
 from ctpd_jax.processes import preempt
-from ctpd_jax.settings import check_config, default_config
+from ctpd_jax.settings import default_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctpd_jax.schema import Model
-from ctpd_jax.settings import CONTRASTIVE
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,8 @@ STAGES = {
     )
 }  # fmt: skip
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
+# The stages that train the pair whose log-ratio the weights are.
+CONTRASTIVE = {"dpo": ("positive", "negative"), "sft": ("positive", "negative"), "dpo_reference": ("positive",)}
 # What runs programs of its own, and is planned: distillation is not, its programs depend on the teacher's tokens too.
 PLANNED = (*(name for name in TRAINED if STAGES[name].kind != "distill"), "annotate")
 DISTILLED = ("ctpd", "ctpd_proposed")  # rows of the students that CTPD made; the first that is there is exported

@@ -14,8 +14,8 @@ from toy import world_on_disk
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.check import check_config
 from ctpd_jax.schema import SIDES, Message
-from ctpd_jax.settings import check_config
 from ctpd_jax.stages.propose import best_and_worst, high_and_low
 from ctpd_jax.text.preferences import load_preferences
 
