@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ctpd_jax.core.weights import importance_weights
 from ctpd_jax.data.loader import plan_updates
 from ctpd_jax.data.packing import in_words
-from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.data.rows import PairItem, ScoredResponse, pair_weights
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of
@@ -92,7 +92,7 @@ def tis_items(
         return ScoredResponse(pair.tokens("student", side).ids, w, float((w * logps).sum()), total, total)
 
     items = []
-    for pair, both in zip(pairs, start, strict=True):
+    for pair, both, weight in zip(pairs, start, pair_weights(pairs), strict=True):
         chosen, rejected = (response(pair, side, both[side]) for side in (CHOSEN, REJECTED))
-        items.append(PairItem(pair.student_prompt, chosen, rejected))
+        items.append(PairItem(pair.student_prompt, chosen, rejected, weight=weight))
     return items
