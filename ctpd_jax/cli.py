@@ -21,9 +21,10 @@ from ml_collections import ConfigDict, config_flags
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.arguments import parser
+from ctpd_jax.job.check import check_config
 from ctpd_jax.job.table import STAGES
 from ctpd_jax.processes import preempt
-from ctpd_jax.settings import check_config, default_config
+from ctpd_jax.settings import default_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +82,8 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
     if known.command == "dpo":
         both = ("student_dpo", "student_reverse") if known.student else ("positive", "negative")
         return [both[known.reverse]]
+    if known.command == "train":
+        return ["student_proposed" if known.proposed else "train"]
     return [known.command]
 
 

@@ -5,13 +5,9 @@ The names are ml_collections keys: `ctpd run --config configs/demo.py --config.t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from ctpd_jax.errors import UserError
 
 
 def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 16, **changes) -> ConfigDict:
@@ -178,6 +174,18 @@ def default_config() -> ConfigDict:
             "student_uld": distilling(top_k=128, ce_weight=0.5, weight=0.5),
             "student_ot": distilling(top_k=50, weight=0.15),
             "student_dskd": distilling(temperature=2.0, projector_lr=1e-3),
+            "propose": {  # pairs for student_proposed: the student answers prompts, the teacher ranks its answers
+                "prompts": "",  # a data set as data.train takes it; "": data.train. Labels are not looked at
+                "limit": 0,  # first N distinct prompts; 0: all
+                "answers": 4,  # to each prompt; the best and the worst of them become a pair
+                "pairs": 1,  # of each prompt; 2: and the second best with the second worst
+                "temperature": 1.0,
+                "batch": 64,  # answers that are drawn together, and kept on disk from then on
+                # What ranks, per byte: "weights", the two models whose log-ratio the weights of spans are made of; or
+                # "reference", the positive one against what it was trained from.
+                "contrast": "weights",
+                "min_contrast": 0.0,  # nats per byte by which the best has to lead the worst
+            },
             "evaluate": {
                 "samples": 2,  # answers to draw from every model, from one held-out prompt after the other
                 "temperature": 0.7,
@@ -192,6 +200,8 @@ def default_config() -> ConfigDict:
             "compile_cache": True,  # keep compiled programs in WORKDIR/compile_cache
         }
     )
+    # The student that learns from proposals has the settings of `train`, and is left out unless it is asked for.
+    config.student_proposed = ConfigDict(config.train.to_dict() | {"steps": -1})
     config.lock()
     return config
 
@@ -227,167 +237,3 @@ def paper_on_tpu(teacher: str, student: str, micro_batch: int, layout: str = "sh
     for stage in (config.teacher_sft, config.student_sft, config.positive, config.negative, config.train):
         stage.micro_batch = micro_batch
     return config
-
-
-# The stages that train the pair whose log-ratio the weights are.
-CONTRASTIVE = {"dpo": ("positive", "negative"), "sft": ("positive", "negative"), "dpo_reference": ("positive",)}
-
-Range = tuple[Callable[[Any], bool], str]  # what has to hold of a value, and what is said where it does not
-
-CHOICES = {
-    "compute_dtype": ("auto", "float32", "bfloat16"),
-    "attention": ("auto", "plain", "xla", "cudnn", "splash"),
-    "platform": ("auto", "cpu", "gpu", "tpu"),
-    "teacher.remat": ("full", "dots", "none"),
-    "student.remat": ("full", "dots", "none"),
-    "data.unit": ("character", "byte"),
-    "data.ranked": ("best_worst", "all"),
-    "rows.layout": ("response", "pair", "shared"),
-    "rows.packed": ("auto", "yes", "no"),
-    "weights.source": ("dpo", "sft", "prompts", "uniform", "random", "dpo_reference"),
-    "weights.transform": ("none", "threshold", "scale", "rank", "binary", "mean_one", "agree"),
-    "weights.positive_scorer": ("teacher", "student"),
-    "weights.negative_scorer": ("teacher", "student"),
-    "train.objective": ("ctpd", "calibrated", "margin", "regression", "mixed"),
-    "train.contrast": ("start", "negative"),
-    "train.margin_from": ("teacher", "data"),
-    "train.margin_as": ("label", "offset", "weight", "none"),
-    "train.reference": ("teacher", "student", "none"),
-    "train.span_logprob": ("sum", "mean"),
-    "train.normalize": ("none", "span", "byte", "start"),
-    "annotate.teacher_weights": ("float32", "bfloat16"),
-    "export.dtype": ("float32", "bfloat16", "float16"),
-}
-POSITIVE = (lambda x: 0 < x < math.inf, "it has to be positive and finite")
-NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "it cannot be negative, and has to be finite")
-SHARE = (lambda x: 0 <= x <= 1, "it is a share, from 0 to 1")
-DTYPE = (lambda x: x in ("float32", "bfloat16"), "choose one of float32, bfloat16")
-# What every stage that trains has, and those with a `beta` besides: settings, what has to hold, and else what is said.
-OF_STAGES: tuple[tuple[str, Range], ...] = (
-    ("lr epochs batch_size micro_batch clip save_every lora.alpha", POSITIVE),
-    ("weight_decay", NOT_NEGATIVE),
-    ("warmup", (SHARE[0], "it is a share of the steps, from 0 to 1")),
-    ("moments lora.base", DTYPE),
-    ("adam_b1 adam_b2", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
-    ("lora.rank", (lambda x: x >= 0, "it cannot be negative; 0 trains all parameters")),
-    ("steps", (lambda x: x >= -1, "0 means as many as the epochs give, -1 leaves the stage out")),
-)
-OF_PREFERENCES: tuple[tuple[str, Range], ...] = (
-    ("beta", POSITIVE),
-    ("label_smoothing", (lambda x: 0 <= x < 0.5, "it lies in [0, 0.5)")),
-    ("sft_weight", NOT_NEGATIVE),
-)
-OF_OTHERS: tuple[tuple[str, Range], ...] = (
-    ("data.max_prompt_tokens data.max_response_tokens rows.buckets rows.multiple log_every", POSITIVE),
-    ("annotate.micro_batch annotate.pairs_per_shard evaluate.max_new_tokens weights.k", POSITIVE),
-    ("data.limit data.test_limit rows.length annotate.compared_pairs", NOT_NEGATIVE),
-    ("evaluate.samples evaluate.temperature train.regression train.offset", NOT_NEGATIVE),
-    ("train.target_clip train.spread", POSITIVE),
-    ("train.tau train.trust", NOT_NEGATIVE),
-    ("data.min_kept", SHARE),
-    ("evaluate.length_tolerance", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
-    ("weights.top_share", (lambda x: 0 < x <= 1, "it lies in (0, 1]")),
-    ("weights.mu weights.lower weights.upper", (math.isfinite, "it has to be finite; 1e9 as a bound switches it off")),
-)
-
-
-def check_config(config: ConfigDict) -> None:
-    """Refuses, by name and before anything long has run, what cannot be.
-
-    Raises:
-      UserError: a value that is no choice, a number out of its range, or a combination that means nothing.
-    """
-
-    def value(name: str) -> Any:
-        found: Any = config
-        for part in name.split("."):
-            found = found[part]
-        return found
-
-    def require(holds: bool, name: str, what: str) -> None:
-        if not holds:
-            raise UserError(f"config.{name} is {value(name)!r}; {what}.")
-
-    def require_ranges(ranges: tuple[tuple[str, Range], ...], prefix: str = "") -> None:
-        for names, (holds, what) in ranges:
-            for name in names.split():
-                require(holds(value(prefix + name)), prefix + name, what)
-
-    # 1. Everything is there: a config that does not begin with the defaults would fail much later.
-    expected = default_config()
-    sections = {name: part for name, part in expected.items() if isinstance(part, ConfigDict)}
-    for section, keys in {"": expected, **sections}.items():
-        missing = [key for key in keys if key not in (config if not section else config.get(section, {}))]
-        if missing:
-            name = f"{section}.{missing[0]}" if section else missing[0]
-            raise UserError(f"config.{name} is missing; begin get_config() with ctpd_jax.settings.default_config().")
-    if not config.data.train:
-        raise UserError("config.data.train is empty; give FILE.jsonl, tfds:NAME or hf:NAME.")
-
-    # 2. Each value by itself.
-    if config.annotate.teacher_weights == "int8":
-        raise UserError(
-            "config.annotate.teacher_weights is 'int8'; choose one of float32, bfloat16. An int8 teacher is another "
-            "model than the reference has to be, and its rounding hides what tells the contrastive pair apart."
-        )
-    for name, choices in CHOICES.items():
-        require(value(name) in choices, name, f"choose one of {', '.join(choices)}")
-    require_ranges(OF_OTHERS)
-
-    # 3. The stages that train.
-    for stage in (name for name, part in sections.items() if "steps" in part):
-        settings = config[stage]
-        require_ranges(OF_STAGES, f"{stage}.")
-        # One update has to move a bfloat16 by more than it is rounded.
-        coarse = settings.moments == "bfloat16" and settings.adam_b1 > 0.98
-        require(not coarse, f"{stage}.adam_b1", "with moments in bfloat16 it can be 0.98 at most")
-        frozen = settings.lora.rank > 0 or settings.lora.base == "float32"
-        require(frozen, f"{stage}.lora.base", f"without adapters ({stage}.lora.rank 0) parameters train in float32")
-        if "beta" in settings:
-            require_ranges(OF_PREFERENCES, f"{stage}.")
-        if "teacher" in settings:
-            known = settings.teacher in ("teacher_sft", "positive")
-            require(known, f"{stage}.teacher", "choose one of teacher_sft, positive")
-            dpo = (
-                "positive" in CONTRASTIVE.get(config.weights.source, ()) and config.weights.positive_scorer == "teacher"
-            )
-            lacking = settings.teacher == "positive" and settings.steps != -1 and not dpo
-            require(not lacking, f"{stage}.teacher", "this config's weights train no such teacher")
-            numbers = " ".join(name for name in ("top_k", "temperature", "projector_lr") if name in settings)
-            require_ranges(((numbers, POSITIVE), ("ce_weight weight", NOT_NEGATIVE)), f"{stage}.")
-
-    # 4. What does not go together.
-    weights = config.weights
-    require(weights.lower < weights.upper, "weights.lower", "it has to lie below weights.upper")
-    for stage in CONTRASTIVE.get(weights.source, ()):
-        require(config[stage].steps >= 0, f"{stage}.steps", f"weights.source {weights.source!r} needs that stage")
-    for stage in ("student_dpo", "student_reverse") if config.student_tis.steps != -1 else ():
-        require(config[stage].steps >= 0, f"{stage}.steps", "student_tis takes its weights from that stage")
-    train = config.train
-    asks = train.objective in ("regression", "mixed")
-    asks |= train.objective == "margin" and train.margin_as != "none" and train.margin_from == "teacher"
-    taught = weights.source not in ("uniform", "random")
-    require(
-        taught or not asks, "weights.source", f"train.objective {train.objective!r} follows a teacher that has learnt"
-    )
-    labelled = train.objective in ("margin", "mixed") and train.margin_as == "label"
-    plain = train.loss == "sigmoid" and not train.label_smoothing
-    require(plain or not labelled, "train.loss", "train.margin_as 'label' is for sigmoid without label smoothing")
-    require(train.margin_as == "offset" or train.trust <= 1, "train.trust", "it is a share here, from 0 to 1")
-    reversed_too = train.contrast == "start" or weights.source != "dpo_reference"
-    require(reversed_too, "train.contrast", "weights.source 'dpo_reference' trains no negative")
-    anchored = train.reference == "teacher" and train.normalize != "start"
-    require(anchored or train.objective != "calibrated", "train.reference", "calibrated tempers the teacher's")
-    ranked = weights.source == "uniform" and weights.transform != "none"
-    require(not ranked, "weights.transform", "uniform weights have nothing to transform, set it to none")
-    own = config.train.lora.rank and config.train.steps != -1 and config.student_sft.steps == -1
-    if config.export.adapters and not own:
-        raise UserError(
-            "config.export.adapters needs a student trained with adapters (config.train.lora.rank) on your own "
-            "checkpoint (config.student_sft.steps=-1): adapters belong to the model that they were trained on."
-        )
-    if config.train.normalize == "start" and config.train.reference == "none":
-        raise UserError(
-            "config.train.normalize 'start' measures against the student's start, so config.train.reference "
-            "cannot be 'none'."
-        )

@@ -39,6 +39,7 @@ MEDIUM = (
     "pipeline/test_adapters.py",
     "pipeline/test_export.py",
     "pipeline/test_starts.py",
+    "pipeline/test_propose.py",
     "train/test_programs.py",
     "examples/test_one_page.py",
     "pipeline/test_sigterm.py",

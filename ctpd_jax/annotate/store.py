@@ -305,12 +305,15 @@ class Store:
         return from_record(self.records[range(len(self))[index]])  # the range refuses an index outside
 
 
-def open_store(directory: str | Path, expect: Mapping[str, Any] | None = None, verify: bool = True) -> Store:
+def open_store(
+    directory: str | Path, expect: Mapping[str, Any] | None = None, verify: bool = True, made_by: str = "annotate"
+) -> Store:
     """Open what `write_store` finished.
 
     `expect` are fields (nested dicts too) that the manifest must have with these values; others may be there as well.
     `verify` reads every shard once and holds it against its SHA-256. Raises UserError: no finished store there, the
-    first field that differs with both values, or the file whose bytes are not those that were written.
+    first field that differs with both values, or the file whose bytes are not those that were written. `made_by` is the
+    command that makes such a store.
     """
     import tensorflow_datasets as tfds
 
@@ -320,7 +323,7 @@ def open_store(directory: str | Path, expect: Mapping[str, Any] | None = None, v
     manifest = patiently(lambda: opened(path, expected, "Annotate again with these settings."))
     if manifest is None:
         state = "an unfinished" if (folder / _PROGRESS).exists() else "no"
-        raise UserError(f"There is {state} annotated store at {folder}; run `ctpd annotate` first.")
+        raise UserError(f"There is {state} annotated store at {folder}; run `ctpd {made_by}` first.")
     # 2. Its files, as they were written.
     files = {entry["file"]: entry["sha256"] for entry in manifest["shards"]} | manifest["metadata"]
     patiently(lambda: all((folder / name).is_file() for name in files) or None)

@@ -11,8 +11,8 @@ COMMANDS = {
     "run": "every stage in order; picks up where it stopped",
     "sft": "supervised fine-tuning of teacher and student",
     "dpo": "the contrastive pair: DPO, and with --reverse the pair swapped; --student: the same of the student",
-    # Every other stage has a command of its own name.
-    **{name: stage.says for name, stage in STAGES.items() if stage.kind not in ("sft", "dpo")},
+    # Every other stage has a command of its own name; one that shares another's has an argument below.
+    **{name: stage.says for name, stage in STAGES.items() if stage.command == f"ctpd {name}"},
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
     "inspect": "one aligned pair as text, with weights where they are known; --data: what becomes of a data set's rows",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
@@ -83,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "dpo":
             command.add_argument("--reverse", action="store_true", help="train the negative model, sides swapped")
             command.add_argument("--student", action="store_true", help="of the plain DPO student, for comparison")
+        if name == "train":
+            command.add_argument("--proposed", action="store_true", help="train the student of `ctpd propose`'s pairs")
         if name == "inspect":
             command.add_argument("--pair", type=int, default=0, metavar="N", help="the N-th pair of the training data")
             command.add_argument("--data", metavar="FILE", help="a data set, as config.data.train takes it")
@@ -125,7 +127,7 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
         default="ctpd",
         metavar="ROW",
         help="which model of the run, by its name in the evaluation's table: student_start, student_dpo, ctpd, "
-        "teacher, teacher_dpo, or a baseline's such as student_tis (default: ctpd)",
+        "ctpd_proposed, teacher, teacher_dpo, or a baseline's such as student_tis (default: ctpd)",
     )
     which.add_argument(
         "--folder",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
+
+from ml_collections import ConfigDict
 
 from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
@@ -13,13 +16,17 @@ from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import MODELS, decoder_of, folder, text_digest, text_of
 from ctpd_jax.report import terminal
 from ctpd_jax.report.format import overlap_line
-from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Model, PreferencePair
+from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
+from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import first_process
 from ctpd_jax.text.columns import Reading
 from ctpd_jax.text.preferences import load_preferences, overlap, require_kept
 from ctpd_jax.text.prepare import RULES, Limits, prepare_pairs
 
-Split = Literal["train", "test"]
+# Proposals are two splits more: any two answers of a prompt, to be ranked, and the best and the worst of each.
+Split = Literal["train", "test", "answers", "proposed"]
+PROPOSALS = "proposals"  # their folder in the workdir, and the file of the pairs in it
+PROPOSED = "pairs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,20 +46,22 @@ def load_pairs(job: Job, split: Split) -> Pairs:
     Raises:
         UserError: no source, too few usable rows, or pairs that a model cannot take.
     """
-    # 1. Rows as they lie in the source.
     data = job.config.data
-    spec, name = (data.train, data.train_split) if split == "train" else (data.test, data.test_split)
-    limit = data.limit if split == "train" else data.test_limit
+    spec, name = (data.test, data.test_split) if split == "test" else (data.train, data.train_split)
+    limit = data.test_limit if split == "test" else data.limit
     if not spec:
         raise UserError(f"config.data.{split} is empty; give FILE.jsonl, tfds:NAME or hf:NAME.")
-    raw, report = load_preferences(spec, name, limit or None, reading=Reading.of(data))
+    return prepared(job, split, spec, *load_preferences(spec, name, limit or None, reading=Reading.of(data)))
 
-    # 2. Both tokenizations, cut where they agree.
-    limits = Limits.of(data)
+
+def prepared(job: Job, split: Split, spec: str, raw: list[PreferencePair], report: Counters) -> Pairs:
+    """Tokenizes, aligns and checks pairs that were read from `spec`, and tells what `report` and it have left out."""
+    # 1. Both tokenizations, cut where they agree.
+    data, limits = job.config.data, Limits.of(job.config.data)
     aligned, counters = prepare_pairs(raw, text_of(job, "teacher"), text_of(job, "student"), limits)
     report.merge(counters)
 
-    # 3. What became of the rows, in a file and on the screen, before anything refuses them.
+    # 2. What became of the rows, in a file and on the screen, before anything refuses them.
     if first_process():
         first = {"first": report.notes} if report.notes else {}
         write_json(job.workdir / f"data_{split}.json", {"source": spec, **report.counts, **first})
@@ -61,6 +70,21 @@ def load_pairs(job: Job, split: Split) -> Pairs:
     for model in MODELS:
         _check_ids(job, split, model, aligned)
     return Pairs(split, {pair.id: pair for pair in raw}, aligned, _identity(job, aligned, limits))
+
+
+@lru_cache(maxsize=2)  # what is loaded for a job is kept by the job
+def proposed(job: Job) -> Job:
+    """The job as it were if its training data were its proposals, and its `train` the student that learns from them."""
+    config = ConfigDict(job.config.to_dict() | {"train": job.config.student_proposed.to_dict()})
+    # The file is our own: nothing of how the user's rows are read is for it.
+    config.data.update(
+        {
+            name: default_config().data[name]
+            for name in ("train_split", "limit", "columns", "ignore", "ranked", "strip_template")
+        }
+    )
+    config.data.update({"train": str(job.workdir / PROPOSALS / PROPOSED), "min_kept": 0.0})
+    return dataclasses.replace(job, config=config)
 
 
 def _check_ids(job: Job, split: str, model: Model, pairs: list[AlignedPair]) -> None:

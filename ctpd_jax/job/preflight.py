@@ -28,19 +28,19 @@ def preflight(job: Job, command: str) -> None:
         check_loss(job.config, stage)
 
     # 2. The models: not swapped, and such that the mesh and the attention back end take them.
-    if command in ("run", "sft", "dpo", "annotate"):
+    if command in ("run", "sft", "dpo", "annotate", "propose"):
         in_turn(lambda: check_sizes(job), "models")
         for model in MODELS:
             compute_on(job.mesh, job.config, model, decoder_of(job, model))
 
-    # 3. The data. `train` reads the store alone.
+    # 3. The data. `train` reads the store alone, `propose` prompts.
     if command == "run":
         in_turn(lambda: check_everything(job), "data")
     elif command == "evaluate":
         in_turn(lambda: overlap_of(job), "data")  # reads both splits
-    elif jax.process_count() > 1 and command != "train":
+    elif jax.process_count() > 1 and command not in ("train", "propose"):
         in_turn(lambda: load_pairs(job, "train"), "data")
-    if command in ("run", "annotate"):
+    if command in ("run", "annotate", "propose"):
         check_readers(job)
 
 
@@ -54,7 +54,8 @@ def check_everything(job: Job) -> None:
     overlap_of(job)  # reads the test pairs too
     for stage in TRAINED:
         if not left_out(job.config, stage):
-            steps_per_epoch(len(pairs.aligned), job.config[stage].batch_size)
+            if stage != "student_proposed":  # nobody knows yet how many pairs that will have
+                steps_per_epoch(len(pairs.aligned), job.config[stage].batch_size)
             own, teacher = decoder_of(job, trained_model(job.config, stage)), decoder_of(job, "teacher")
             recipe(job.config, stage, own, job.mesh, teacher=teacher)
 

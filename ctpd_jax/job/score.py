@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of, dtype_of, text_of
-from ctpd_jax.job.pairs import Pairs, Split
+from ctpd_jax.job.pairs import PROPOSALS, Pairs, Split, proposed
 from ctpd_jax.job.recipe import packing, reading
 from ctpd_jax.job.table import base_dtype, columns, starts_from, trained_model
 from ctpd_jax.processes import preempt
@@ -28,6 +29,14 @@ from ctpd_jax.sharding import first_process, place_batch, place_rows, told_by_fi
 from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.loop import compiled_programs, require_shapes
 from ctpd_jax.train.metrics import Progress
+
+# What was measured of a split lies there, in the workdir.
+HOMES: dict[Split, str] = {
+    "train": "annotations",
+    "test": "evaluation",
+    "answers": f"{PROPOSALS}/ranking",
+    "proposed": PROPOSALS,
+}
 
 Measured = list[tuple[np.ndarray, np.ndarray]]  # per pair: span log-probabilities of chosen and rejected, float32 [S]
 
@@ -81,6 +90,13 @@ def score(
     return measured
 
 
+def training_data(job: Job, stage: str) -> tuple[Job, Path]:
+    """The job whose data a CTPD stage learns from, and the folder of the store of them."""
+    if stage == "student_proposed":
+        return proposed(job), job.workdir / HOMES["proposed"]
+    return job, job.workdir / HOMES["train"]
+
+
 def reference_of(job: Job, pairs: Pairs, stage: str) -> Measured:
     """What a stage's own start makes of the pairs: the same numbers that its policy begins with."""
     sft, dtype = starts_from(job.config, stage), base_dtype(job.config, stage)
@@ -93,7 +109,7 @@ def reference_of(job: Job, pairs: Pairs, stage: str) -> Measured:
 def shard_size(job: Job, split: Split) -> int:
     """Pairs of a shard, as they were when the first one was begun: another setting would move every boundary."""
     # Columns of before are cut at the old boundaries, and a new one must be cut there too.
-    path, wanted = job.workdir / _home(split) / "shards.json", job.config.annotate.pairs_per_shard
+    path, wanted = job.workdir / HOMES[split] / "shards.json", job.config.annotate.pairs_per_shard
     if (known := read_json(path)) is None:
         known = {"pairs_per_shard": wanted}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,10 +118,6 @@ def shard_size(job: Job, split: Split) -> int:
         size = known["pairs_per_shard"]
         job.say(f"{path.parent} keeps its shards of {size} pairs; annotate.pairs_per_shard is {wanted} now.")
     return known["pairs_per_shard"]
-
-
-def _home(split: Split) -> str:
-    return "annotations" if split == "train" else "evaluation"
 
 
 def _column(
@@ -121,7 +133,7 @@ def _column(
         **({"of": "tokens"} if by_token else {}),
     }
     # Held-out scores are cheap and follow whatever was trained last; annotations are not thrown away unasked.
-    return Column(job.workdir / _home(pairs.split), name, identity, pairs.split == "test", first_process())
+    return Column(job.workdir / HOMES[pairs.split], name, identity, pairs.split == "test", first_process())
 
 
 def _measure(
@@ -137,7 +149,7 @@ def _measure(
 ) -> None:
     """Reads the missing shards into their columns, on the devices of this process."""
     what, model = "+".join(stages), trained_model(job.config, next(iter(stages.values())))
-    name = f"{_home(pairs.split)}/{what}"
+    name = f"{HOMES[pairs.split]}/{what}"
 
     # 1. The model's view of the pairs, in rows of a few shapes.
     items, spans = items_of(job, pairs, model, instruction), spans_of(pairs.aligned, model, by_token)

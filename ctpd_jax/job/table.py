@@ -13,7 +13,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctpd_jax.schema import Model
-from ctpd_jax.settings import CONTRASTIVE
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,10 @@ STAGES = {
             "span log-probabilities of reference, contrastive pair and start -> DIR/annotations",
         ),
         Stage(
+            "propose", "propose", "ctpd propose",
+            "the student answers the prompts, the teacher ranks its answers -> pairs and their store in DIR/proposals",
+        ),
+        Stage(
             "student_dpo", "dpo", "ctpd dpo --student", "student, plain DPO, for comparison",
             model="student", row="student_dpo",
         ),
@@ -84,6 +87,11 @@ STAGES = {
             model="student", row="ctpd",
         ),
         Stage(
+            "student_proposed", "train", "ctpd train --proposed",
+            "student, CTPD on its own answers as the teacher ranks them",
+            model="student", row="ctpd_proposed",
+        ),
+        Stage(
             "evaluate", "evaluate", "ctpd evaluate",
             "accuracies, lambda, sampled answers -> DIR/evaluation.json, DIR/report.html",
         ),
@@ -91,12 +99,13 @@ STAGES = {
     )
 }  # fmt: skip
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
+# The stages that train the pair whose log-ratio the weights are.
+CONTRASTIVE = {"dpo": ("positive", "negative"), "sft": ("positive", "negative"), "dpo_reference": ("positive",)}
 # What runs programs of its own, and is planned: distillation is not, its programs depend on the teacher's tokens too.
 PLANNED = (*(name for name in TRAINED if STAGES[name].kind != "distill"), "annotate")
-# Students that other methods make of the same start: they stand beside CTPD, and nothing else needs them.
-BASELINES = tuple(
-    name for name in TRAINED if STAGES[name].model == "student" and STAGES[name].starts_from and name != "train"
-)
+DISTILLED = ("ctpd", "ctpd_proposed")  # rows of the students that CTPD made; the first that is there is exported
+# Students that are made of the same start: they stand beside each other, and no other one needs them.
+STUDENTS = tuple(name for name in TRAINED if STAGES[name].model == "student" and STAGES[name].starts_from)
 
 
 # ------------------------------------------------------------------------------------------------ asked of a config
@@ -113,7 +122,9 @@ def starts_from(config: ConfigDict, stage: str) -> str:
 
 
 def left_out(config: ConfigDict, stage: str) -> bool:
-    """Whether the config leaves a stage out; only those that train can be."""
+    """Whether the config leaves a stage out; only those that train can be, and proposals that nobody learns from."""
+    if stage == "propose":
+        return left_out(config, "student_proposed")
     if not STAGES[stage].trains:
         return False
     if stage in ("positive", "negative") and stage not in CONTRASTIVE.get(config.weights.source, ()):
@@ -206,5 +217,6 @@ def row_starts(config: ConfigDict) -> dict[str, str]:
 
 def way_to(config: ConfigDict, row: str) -> dict[str, str]:
     """What the training stages on the way to a student of the table make, in words."""
-    way = [name for name in TRAINED if name not in BASELINES] if row == "ctpd" else ["student_sft"]
+    others = set(STUDENTS) - {rows(config)[row]}
+    way = [name for name in TRAINED if name not in others] if row in DISTILLED else ["student_sft"]
     return {name: STAGES[name].says.format(model=trained_model(config, name)) for name in way}

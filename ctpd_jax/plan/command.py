@@ -45,6 +45,8 @@ def plan_command(arguments: argparse.Namespace, config: ConfigDict) -> int:
         )
     compiled = has_compiler() and not arguments.estimate
     devices = devices_of(topology)
+    if not left_out(config, "propose"):
+        print("propose: drawing answers is not planned; the models that rank them read as in annotate.\n")
     # 2. Stage by stage; two that run the same programs are planned once.
     every, planned = True, dict[object, str]()
     for stage in chosen(arguments, config):

@@ -34,7 +34,7 @@ def model_card(
 
     Args:
         config: the run's settings as a nested dict.
-        row: "ctpd", or "student_start" where CTPD was left out.
+        row: "ctpd", "ctpd_proposed", or "student_start" where CTPD was left out.
         updates: stage -> the number of its updates, of the stages that were not left out.
         says: stage -> what it makes, in words, of the stages on the way to this model.
         pairs: how many training pairs there were, if that is known.
@@ -43,7 +43,7 @@ def model_card(
         versions: package -> version.
     """
     # 1. What the hub reads. Only names that can be found there are told: no folders of this machine.
-    distilled = row == "ctpd"
+    distilled = row != "student_start"
     train, student = config["data"]["train"], config["student"]["path"]
     dataset = train.removeprefix("hf:").partition(":")[0]
     front_matter = ModelCardData(

@@ -21,7 +21,7 @@ from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of, dtype_of, text_digest, weights_digest
 from ctpd_jax.job.pairs import Pairs, load_pairs
 from ctpd_jax.job.recipe import packing, passes
-from ctpd_jax.job.score import Measured, items_of, reader, score, shard_size, spans_of
+from ctpd_jax.job.score import HOMES, Measured, items_of, reader, score, shard_size, spans_of
 from ctpd_jax.job.table import Column, columns, left_out
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import SIDES
@@ -31,29 +31,35 @@ from ctpd_jax.text.prepare import RULES
 
 def run(job: Job, stage: str) -> None:
     config = job.config
-    pairs, asked = load_pairs(job, "train"), columns(config)
+    pairs = load_pairs(job, "train")
 
     # 1. Does rounding leave anything of the weights? Before hours of reading, on a few pairs.
     with preempt.apart("the first pairs are compared"):
         if first_process():
             compare_rounded(job, pairs)
 
-    # 2. Every column; adapters over one base in one pass.
-    decoders = {column.model: decoder_of(job, column.model) for column in asked.values()}
-    measured: dict[str, Measured] = {}
-    for together in passes(config, decoders):
-        first = asked[together[0]]
-        stages = {name: asked[name].stage for name in together}
-        measured |= score(job, pairs, stages, first.dtype, first.instruction)
+    # 2. Every column.
+    measured = measure(job, pairs, columns(config))
 
     # 3. The store: pairs and columns in one place, in the order of the pairs.
     with preempt.apart("the store is written"):
         if first_process():
-            write(job, pairs, {name: measured[name] for name in asked})
+            write(job, pairs, measured)
+
+
+def measure(job: Job, pairs: Pairs, asked: Mapping[str, Column]) -> dict[str, Measured]:
+    """Has the models of some columns of the annotations read a split; adapters over one base in one pass."""
+    decoders = {column.model: decoder_of(job, column.model) for column in columns(job.config).values()}
+    measured: dict[str, Measured] = {}
+    for together in passes(job.config, decoders):
+        if stages := {name: asked[name].stage for name in together if name in asked}:
+            first = asked[next(iter(stages))]
+            measured |= score(job, pairs, stages, first.dtype, first.instruction)
+    return {name: measured[name] for name in asked}
 
 
 def write(job: Job, pairs: Pairs, measured: Mapping[str, Measured]) -> None:
-    """What every model made of the training pairs -> the store."""
+    """What every model made of pairs to train on -> their store."""
 
     def record(i: int) -> dict:
         scores = {SIDES[side]: {name: column[i][side] for name, column in measured.items()} for side in range(2)}
@@ -63,8 +69,8 @@ def write(job: Job, pairs: Pairs, measured: Mapping[str, Measured]) -> None:
         preempt.check(f"everything is measured, {shard} shards of the store are written")
         return map(record, part)
 
-    folder = job.workdir / "annotations"
-    ranges = shard_ranges(len(pairs.aligned), shard_size(job, "train"))
+    folder = job.workdir / HOMES[pairs.split]
+    ranges = shard_ranges(len(pairs.aligned), shard_size(job, pairs.split))
     write_store(folder, ranges, records, list(measured), manifest(job, pairs))
     job.say(f"annotate: {len(pairs.aligned)} pairs in {folder}, measured by {', '.join(measured)}.")
 

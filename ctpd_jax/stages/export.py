@@ -14,7 +14,8 @@ from ctpd_jax.artifacts import kept, read_json, write_json
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job, result
 from ctpd_jax.job.models import decoder_of, folder, text_of
-from ctpd_jax.job.table import TRAINED, left_out, rows, trained_model, way_to
+from ctpd_jax.job.score import training_data
+from ctpd_jax.job.table import DISTILLED, TRAINED, left_out, rows, trained_model, way_to
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.lora import save_peft
 from ctpd_jax.processes import preempt
@@ -32,7 +33,7 @@ def run(job: Job, stage: str) -> None:
 def write(job: Job) -> None:
     """Writes the folders, unless they are there and made from the same model, template, card and settings."""
     config, table = job.config, rows(job.config)
-    row = "ctpd" if "ctpd" in table else "student_start"
+    row = next((name for name in DISTILLED if name in table), "student_start")
     stage = table[row]
     model = trained_model(config, stage)
     directory, adapters = job.workdir / "export", job.workdir / "adapters"
@@ -97,10 +98,11 @@ def card_of(job: Job, row: str) -> str:
     # What was measured of an earlier model is not told of this one.
     measured = read_json(job.workdir / "evaluation" / "samples" / f"{row}.json")
     fresh = measured is not None and measured["inputs"]["params"] == lineage.identity(job, stage)
-    annotated = read_json(job.workdir / "annotations" / MANIFEST)
+    own, store = training_data(job, stage)
+    annotated = read_json(store / MANIFEST)
     results = {name: result(job, name) for name in TRAINED if not left_out(config, name)}
     return model_card(
-        config.to_dict(),
+        own.config.to_dict(),
         row,
         updates={name: found["steps"] for name, found in results.items() if found is not None},
         says=way_to(config, row),

@@ -17,6 +17,7 @@ from ctpd_jax.data.packing import in_words
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.recipe import packing, recipe
+from ctpd_jax.job.score import training_data
 from ctpd_jax.job.table import left_out
 from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
 from ctpd_jax.sharding import patiently
@@ -25,17 +26,18 @@ from ctpd_jax.train.loop import train
 
 
 def run(job: Job, stage: str) -> None:
-    config, settings, folder = job.config, job.config[stage], job.workdir / "annotations"
+    config, settings = job.config, job.config[stage]
     if left_out(config, stage):
         job.say(f"{stage}: left out (config.{stage}.steps = -1).")
         return
 
     # 1. The store, held against everything that this machine knows of what it should have been made from.
+    own, folder = training_data(job, stage)
     stored = patiently(lambda: read_json(folder / MANIFEST)) or {}
-    expected = known_without_teacher(job, stored)
+    expected = known_without_teacher(own, stored)
     if teacher_is_here(config):
         expected |= teacher_identity(job)
-    store = open_store(folder, expected)
+    store = open_store(folder, expected, made_by="propose" if own is not job else "annotate")
 
     # 2. What is learnt: the student's tokens with their weights, and one constant a response.
     beta = config.positive.beta

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import Counters, PreferencePair
+from ctpd_jax.schema import Counters, Message, PreferencePair
 from ctpd_jax.text.answers import UNKNOWN_LAYOUT
 from ctpd_jax.text.columns import AS_IT_STANDS, LeftOut, Reading, quoted
 from ctpd_jax.text.dialogue import HH_SEPARATOR
@@ -35,6 +35,7 @@ from ctpd_jax.text.read_row import SEEN, TEMPLATED, UNKNOWN, read_row
 
 Located = tuple[str, Mapping[str, Any] | LeftOut]  # where a row stands ("train.jsonl:17"), and its columns
 NEARLY_ALL = 0.9  # of the rows
+STAND_INS = {"chosen": "1", "rejected": "2"}  # answers of a row that has a prompt alone
 
 
 def load_preferences(
@@ -108,6 +109,42 @@ def read_preferences(
             break
     report.add("kept", len(pairs))
     return pairs, report
+
+
+def load_prompts(
+    spec: str, split: str, limit: int | None, reading: Reading = AS_IT_STANDS
+) -> tuple[list[tuple[Message, ...]], Counters]:
+    """Read the distinct prompts of a data set, the first `limit` of them, in its order.
+
+    Rows may hold a prompt and no answers. Where there are answers, it does not matter which is the better one.
+
+    Raises:
+      UserError: nothing there, a file that cannot be read on, or too few usable rows.
+    """
+    report, prompts = Counters(), dict[tuple[Message, ...], None]()
+    readable = 0
+    for source, row in _rows(spec, split, None):
+        report.add("rows")
+        found = [row] if isinstance(row, LeftOut) else read_row(row, HH_SEPARATOR, report, reading)
+        # A prompt alone is read as one of a row with answers: any two will do.
+        first = found[0] if found else None
+        if (
+            isinstance(first, LeftOut)
+            and first.reason == f"left out: {UNKNOWN_LAYOUT}"
+            and not isinstance(row, LeftOut)
+        ):
+            found = read_row({**row, **STAND_INS}, HH_SEPARATOR, report, reading)
+        readable += any(isinstance(one, PreferencePair) for one in found)
+        for one in found:
+            if isinstance(one, LeftOut):
+                report.leave_out(one.reason, source, one.detail)
+            else:
+                prompts.setdefault(one.prompt)
+        if limit is not None and len(prompts) >= limit:
+            break
+    require_kept(report, readable, f'"{spec}" (split "{split}")', reading.min_kept)
+    report.add("distinct prompts", len(prompts))
+    return list(prompts)[:limit], report
 
 
 def _repeats_of_prompt(pair: PreferencePair) -> int:

@@ -67,7 +67,7 @@ def read_row(
                 said = [pair.chosen, pair.rejected, *(message.content for message in pair.prompt)]
                 said += [better.value, worse.value, *([prompt.raw] if prompt else ())]
                 require_understood(left, reading, said=said)
-                found.append(replace(_usable(pair), weight=weight, margin=margin))
+                found.append(replace(usable(pair), weight=weight, margin=margin))
             except LeftOut as reason:
                 found.append(reason)
         return found
@@ -252,7 +252,7 @@ def _split_texts(chosen: str, rejected: str, separator: str, report: Counters) -
     return PreferencePair("", dialogue.turns(head), chosen, rejected)
 
 
-def _usable(pair: PreferencePair) -> PreferencePair:
+def usable(pair: PreferencePair) -> PreferencePair:
     """Return the pair with its id. Raises LeftOut where nothing can be learned from it."""
     if not pair.chosen.strip() or not pair.rejected.strip():
         raise LeftOut("empty answer")

@@ -7,7 +7,13 @@
     chat      <start_of_turn> ... <end_of_turn>                   <|im_start|> ... <|im_end|>
 
 The teacher's vocabulary holds most words whole, the student's their parts; rare accents, CJK and emoji are bytes, which
-the two group differently. About 80 % of the aligned spans face one token with one.
+the two group differently.
+
+That is the mismatch "word". Another one changes the teacher's tokenizer alone; the student and its start stay the same:
+
+    near      byte-level BPE as the student's, a little larger     95 % of the spans are one to one
+    word      as above                                             81 %
+    unigram   a Unigram model of short pieces, with byte fallback  72 %
 """
 
 from __future__ import annotations
@@ -15,7 +21,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +38,12 @@ from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.hf.config import from_hf
 from toy.world import corpus
 
-TEACHER_VOCAB, STUDENT_VOCAB = 640, 512
+TEACHER_VOCAB, STUDENT_VOCAB, NEAR_VOCAB = 640, 512, 544
+LONGEST_PIECE = 5  # of the Unigram teacher, in letters: most words are two pieces
 FREQUENT_LETTERS = 12  # letters beyond ASCII that the teacher's tokenizer knows; the rest are bytes to it
+
+TEACHER_SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 TEACHER_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -45,12 +57,13 @@ STUDENT_TEMPLATE = (
 )
 
 
-def make_toy_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[Path, Path]:
+def make_toy_models(directory: str | os.PathLike[str], seed: int = 0, mismatch: str = "word") -> tuple[Path, Path]:
     """Write the two model folders.
 
     Args:
       directory: gets "teacher" and "student", in Hugging Face's format with tokenizer and chat template.
       seed: of the weights and of the text that the tokenizers are trained on.
+      mismatch: of the tokenizers, a key of TEACHER_TOKENIZERS.
 
     Returns:
       The folders of teacher (about 0.85 M parameters) and student (about 0.35 M).
@@ -61,7 +74,7 @@ def make_toy_models(directory: str | os.PathLike[str], seed: int = 0) -> tuple[P
     texts = list(corpus(seed)) + 1000 * ["user\n", "model\n", "assistant\n"]
     keys = jax.random.split(jax.random.key(seed), 2)
     for folder, tokenizer, raw, key in (
-        (teacher, teacher_tokenizer(texts), teacher_config(), keys[0]),
+        (teacher, TEACHER_TOKENIZERS[mismatch](texts), teacher_config(), keys[0]),
         (student, student_tokenizer(texts), student_config(), keys[1]),
     ):
         # 1. What depends on the tokenizer completes config.json.
@@ -119,36 +132,81 @@ def student_config() -> dict[str, Any]:
 
 def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return SentencePiece-like BPE: a space is "▁", a text gets one in front, rare characters are `<0xNN>` bytes."""
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     # Rare letters beyond ASCII stay out of the vocabulary: they are what the two tokenizers cut differently.
     texts = list(texts)
-    counts = Counter(letter for letter in "".join(texts) if not letter.isascii())
-    frequent = sorted(counts, key=lambda letter: (-counts[letter], letter))[:FREQUENT_LETTERS]
-    # The alphabet is given in full, because the trainer breaks ties between letters at random.
-    alphabet = sorted(
-        {letter for text in texts for letter in text if letter.isascii()} - {" "} | {"▁", "\n", *frequent}
-    )
+    alphabet = _alphabet(texts)
     tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    # Words and punctuation are kept apart in training. Merges then keep them apart, so encoding need not split.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace("▁", prepend_scheme="always"), pre_tokenizers.Punctuation()]
-    )
+    tokenizer.pre_tokenizer = _words()
     trainer = trainers.BpeTrainer(
         vocab_size=TEACHER_VOCAB,
-        special_tokens=specials + [f"<0x{byte:02X}>" for byte in range(256)],
+        special_tokens=TEACHER_SPECIALS + BYTES,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # From here on the tokenizer works as a SentencePiece model of the hub does.
-    tokenizer = _without_added_tokens(tokenizer, specials)
+    return _sentencepiece(_without_added_tokens(tokenizer, TEACHER_SPECIALS))
+
+
+def unigram_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a Unigram model with byte fallback, the same in all else as the teacher's of the mismatch "word"."""
+    # 1. The parts of words that save most tokens, and single letters; their log-probabilities by how often they occur.
+    # (The trainer of the library takes no piece that only one word has, and its sums differ from call to call.)
+    texts = list(texts)
+    letters = _alphabet(texts)
+    words = Counter(word for text in texts for word, _ in _words().pre_tokenize_str(text))
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for start, end in combinations(range(len(word) + 1), 2):
+            part = word[start:end]
+            if end - start <= LONGEST_PIECE and all(letter in letters for letter in part):
+                counts[part] += count
+    longer = sorted((part for part in counts if len(part) > 1), key=lambda p: (-counts[p] * (len(p) - 1), p))
+    pieces = letters + longer[: TEACHER_VOCAB - len(TEACHER_SPECIALS) - len(BYTES) - len(letters)]
+    total = sum(counts[piece] for piece in pieces)
+    scored = [(piece, log(max(counts[piece], 1) / total)) for piece in pieces]
+    # 2. With the special tokens and the bytes in front, which no text is likely to be cut into.
+    vocabulary = [(piece, 0.0 if piece in TEACHER_SPECIALS else -20.0) for piece in TEACHER_SPECIALS + BYTES]
+    unknown = TEACHER_SPECIALS.index("<unk>")
+    model = token_models.Unigram([*vocabulary, *scored], unk_id=unknown, byte_fallback=True)
+    return _sentencepiece(_without_added_tokens(Tokenizer(model), TEACHER_SPECIALS))
+
+
+def near_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return byte-level BPE with the teacher's special tokens: the student's tokenizer with more merges."""
+    tokenizer = _byte_level(texts, NEAR_VOCAB, TEACHER_SPECIALS)
+    return _teacher_fast(tokenizer)
+
+
+def _alphabet(texts: Sequence[str]) -> list[str]:
+    """Return the letters that the teacher knows whole, in full, because the trainer breaks ties at random."""
+    counts = Counter(letter for letter in "".join(texts) if not letter.isascii())
+    frequent = sorted(counts, key=lambda letter: (-counts[letter], letter))[:FREQUENT_LETTERS]
+    return sorted({letter for text in texts for letter in text if letter.isascii()} - {" "} | {"▁", "\n", *frequent})
+
+
+def _words() -> pre_tokenizers.PreTokenizer:
+    """Keep words and punctuation apart in training. Pieces then keep them apart, so encoding need not split."""
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace("▁", prepend_scheme="always"), pre_tokenizers.Punctuation()]
+    )
+
+
+def _sentencepiece(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Have a trained tokenizer work as a SentencePiece model of the hub does."""
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    return _teacher_fast(tokenizer)
+
+
+def _teacher_fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with BOS in front and the teacher's template."""
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", specials.index("<bos>"))]
+        single="<bos> $A",
+        pair="<bos> $A <bos> $B",
+        special_tokens=[("<bos>", TEACHER_SPECIALS.index("<bos>"))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -160,22 +218,13 @@ def teacher_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
+TEACHER_TOKENIZERS = {"near": near_tokenizer, "word": teacher_tokenizer, "unigram": unigram_tokenizer}
+
+
 def student_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return byte-level BPE with ChatML's markers; like SmolLM2's, its end of turn is its EOS and its padding."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(token_models.BPE())
-    # Its merges never cross the border between a word and the space before the next.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=STUDENT_VOCAB,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_byte_level(texts, STUDENT_VOCAB, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
         pad_token="<|im_end|>",
         eos_token="<|im_end|>",
         bos_token="<|im_start|>",
@@ -184,8 +233,23 @@ def student_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def _byte_level(texts: Iterable[str], vocabulary: int, specials: list[str]) -> Tokenizer:
+    """Return trained byte-level BPE; its merges never cross the border between a word and the space before the next."""
+    tokenizer = Tokenizer(token_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
 def _without_added_tokens(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
-    """Return the same BPE with `specials` alone as special tokens: training made the byte tokens special too."""
+    """Return the same tokenizer with `specials` alone as special tokens: training made the byte tokens special too."""
     raw = json.loads(tokenizer.to_str())
     raw["added_tokens"] = []
     raw["pre_tokenizer"] = None

@@ -1,7 +1,7 @@
 """The toy world as files: two model folders and two files of preference pairs, made once and kept in a cache.
 
     ~/.cache/ctpd_jax/toy/            or below XDG_CACHE_HOME
-        models-<format>-<seed>/       teacher/ and student/, in Hugging Face format
+        models-<format>-<seed>/       teacher/ and student/, in Hugging Face format; -<mismatch> where it is not "word"
         pairs-<format>-<settings>/    train.jsonl and test.jsonl
 
 A folder is built beside its place and then renamed, so it is whole or not there. Two processes that build the same
@@ -25,6 +25,7 @@ from ctpd_jax.errors import UserError
 from toy.world import NOISE, generate_pairs
 
 FORMAT = 1  # raise it when a change in this package makes other files from the same settings
+MISMATCHES = ("near", "word", "unigram")  # of the tokenizers; see models.py, which reading a config does not import
 EXAMPLES = Path(__file__).resolve().parents[1]
 
 
@@ -38,21 +39,26 @@ class World:
     test: str
 
 
-def world_on_disk(pairs: int = 2000, test_pairs: int = 300, noise: float = NOISE, seed: int = 0) -> World:
+def world_on_disk(
+    pairs: int = 2000, test_pairs: int = 300, noise: float = NOISE, seed: int = 0, mismatch: str = "word"
+) -> World:
     """Make what is not there yet, and return where it lies.
 
     Args:
       pairs, test_pairs: numbers of training and of held-out pairs.
       noise: share of swapped labels among the training pairs, at least 0 and below 0.5.
       seed: of the pairs, of the models' weights and of the text that their tokenizers are trained on.
+      mismatch: of the two tokenizers: one of MISMATCHES.
 
     Raises:
-      UserError: no pairs, a noise outside its range, or models that cannot be made.
+      UserError: no pairs, a noise outside its range, an unknown mismatch, or models that cannot be made.
     """
     if pairs < 1 or test_pairs < 1:
         raise UserError(f"The toy world needs at least one pair a split, not {pairs} and {test_pairs}.")
     if not 0 <= noise < 0.5:
         raise UserError(f"The toy world's label noise is {noise}; it must be at least 0 and below 0.5.")
+    if mismatch not in MISMATCHES:
+        raise UserError(f"The toy world's mismatch is {mismatch!r}; choose one of {', '.join(MISMATCHES)}.")
 
     def write_pairs(folder: Path) -> None:
         for split, number in (("train", pairs), ("test", test_pairs)):
@@ -61,7 +67,9 @@ def world_on_disk(pairs: int = 2000, test_pairs: int = 300, noise: float = NOISE
             (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     # The models do not depend on the pairs: worlds of every size share them.
-    models = _made(f"models-{FORMAT}-seed{seed}", lambda folder: _make_models_apart(folder, seed))
+    other = () if mismatch == "word" else (mismatch,)
+    name = "-".join((f"models-{FORMAT}-seed{seed}", *other))
+    models = _made(name, lambda folder: _make_models_apart(folder, seed, *other))
     data = _made(f"pairs-{FORMAT}-seed{seed}-{pairs}-{test_pairs}-noise{float(noise)}", write_pairs)
     return World(
         teacher=str(models / "teacher"),
@@ -117,7 +125,7 @@ def _made(name: str, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _make_models_apart(folder: Path, seed: int) -> None:
+def _make_models_apart(folder: Path, seed: int, mismatch: str = "word") -> None:
     """Make the models in a process of their own.
 
     JAX may not start here: the run that reads the config has yet to choose its platform and to join the others. And
@@ -126,7 +134,7 @@ def _make_models_apart(folder: Path, seed: int) -> None:
     # The same modules are found as here, wherever they were put on the path.
     path = os.pathsep.join([str(EXAMPLES), *filter(None, sys.path)])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    command = [sys.executable, "-m", "toy.on_disk", str(folder), "--seed", str(seed)]
+    command = [sys.executable, "-m", "toy.on_disk", str(folder), "--seed", str(seed), "--mismatch", mismatch]
     done = subprocess.run(
         command,
         env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
@@ -145,8 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the toy world's teacher and student.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mismatch", choices=MISMATCHES, default="word")
     arguments = parser.parse_args()
-    make_toy_models(arguments.folder, arguments.seed)
+    make_toy_models(arguments.folder, arguments.seed, arguments.mismatch)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python examples/toy/truth.py runs/demo
 
 Two things are known here and nowhere else: the true reward of every answer that a model was asked for, and which pieces
-of a response settle its preference. The second is what the contrastive pair has to find.
+of a response settle its preference. The second is what the contrastive pair has to find. Where a student's answers
+were ranked (`ctpd propose`), the first says how well.
 """
 
 from __future__ import annotations
@@ -51,6 +52,25 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float]:
     """Return mean, standard error (NaN for one value) and count."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
     return {"mean": float(np.mean(values)), "error": spread / len(values) ** 0.5, "count": len(values)}
+
+
+def ranking(workdir: Path) -> dict[str, float | int] | None:
+    """Return the true rewards of the proposed pairs, and how often the better answer is the chosen one, ties one half.
+
+    None where nothing was proposed.
+    """
+    path = workdir / "proposals" / "pairs.jsonl"
+    if not path.is_file():
+        return None
+    pairs, _ = load_preferences(str(path))
+    rewards = np.array([[true_reward(text, p.prompt) for text in (p.chosen, p.rejected)] for p in pairs])
+    lead = rewards[:, 0] - rewards[:, 1]
+    return {
+        "true reward, chosen": float(rewards[:, 0].mean()),
+        "true reward, rejected": float(rewards[:, 1].mean()),
+        "the better one is chosen": float(((lead > 0) + (lead == 0) / 2).mean()),
+        "proposed pairs": len(pairs),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ decisive pieces
@@ -130,14 +150,18 @@ def auc(higher: np.ndarray, lower: np.ndarray) -> float:
 
 
 def tables(workdir: Path) -> str:
-    """Return both tables as text."""
+    """Return the tables as text."""
     lines = ["True reward of the sampled answers", ""]
     for name, found in sampled_rewards(workdir).items():
         error = "" if np.isnan(found["error"]) else f" ± {found['error']:.2f}"
         lines.append(f"  {name:<14}{found['mean']:+.2f}{error}   n = {found['count']}")
-    if pieces := decisive_pieces(workdir):
-        lines += ["", "How well the contrastive pair finds the decisive pieces", ""]
-        for name, value in pieces.items():
+    figures = {
+        "How well the contrast ranks the student's answers": ranking(workdir),
+        "How well the contrastive pair finds the decisive pieces": decisive_pieces(workdir),
+    }
+    for title, numbers in figures.items():
+        lines += ["", title, ""] if numbers else []
+        for name, value in (numbers or {}).items():
             lines.append(f"  {name:<26}" + (f"{value:7d}" if isinstance(value, int) else f"{value:7.3f}"))
     return "\n".join(lines)
 

@@ -16,8 +16,8 @@ import pytest
 from helpers import HELPERS, real_assets
 from helpers.tiny import CONFIGS, random_model
 
-from ctpd_jax import settings
 from ctpd_jax.errors import UserError
+from ctpd_jax.job import check
 from ctpd_jax.models import attention_backends
 from ctpd_jax.models.attention_backends import BACKENDS, FEATURES, REFUSED, check_backend, choose_backend
 from ctpd_jax.models.config import DecoderConfig, LayerKind
@@ -311,7 +311,7 @@ def test_what_is_asked_for_by_name_is_taken_or_refused():
     ):
         with pytest.raises(UserError, match=why):
             choose_backend(choice, decoder(), dtype, False, platform)
-    assert settings.CHOICES["attention"] == ("auto", *attention_backends.CHOICES)
+    assert check.CHOICES["attention"] == ("auto", *attention_backends.CHOICES)
 
 
 def test_platforms():

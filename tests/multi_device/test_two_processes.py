@@ -196,6 +196,25 @@ def test_after_a_kill_the_launcher_starts_both_again_to_the_same_bits(annotated,
     assert digest(workdir) == digest(undisturbed)
 
 
+def test_two_processes_propose_as_one_does(annotated):
+    """Each draws and ranks its share: the pairs are those of one process with as many devices as each of the two."""
+    propose = ["propose", *SETTINGS, "--config.student_proposed.steps=1", "--config.propose.batch=8"]
+    propose += ["--config.propose.limit=6", "--config.annotate.pairs_per_shard=4"]
+    one, two = copy(annotated, "proposed-by-one"), copy(annotated, "proposed-by-two")
+    for workdir in (one, two):
+        shutil.rmtree(workdir / "annotations")  # nothing of it is read
+    one_process(one, 4, propose)
+    processes = two_processes(two, propose)
+    try:
+        codes = [process.wait(300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], two.with_suffix(".0.log").read_text()[-3000:]
+    pairs = [(workdir / "proposals" / "pairs.jsonl").read_bytes() for workdir in (one, two)]
+    assert pairs[0] == pairs[1] and pairs[0].count(b"\n") > 3
+
+
 # What each process does by itself, and the file that says that it has begun: shares of a column, samples by one alone.
 APART = {
     "annotate": ("annotations/columns/reference/0*", ["--config.annotate.pairs_per_shard=4"]),

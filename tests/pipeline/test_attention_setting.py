@@ -6,10 +6,11 @@ import jax
 import pytest
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.check import check_config
 from ctpd_jax.job.models import compute_on
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig, LayerKind
-from ctpd_jax.settings import check_config, default_config
+from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import make_mesh
 
 STUDENT = DecoderConfig(

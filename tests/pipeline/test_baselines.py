@@ -18,9 +18,9 @@ from ctpd_jax.cli import load_config, main
 from ctpd_jax.core.losses import preference_loss, tis_dpo_loss
 from ctpd_jax.core.weights import importance_weights
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.check import check_config
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.plan.command import chosen
-from ctpd_jax.settings import check_config
 from ctpd_jax.stages.tis import tis_items
 from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics

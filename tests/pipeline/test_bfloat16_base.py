@@ -15,12 +15,12 @@ from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
+from ctpd_jax.job.check import check_config
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import packing, passes
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
-from ctpd_jax.settings import check_config
 from ctpd_jax.stages import dpo, sft, train
 from ctpd_jax.train import loop
 from ctpd_jax.train.metrics import read_metrics

@@ -10,11 +10,11 @@ import pytest
 
 import ctpd_jax
 from ctpd_jax.cli import load_config, parser
+from ctpd_jax.job.check import check_config
 from ctpd_jax.job.table import TRAINED
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.models.lora import adapter_shapes, with_lora
-from ctpd_jax.settings import check_config
 from ctpd_jax.sharding import param_spec
 
 ROOT = Path(ctpd_jax.__file__).parents[1]

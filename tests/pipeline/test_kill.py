@@ -16,15 +16,26 @@ from helpers import MICRO
 # Every stage has work left when it is killed: shards of annotation and evaluation, a checkpoint half-way in training.
 COMMAND = [
     sys.executable, "-m", "ctpd_jax.cli", "run", "--config", MICRO, "--config.annotate.pairs_per_shard=8",
+    "--config.student_proposed.steps=4",
 ]  # fmt: skip
 
-STAGES: dict[str, Callable[[Path], bool]] = {
-    **{
+
+def half_trained(*stages: str) -> dict[str, Callable[[Path], bool]]:
+    return {
         stage: lambda workdir, stage=stage: (workdir / stage / "checkpoints/00000002/checksums.json").exists()
-        for stage in ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train")
-    },
+        for stage in stages
+    }
+
+
+# In the order of the run: what is there already would be killed as soon as it starts.
+STAGES: dict[str, Callable[[Path], bool]] = {
+    **half_trained("teacher_sft", "student_sft", "positive", "negative"),
     "annotate, a column": lambda workdir: len(list(workdir.glob("annotations/columns/positive/0*"))) >= 2,
     "annotate, the store": lambda workdir: any(workdir.glob("annotations/*.array_record-00001*")),
+    "propose, the answers": lambda workdir: (workdir / "proposals/answers/00001.json").exists(),
+    "propose, the ranking": lambda workdir: any(workdir.glob("proposals/ranking/columns/positive/0*")),
+    "propose, the store": lambda workdir: any(workdir.glob("proposals/columns/start/0*")),
+    **half_trained("student_dpo", "train", "student_proposed"),
     "evaluate": lambda workdir: any(workdir.glob("evaluation/columns/ctpd/0*")),
     "evaluate, samples": lambda workdir: any(workdir.glob("evaluation/samples/ctpd.json*")),
     "export": lambda workdir: (workdir / "evaluation.json").exists(),
@@ -46,7 +57,7 @@ def run_to_the_end(workdir: Path) -> None:
 
 
 def digests(workdir: Path) -> dict[str, str]:
-    stages = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train")
+    stages = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train", "student_proposed")
     return {stage: json.loads((workdir / stage / "done.json").read_text())["params"] for stage in stages}
 
 

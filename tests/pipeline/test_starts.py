@@ -15,6 +15,7 @@ from ctpd_jax.artifacts import finish
 from ctpd_jax.cli import load_config
 from ctpd_jax.data.rows import BatchShape, build_batch, unit_needs
 from ctpd_jax.job import lineage
+from ctpd_jax.job.check import check_config
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.lineage import params_digest
 from ctpd_jax.job.pairs import load_pairs
@@ -24,7 +25,6 @@ from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.lora import init_adapters, join
 from ctpd_jax.schema import SIDES
-from ctpd_jax.settings import check_config
 from ctpd_jax.stages.dpo import dpo_items
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.loop import Objective, mean_of, preference_sums

@@ -12,7 +12,8 @@ import pytest
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, Message
 from ctpd_jax.text import preferences
-from ctpd_jax.text.preferences import load_preferences
+from ctpd_jax.text.columns import Reading
+from ctpd_jax.text.preferences import load_preferences, load_prompts
 from ctpd_jax.text.read_row import read_row
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -440,3 +441,32 @@ def test_columns_of_bytes_are_judged_by_their_text(monkeypatch):
     monkeypatch.setattr(preferences, "_rows", lambda *arguments: iter([("tfds:x:0", row), ("tfds:x:1", row)]))
     with pytest.raises(UserError, match="strip_template"):
         load_preferences("tfds:x")
+
+
+def test_prompts_are_read_with_and_without_answers(tmp_path):
+    """Distinct prompts in the order of the file; a file of pairs, of swapped pairs and of prompts say the same."""
+    asked = ["Tea?", "Bread?", "Tea?", "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea?\n\nAssistant:"]
+    alone = [{"prompt": text, "source_id": number} for number, text in enumerate(asked)]
+    alone.append({"system": "Be brief.", "messages": [{"role": "user", "content": "Salt?"}]})
+    pairs = [row | {"chosen": "good", "rejected": "bad"} for row in alone]
+    swapped = [row | {"chosen": "bad", "rejected": "good"} for row in alone]
+    found = []
+    for name, rows in {"alone": alone, "pairs": pairs, "swapped": swapped}.items():
+        path = write(tmp_path / f"{name}.jsonl", *rows)
+        found.append(load_prompts(path, "train", None))
+    assert found[0][0] == found[1][0] == found[2][0]
+    prompts, report = found[0]
+    assert [prompt[-1].content for prompt in prompts] == ["Tea?", "Bread?", "Tea?", "Salt?"]
+    assert [len(prompt) for prompt in prompts] == [1, 1, 3, 2] and prompts[3][0] == Message("system", "Be brief.")
+    assert report["rows"] == 5 and report["distinct prompts"] == 4
+    assert load_prompts(path, "train", 2)[0] == prompts[:2]
+
+
+def test_what_holds_no_prompt_is_counted(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "Tea?"}, {"prompt": "Tea?", "image": "x.png"}, {"chosen": "a", "rejected": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{not json\n")
+    prompts, report = load_prompts(str(path), "train", None)
+    assert len(prompts) == 1 and sum(report.left_out.values()) == 3
+    with pytest.raises(UserError, match="only 1 of 4"):
+        load_prompts(str(path), "train", None, Reading({}, min_kept=0.5))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy.models import make_toy_models, student_tokenizer, teacher_tokenizer
+from toy.models import TEACHER_TOKENIZERS, make_toy_models, student_tokenizer, teacher_tokenizer
 from toy.world import corpus, generate_pairs
 
 from ctpd_jax.models.decoder import apply
@@ -94,3 +94,41 @@ def test_training_a_tokenizer_twice_gives_the_same():
     texts = list(corpus(number=200))
     for make in (teacher_tokenizer, student_tokenizer):
         assert make(texts).backend_tokenizer.to_str() == make(texts).backend_tokenizer.to_str()
+
+
+# ------------------------------------------------------------------------------------------------ other mismatches
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Each mismatch's teacher tokenizer, and the student's, as the library reads them from a folder."""
+    texts, folder = list(corpus(number=600)), tmp_path_factory.mktemp("mismatches")
+    makers = {**TEACHER_TOKENIZERS, "student": student_tokenizer}
+    for name, make in makers.items():
+        make(texts).save_pretrained(folder / name)
+    return {name: load_tokenizer(str(folder / name)) for name in makers}
+
+
+def test_the_mismatches_differ_in_how_many_spans_are_one_to_one(saved):
+    texts, shares = [pair.chosen for pair in generate_pairs("train", 100)], {}
+    for name in TEACHER_TOKENIZERS:
+        counts = [
+            (np.bincount(aligned.teacher.span_ids), np.bincount(aligned.student.span_ids))
+            for aligned in align_batch(texts, saved[name], saved["student"])
+        ]
+        shares[name] = np.mean(np.concatenate([(m == 1) & (n == 1) for m, n in counts]))
+    assert shares["near"] > 0.9 > shares["word"] > 0.77 > shares["unigram"] > 0.6
+
+
+@pytest.mark.parametrize("name", ["near", "unigram"])
+def test_other_teachers_spell_every_text_without_loss(saved, name):
+    tokenizer = saved[name]
+    assert tokenizer.byte_level == (name == "near") and tokenizer.bos_id is not None
+    for text in [*corpus(number=50), "ΔΨ 漢字 👩‍🔬 <|im_end|> <end_of_turn>", "  two  spaces "]:
+        assert tokenizer.hf.decode(encode(tokenizer, text)) == text
+
+
+def test_a_unigram_tokenizer_made_twice_is_the_same():
+    texts = list(corpus(number=200))
+    first, again = (TEACHER_TOKENIZERS["unigram"](texts).backend_tokenizer.to_str() for _ in range(2))
+    assert first == again and '"type":"Unigram"' in first

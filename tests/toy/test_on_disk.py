@@ -69,6 +69,16 @@ def test_another_format_is_another_folder(cache, monkeypatch):
     assert again.train != first.train and again.student != first.student
 
 
+def test_a_mismatch_has_models_of_its_own_and_the_same_pairs(cache, monkeypatch):
+    first, made = world_on_disk(4, 2, seed=3), []
+    monkeypatch.setattr(toy.on_disk, "_make_models_apart", lambda folder, *told: made.append((folder.name, *told)))
+    near, word = world_on_disk(4, 2, seed=3, mismatch="near"), world_on_disk(4, 2, seed=3, mismatch="word")
+    assert word == first and near.train == first.train and near.teacher != first.teacher
+    assert [(name.rpartition("-")[2], seed, mismatch) for name, seed, mismatch in made] == [("near", 3, "near")]
+    with pytest.raises(UserError, match="near, word, unigram"):
+        world_on_disk(4, 2, mismatch="none")
+
+
 def test_what_was_not_finished_is_not_there(cache, monkeypatch):
     def stopped(folder: Path, seed: int) -> None:
         (folder / "teacher").mkdir()

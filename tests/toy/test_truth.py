@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from toy.truth import auc, decisive_pieces, main, mean_and_error, piece_ratios, sampled_rewards, tables
+from toy.truth import auc, decisive_pieces, main, mean_and_error, piece_ratios, ranking, sampled_rewards, tables
 from toy.world import piece_spans
 
 
@@ -42,6 +42,19 @@ def test_the_true_reward_of_sampled_answers(tmp_path):
     assert decisive_pieces(tmp_path) is None
     said = tables(tmp_path)
     assert "  ctpd          +2.12 ± 0.12   n = 2" in said and "  teacher       -2.00   n = 1" in said
+
+
+def test_the_true_reward_of_proposed_pairs(tmp_path):
+    assert ranking(tmp_path) is None
+    (tmp_path / "proposals").mkdir()
+    prompt = [{"role": "user", "content": "Tell me about tea."}]
+    answers = [("thank you", "who cares"), ("who cares", "thank you"), ("thank you", "green leaves")]
+    rows = [{"prompt": prompt, "chosen": better, "rejected": worse} for better, worse in answers]
+    (tmp_path / "proposals" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = ranking(tmp_path)
+    assert found["true reward, chosen"] == pytest.approx((2 - 2 + 2) / 3)
+    assert found["true reward, rejected"] == pytest.approx((-2 + 2 + 0.25) / 3)
+    assert found["the better one is chosen"] == pytest.approx(2 / 3) and found["proposed pairs"] == 3
 
 
 def test_a_run_that_was_not_evaluated_is_told(tmp_path, monkeypatch, capsys):

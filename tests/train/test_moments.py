@@ -12,9 +12,10 @@ from toy.models import student_config
 
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.errors import UserError
+from ctpd_jax.job.check import check_config
 from ctpd_jax.models.decoder import init_params, param_shapes
 from ctpd_jax.models.hf.config import from_hf
-from ctpd_jax.settings import check_config, training
+from ctpd_jax.settings import training
 from ctpd_jax.sharding import make_mesh, shard_shapes
 from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.loop import init_state, state_shapes

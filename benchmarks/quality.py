@@ -1,0 +1,262 @@
+"""Which method trains the better student? On the toy world, whose true rewards are known, with intervals.
+
+    python benchmarks/quality.py                                     # everything, about an hour on two cores
+    python benchmarks/quality.py --worlds nominal --methods dpo,ctpd --seeds 3
+    python benchmarks/quality.py --report                            # the tables and figures of what is there
+    python benchmarks/quality.py --one "world=seed0-noise0.2-word-teacher1,method=ctpd,beta=0.1,lr=0.001"
+
+Every method trains the same student on the same pairs with as many updates of as many pairs. Its one knob and its
+learning rate are chosen on worlds of their own (other seeds: other pairs, noise and models) by the true reward of
+sampled answers; then come the worlds of the tables, where a seed changes pairs, label noise, the models' first weights
+and the order of training. Methods are compared on the same worlds, so differences are paired.
+
+DIR/cells.jsonl gets a line for each cell, and a cell that is there is not run again: kill the command at any moment and
+repeat it. DIR/tables.md and DIR/*.svg are what docs/evidence.md shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from quality_cells import Cell, Method, Sizes, World, alone, lines_of, made_from, run_world
+from quality_report import report
+
+from ctpd_jax.errors import UserError
+
+LRS = (1e-3, 2e-3)
+STUDENT = {"weights.positive_scorer": "student", "weights.negative_scorer": "student"}
+
+# A method that trains in a stage of its own, of job/table.py, is a line as well: stage="student_tis".
+# A new method is a line. `knobs` are the values of its one knob that are tried, beside LRS.
+METHODS = {
+    # What is not trained here: rows of the table.
+    "sft": Method("student after SFT", stage="student_sft", knobs=()),
+    "teacher": Method("teacher after SFT", stage="teacher_sft", knobs=()),
+    "teacher_dpo": Method("teacher after DPO", stage="positive", knobs=()),
+    # The methods.
+    "dpo": Method("DPO of the student", stage="student_dpo"),
+    "ctpd": Method("CTPD, the paper's"),
+    "ctpd_start": Method("CTPD, the student's start as reference", {"train.reference": "student"}),
+    # Ours. The regression's loss is small against the SFT term, which gets a tenth of the weight.
+    "calibrated": Method("CTPD, the anchor tempered", {"train.objective": "calibrated"}),
+    "margin_label": Method("the teacher's margin as soft label", {"train.objective": "margin"}),
+    "margin_weight": Method(
+        "the teacher's margin as the pair's weight", {"train.objective": "margin", "train.margin_as": "weight"}
+    ),
+    "regression": Method(
+        "span regression", {"train.objective": "regression", "train.sft_weight": 0.2}, knob="tau", knobs=(2.0, 4.0, 8.0)
+    ),
+    "mixed": Method("soft label and span regression", {"train.objective": "mixed"}),
+    # Ablations of CTPD: weights, reference, span log-probability, normalisation.
+    "uniform": Method("weights of one", {"weights.source": "uniform"}),
+    "random": Method("random weights", {"weights.source": "random"}),
+    "student_weights": Method("weights scored by the student", prepare=STUDENT),
+    "mixed_weights": Method("pi+ of the teacher, pi- of the student", prepare={"weights.negative_scorer": "student"}),
+    "sft_weights": Method("pi+, pi- by SFT on chosen, on rejected", prepare={"weights.source": "sft"}),
+    "threshold": Method("weights clipped", {"weights.transform": "threshold"}),
+    "scale": Method("weights scaled", {"weights.transform": "scale"}),
+    "rank": Method("weights by rank", {"weights.transform": "rank"}),
+    "binary": Method("weights 0 or 1", {"weights.transform": "binary"}),
+    "mu0": Method("mu = 0", {"weights.mu": 0.0}),
+    "no_reference": Method("no reference", {"train.reference": "none"}),
+    "span_mean": Method("mean over a span's tokens", {"train.span_logprob": "mean"}),
+    "per_span": Method("reward per span", {"train.normalize": "span"}, knobs=(3.0, 10.0, 30.0)),
+    "per_byte": Method("reward per byte", {"train.normalize": "byte"}, knobs=(10.0, 30.0, 100.0)),
+}
+ROWS = ("sft", "teacher", "teacher_dpo")
+MAIN = ("dpo", "ctpd", "ctpd_start", "calibrated", "margin_label", "margin_weight", "regression", "mixed")
+ABLATIONS = tuple(name for name in METHODS if name not in (*ROWS, *MAIN))
+# Measured in all worlds, the others in the nominal one.
+CURVES = ("dpo", "ctpd", "ctpd_start", "margin_weight", "regression")
+
+CHOOSING_SEEDS = (100, 101)  # of the worlds on which settings are chosen
+WORLDS = {
+    "nominal": (World(),),
+    "noise": tuple(World(noise=noise) for noise in (0.0, 0.1, 0.2, 0.3)),
+    "mismatch": tuple(World(mismatch=mismatch) for mismatch in ("near", "word", "unigram")),
+    "teacher": tuple(World(teacher=teacher) for teacher in (0.25, 1.0, 2.0)),
+}
+
+
+# ------------------------------------------------------------------------------------------------ which cells
+
+
+def choosing_cells(names: Sequence[str]) -> list[Cell]:
+    """The grid of every method, on the worlds where settings are chosen."""
+    cells = []
+    for name, seed in product(names, CHOOSING_SEEDS):
+        for knob, lr in product(METHODS[name].knobs, LRS):
+            cells.append(Cell(replace(World(), seed=seed), name, knob, lr, seed))
+    return cells
+
+
+def chosen_settings(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Each method's knob and learning rate: the best mean true reward over the worlds where settings are chosen."""
+    grid = {World(seed=seed).name for seed in CHOOSING_SEEDS}
+    rewards: dict[tuple[str, float, float], dict[str, float]] = {}
+    for line in lines:
+        key = line["key"]
+        if key["world"] in grid:
+            reward = line["found"].get("reward", float("-inf"))  # a training that diverged
+            rewards.setdefault((key["method"], key["knob"], key["lr"]), {})[key["world"]] = reward
+    found = {name: (0.0, 0.0) for name in names if not METHODS[name].knobs}
+    for name in names:
+        tried = {each[1:]: sum(own.values()) / len(own) for each, own in rewards.items() if each[0] == name}
+        if tried:
+            found[name] = max(tried, key=lambda setting: tried[setting])
+    return found
+
+
+def table_cells(
+    worlds: Sequence[str], names: Sequence[str], seeds: int, settings: Mapping[str, tuple[float, float]]
+) -> list[Cell]:
+    """The cells of the tables, at the chosen settings."""
+    cells: dict[Cell, None] = {}
+    for kind in worlds:
+        for world, seed in product(WORLDS[kind], range(seeds)):
+            for name in names:
+                if world == World() or name in (*ROWS, *CURVES):
+                    cells[Cell(replace(world, seed=seed), name, *settings[name], seed)] = None
+    return list(cells)
+
+
+def lines_here(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
+    """The lines that were made from what the methods and sizes are now."""
+    lines = [line for line in lines_of(folder / "cells.jsonl") if line["key"]["method"] in METHODS]
+    return [line for line in lines if line["made_from"] == made_from(METHODS[line["key"]["method"]], sizes)]
+
+
+def run_missing(folder: Path, sizes: Sizes, cells: Sequence[Cell], jobs: int) -> None:
+    """Runs the cells that have no line yet, world by world, several worlds at once."""
+    there = [line["key"] for line in lines_here(folder, sizes)]
+    worlds: dict[World, list[Cell]] = {}
+    for cell in cells:
+        if cell.key not in there:
+            worlds.setdefault(cell.world, []).append(cell)
+    missing = sum(map(len, worlds.values()))
+    print(f"{len(cells) - missing} of {len(cells)} cells are there; {missing} to run.", flush=True)
+    if not worlds:
+        return
+    # A process ends after some worlds, and with it what it has compiled.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs, initializer=begin_worker, initargs=(folder,), maxtasksperchild=4) as pool:
+        work = [pool.apply_async(run_world, (folder, sizes, METHODS, own)) for own in worlds.values()]
+        for number, each in enumerate(work, 1):
+            each.get()
+            print(f"{number} of {len(work)} worlds", flush=True)
+
+
+def begin_worker(folder: Path) -> None:
+    """Prepares a worker: what stages say goes to DIR/log.txt, and it ends with the process that began it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # else it would write into a world that the repeated command is at work in
+
+    Thread(target=watch, daemon=True).start()
+    sys.stderr = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (as long as the process)
+    alone(folder)
+
+
+def run_one(folder: Path, sizes: Sizes, text: str) -> None:
+    """Runs one cell again and prints its numbers, beside those of its line if there is one."""
+    # 1. What is asked for; what is left out is as it was chosen.
+    parts = dict(part.partition("=")[::2] for part in text.split(","))
+    (name,) = named_methods(parts.get("method", "ctpd"))
+    allowed = {"world", "method", METHODS[name].knob, "lr", "seed"}
+    if unknown := set(parts) - allowed:
+        raise UserError(f"--one does not know {', '.join(sorted(unknown))}; it takes {', '.join(sorted(allowed))}.")
+    world = World.named(parts.get("world", World().name))
+    lines = lines_here(folder, sizes)
+    knob, lr = chosen_settings(lines, [name]).get(name, ((*METHODS[name].knobs, 0.0)[0], LRS[0]))
+    knob, lr = float(parts.get(METHODS[name].knob, knob)), float(parts.get("lr", lr))
+    cell = Cell(world, name, knob, lr, int(parts.get("seed", world.seed)))
+    # 2. The line of before stays, and if there is none, this run leaves it.
+    alone(folder)
+    before = [line["found"] for line in lines if line["key"] == cell.key]
+    (found,) = run_world(folder, sizes, METHODS, [cell])
+    # 3. Seconds differ, nothing else.
+    for name, value in found.items():
+        told = f"   before: {before[-1].get(name)}" if before else ""
+        print(f"{name:24} {value}{told}")
+    if before:
+        numbers = [{k: v for k, v in each.items() if not k.endswith("seconds")} for each in (found, before[-1])]
+        print("the same numbers" if numbers[0] == numbers[1] else "OTHER NUMBERS than before")
+
+
+def named_methods(text: str) -> list[str]:
+    names = [*ROWS, *MAIN, *ABLATIONS] if text == "all" else text.split(",")
+    if unknown := [name for name in names if name not in METHODS]:
+        raise UserError(f"There is no method {unknown[0]!r}; choose among {', '.join(METHODS)}.")
+    return names
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=methods_text()
+    )
+    parser.add_argument("--dir", type=Path, default=Path("runs/quality"), help="where everything lies")
+    parser.add_argument("--methods", default="all", help="names with commas; see below (default: all)")
+    parser.add_argument("--worlds", default=",".join(WORLDS), help=f"among {','.join(WORLDS)} (default: all)")
+    parser.add_argument("--seeds", type=int, default=5, help="worlds of each kind (default: 5)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    parser.add_argument("--sizes", default="", help=f"NAME=VALUE,... among {asdict(Sizes())}")
+    parser.add_argument("--one", metavar="WHICH", help="run one cell again: world=...,method=...,beta=...,lr=...")
+    parser.add_argument("--report", action="store_true", help="run nothing; tables and figures of what is there")
+    known = parser.parse_args()
+    try:
+        sizes = Sizes.of(known.sizes)
+        names, worlds = named_methods(known.methods), known.worlds.split(",")
+        if unknown := [kind for kind in worlds if kind not in WORLDS]:
+            raise UserError(f"There are no worlds {unknown[0]!r}; choose among {', '.join(WORLDS)}.")
+        known.dir.mkdir(parents=True, exist_ok=True)
+        if known.one:
+            run_one(known.dir, sizes, known.one)
+            return 0
+        if not known.report:
+            run_missing(known.dir, sizes, choosing_cells(names), known.jobs)
+            settings = chosen_settings(lines_here(known.dir, sizes), names)
+            run_missing(known.dir, sizes, table_cells(worlds, names, known.seeds, settings), known.jobs)
+        print(tables(known.dir, sizes))
+    except UserError as error:
+        print(f"quality.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def tables(folder: Path, sizes: Sizes) -> str:
+    """The tables of the cells that are there, at the settings that are chosen now."""
+    lines = lines_here(folder, sizes)
+    settings = chosen_settings(lines, list(METHODS))
+    results: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for line in lines:
+        key = line["key"]
+        world = World.named(key["world"])
+        if settings.get(key["method"]) != (key["knob"], key["lr"]) or "failed" in line["found"]:
+            continue
+        if world.seed not in CHOOSING_SEEDS and key["seed"] == world.seed:
+            found = results.setdefault((replace(world, seed=0).name, key["method"]), {})
+            found[world.seed] = line["found"]
+    # What varies within a kind of worlds is the field of that name; the nominal one has none.
+    kinds = {kind: {world.name: str(getattr(world, kind, kind)) for world in own} for kind, own in WORLDS.items()}
+    return report(folder, results, settings, {name: method.says for name, method in METHODS.items()}, kinds)
+
+
+def methods_text() -> str:
+    return "methods:\n" + "\n".join(f"  {name:16} {method.says}" for name, method in METHODS.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

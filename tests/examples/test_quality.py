@@ -1,0 +1,70 @@
+"""benchmarks/quality.py: its statistics by hand, and a cell that gives the same numbers again."""
+
+import json
+import subprocess
+import sys
+import xml.dom.minidom
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TINY = "pairs=48,test_pairs=16,batch=8,sft_updates=4,updates=3,samples=8,max_new_tokens=16"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quality_report
+
+    return quality_report
+
+
+def test_an_interval_is_students(report):
+    mean, half = report.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776445 * 2.5**0.5 / 5**0.5, rel=1e-6)  # t of 4 degrees of freedom
+    assert report.interval([2.0])[0] == 2 and np.isnan(report.interval([2.0])[1]) and np.isnan(report.interval([])[0])
+
+
+def test_differences_are_taken_seed_by_seed(report):
+    """What the seeds have in common cancels: a gain of 0.1 in every world is sure, however the worlds differ."""
+    base, worlds = {0: -3.0, 1: 0.0, 2: 5.0}, "nominal"
+    found = {
+        (worlds, "ctpd"): {seed: {"reward": value, "accuracy": 0.5} for seed, value in base.items()},
+        (worlds, "ours"): {seed: {"reward": value + 0.1, "accuracy": 0.75} for seed, value in base.items() if seed},
+    }
+    assert report.paired(found, worlds, "ours", "reward") == pytest.approx([0.1, 0.1])
+    text = report.outcome_table(found, worlds, {"ctpd": "the paper's", "ours": "better"})
+    assert "| `ours` | better | 2 | 2.60 ± 31.77 | +0.10 ± 0.00 | 75.0 ± 0.0 | +25.0 ± 0.0 |" in text
+
+
+def test_a_report_has_its_tables_and_figures(report, tmp_path):
+    found = {
+        (world, method): {seed: {"reward": seed + shift, "accuracy": 0.6} for seed in range(3)}
+        for world, shift in (("a", 0.0), ("b", 1.0))
+        for method in ("ctpd", "dpo")
+    }
+    says, kinds = {"dpo": "DPO", "ctpd": "CTPD"}, {"nominal": {"a": "-"}, "noise": {"a": "0", "b": "0.1"}}
+    text = report.report(tmp_path, found, {"dpo": (0.1, 1e-3), "ctpd": (0.3, 2e-3)}, says, kinds)
+    assert "| `ctpd` | 0.3 | 0.002 |" in text and (tmp_path / "tables.md").read_text() == text
+    svg = xml.dom.minidom.parse(str(tmp_path / "noise-reward.svg"))
+    assert len(svg.getElementsByTagName("circle")) == 4 and len(svg.getElementsByTagName("polyline")) == 2
+
+
+@pytest.mark.slow
+def test_a_cell_run_again_gives_the_same_numbers(tmp_path):
+    cell = "world=seed3-noise0.2-near-teacher0.5,method=ctpd,beta=0.3,lr=0.002"
+    command = [sys.executable, BENCHMARKS / "quality.py", "--dir", tmp_path, "--sizes", TINY, "--one", cell]
+    for again in (False, True):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("the same numbers" in done.stdout.splitlines()) == again
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    first, second = (json.loads(line)["found"] for line in lines)
+    assert first["reward"] == second["reward"] and first["bits_per_byte"] == second["bits_per_byte"] > 0
+    # A line that a killed process has torn is no line, and does not spoil the next one.
+    with open(tmp_path / "cells.jsonl", "a") as file:
+        file.write('{"key": {"wor')
+    done = subprocess.run([*command[:-2], "--report"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
