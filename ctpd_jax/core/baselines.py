@@ -44,8 +44,11 @@ def uld_distance(student_logits: Float[ArrayLike, "T V1"], teacher_logits: Float
 
 def sorted_probabilities(logits: Float[ArrayLike, "*N V"], k: int) -> Float[Array, "*N k"]:
     """The k largest of softmax(logits), in descending order; zeros behind them where the vocabulary is smaller."""
-    probabilities = jax.nn.softmax(at_least_float32(logits), axis=-1)
-    found = lax.top_k(probabilities, min(k, probabilities.shape[-1]))[0]
+    values = at_least_float32(logits)
+    # The gradient needs to know where they lie, not how they were found.
+    places = lax.top_k(lax.stop_gradient(values), min(k, values.shape[-1]))[1]
+    largest = jnp.take_along_axis(values, places, axis=-1)
+    found = jnp.exp(largest - jax.nn.logsumexp(values, axis=-1, keepdims=True))
     return jnp.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, k - found.shape[-1])])
 
 

@@ -10,13 +10,14 @@ from helpers import MICRO
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.rows import BatchShape
 from ctpd_jax.job.recipe import Reading
-from ctpd_jax.job.table import BASELINES, TRAINED, left_out
+from ctpd_jax.job.table import STUDENTS, TRAINED, left_out
 from ctpd_jax.plan.programs import decoders, plan_stage
 from ctpd_jax.sharding import make_mesh
 from ctpd_jax.train.loop import Recipe
 
-# The other baselines run programs of these stages.
-SHORT = [f"--config.{stage}.steps=1" for stage in TRAINED if stage == "student_dpo" or stage not in BASELINES]
+# The other students run programs of these stages, or are not planned.
+RUN = [stage for stage in TRAINED if stage in ("student_dpo", "train") or stage not in STUDENTS]
+SHORT = [f"--config.{stage}.steps=1" for stage in RUN]
 ADAPTERS = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
 HALF = [f"--config.{stage}.lora.base=bfloat16" for stage in ("teacher_sft", "positive", "negative", "train")]
 MIXED = ["--config.train.objective=mixed", "--config.train.margin_as=weight", "--config.student_dpo.steps=-1"]
