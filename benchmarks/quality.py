@@ -1,6 +1,6 @@
 """Which method trains the better student? On the toy world, whose true rewards are known, with intervals.
 
-    python benchmarks/quality.py                                     # everything, about an hour on two cores
+    python benchmarks/quality.py                                     # everything, an hour and a half on two cores
     python benchmarks/quality.py --worlds nominal --methods dpo,ctpd --seeds 3
     python benchmarks/quality.py --report                            # the tables and figures of what is there
     python benchmarks/quality.py --one "world=seed0-noise0.2-word-teacher1,method=ctpd,beta=0.1,lr=0.001"
