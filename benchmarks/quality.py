@@ -54,7 +54,10 @@ METHODS = {
         "the teacher's margin as the pair's weight", {"train.objective": "margin", "train.margin_as": "weight"}
     ),
     "regression": Method(
-        "span regression", {"train.objective": "regression", "train.sft_weight": 0.2}, knob="tau", knobs=(2.0, 4.0, 8.0)
+        "span regression",
+        {"train.objective": "regression", "train.sft_weight": 0.2},
+        knob="tau",
+        knobs=(4.0, 8.0, 16.0),
     ),
     "mixed": Method("soft label and span regression", {"train.objective": "mixed"}),
     # Ablations of CTPD: weights, reference, span log-probability, normalisation.
