@@ -255,8 +255,10 @@ def run_world(folder: Path, sizes: Sizes, methods: Mapping[str, Method], cells: 
                 method = methods[cell.method]
                 try:
                     found = run_cell(world, cell, method, sizes)
-                except UserError as error:  # a training that diverged is a result too
-                    found = {"failed": str(error)}
+                except UserError as error:
+                    if "gradient norm" not in str(error):
+                        raise
+                    found = {"failed": str(error)}  # a training that diverged is a result too
                 line = {"key": cell.key, "made_from": made_from(method, sizes), "found": found}
                 append(folder / "cells.jsonl", line)
                 all_found.append(found)
