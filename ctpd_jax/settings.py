@@ -215,7 +215,8 @@ def paper_on_tpu(teacher: str, student: str, micro_batch: int, layout: str = "sh
     # Ours: the length of rows is chosen from the data, so that every chip gets about as many tokens.
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
     config.rows.update({"layout": layout, "packed": "yes", "multiple": 128})
-    for stage in (config.teacher_sft, config.student_sft, config.positive, config.negative, config.train):
+    trained = ("teacher_sft", "student_sft", "positive", "negative", "train", "student_proposed")
+    for stage in (config[name] for name in trained):
         stage.micro_batch = micro_batch
     return config
 

@@ -167,7 +167,11 @@ def drawn(job: Job, prompts: Sequence[Prompt]) -> list[Answers]:
                     progress.update(len(part))
 
     # 3. All of them, from disk, by prompt.
-    said = [answer for path in paths for answer in patiently(partial(read_json, path)) or ()]
+    said = []
+    for path in paths:
+        if (shard := patiently(partial(read_json, path))) is None:
+            raise UserError(f"{path} is missing; the same command draws it again.")
+        said += shard
     return [dict(map(tuple, said[first : first + times])) for first in range(0, len(said), times)]
 
 

@@ -159,9 +159,9 @@ def tables(workdir: Path) -> str:
         "How well the contrast ranks the student's answers": ranking(workdir),
         "How well the contrastive pair finds the decisive pieces": decisive_pieces(workdir),
     }
-    for title, found in figures.items():
-        lines += ["", title, ""] if found else []
-        for name, value in (found or {}).items():
+    for title, known in figures.items():
+        lines += ["", title, ""] if known else []
+        for name, value in (known or {}).items():
             lines.append(f"  {name:<26}" + (f"{value:7d}" if isinstance(value, int) else f"{value:7.3f}"))
     return "\n".join(lines)
 
