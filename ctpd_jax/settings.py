@@ -143,9 +143,11 @@ def default_config() -> ConfigDict:
                 beta=0.1,
                 # "ctpd" (the paper), "calibrated", "margin", "regression", "mixed": docs/method.md, Objectives.
                 objective="ctpd",
-                tau=1.0,  # how far the teacher is followed: its log-ratio of a span, its margin of a pair
+                contrast="start",  # the teacher's log-ratio: pi+ to what it was trained from, or to "negative"
+                tau=1.0,  # how far the student goes where the teacher went one nat
                 target_clip=2.0,  # bound of the teacher's log-ratio of a span, both ways, in nats
                 margin_as="label",  # "label", "offset", "weight", "none": how its margin enters margin and mixed
+                trust=1.0,  # of label and weight the share that the margin has beside the label alone; offset: a factor
                 margin_from="teacher",  # "data": the rows' own "margin", or "score_chosen" less "score_rejected"
                 regression=1.0,  # weight of the spans' regression in mixed
                 spread=1.0,  # of calibrated: root mean square of beta times the margin at step 0
@@ -163,7 +165,7 @@ def default_config() -> ConfigDict:
                 "temperature": 1.0,
                 "batch": 64,  # answers that are drawn together, and kept on disk from then on
                 # What ranks, per byte: "weights", the two models whose log-ratio the weights of spans are made of; or
-                # "reference", the positive one against what it was trained from.
+                # "start", the positive one against what it was trained from.
                 "contrast": "weights",
                 "min_contrast": 0.0,  # nats per byte by which the best has to lead the worst
             },
@@ -241,13 +243,14 @@ CHOICES = {
     "weights.positive_scorer": ("teacher", "student"),
     "weights.negative_scorer": ("teacher", "student"),
     "train.objective": ("ctpd", "calibrated", "margin", "regression", "mixed"),
+    "train.contrast": ("start", "negative"),
     "train.margin_from": ("teacher", "data"),
     "train.margin_as": ("label", "offset", "weight", "none"),
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
     "annotate.teacher_weights": ("float32", "bfloat16"),
-    "propose.contrast": ("weights", "reference"),
+    "propose.contrast": ("weights", "start"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
 POSITIVE = (lambda x: 0 < x < math.inf, "it has to be positive and finite")
@@ -275,7 +278,7 @@ OF_OTHERS: tuple[tuple[str, Range], ...] = (
     ("data.limit data.test_limit rows.length annotate.compared_pairs", NOT_NEGATIVE),
     ("evaluate.samples evaluate.temperature train.regression train.offset", NOT_NEGATIVE),
     ("train.target_clip train.spread", POSITIVE),
-    ("train.tau", NOT_NEGATIVE),
+    ("train.tau train.trust", NOT_NEGATIVE),
     ("propose.pairs propose.temperature propose.batch", POSITIVE),
     ("propose.limit propose.min_contrast", NOT_NEGATIVE),
     ("propose.answers", (lambda x: x >= 2, "one answer has nothing to be ranked against")),
@@ -356,8 +359,9 @@ def check_config(config: ConfigDict) -> None:
     labelled = train.objective in ("margin", "mixed") and train.margin_as == "label"
     plain = train.loss == "sigmoid" and not train.label_smoothing
     require(plain or not labelled, "train.loss", "train.margin_as 'label' is for sigmoid without label smoothing")
-    sure = train.margin_as == "offset" or train.tau <= 1
-    require(sure or train.objective not in ("margin", "mixed"), "train.tau", "it is a share here, from 0 to 1")
+    require(train.margin_as == "offset" or train.trust <= 1, "train.trust", "it is a share here, from 0 to 1")
+    reversed_too = train.contrast == "start" or weights.source != "dpo_reference"
+    require(reversed_too, "train.contrast", "weights.source 'dpo_reference' trains no negative")
     anchored = train.reference == "teacher" and train.normalize != "start"
     require(anchored or train.objective != "calibrated", "train.reference", "calibrated tempers the teacher's")
     ranked = weights.source == "uniform" and weights.transform != "none"

@@ -103,8 +103,8 @@ class SpanValues:
     # What some objectives need besides.
     targets: np.ndarray | None = None  # float32 [S], core.objectives.span_targets
     anchor: float = 0.0  # c with the student's start for reference
-    positive: float = 0.0  # log pi+ of the response, and of what pi+ was trained from
-    before: float = 0.0
+    positive: float = 0.0  # log pi+ of the response, and of what it is held against
+    other: float = 0.0
 
 
 def span_values(
@@ -125,6 +125,7 @@ def span_values(
     contrastive = weights.source not in ("uniform", "random")
     before = "reference" if weights.positive_scorer == "teacher" else "start"  # what pi+ was trained from
     opposite = before if weights.source == "dpo_reference" else "negative"
+    other = before if train.contrast == "start" else opposite
 
     @jax.jit
     def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, side: Array, keys: Array) -> tuple:
@@ -144,10 +145,10 @@ def span_values(
             options = (student, sizes, train.span_logprob, normalize)
             extra["anchor"] = reward_coefficients(w, student, scores["start"], *options)[1]
         if followed and contrastive:
-            for name, column in (("positive", "positive"), ("before", before)):
+            for name, column in (("positive", "positive"), ("other", other)):
                 extra[name] = jnp.where(mask, scores[column], 0).sum(axis=-1)
         if objective in ("regression", "mixed"):
-            extra["targets"] = span_targets(scores["start"], positive, scores[before], train.tau, train.target_clip)
+            extra["targets"] = span_targets(scores["start"], positive, scores[other], train.tau, train.target_clip)
 
         # What is logged beside it: whole responses, every token counting one.
         plain = jnp.zeros_like(constant) if summed is None else jnp.where(mask, summed, 0).sum(axis=-1)
@@ -253,14 +254,14 @@ def pair_values(
                     'needs a column "margin", or "score_chosen" and "score_rejected", in every row.'
                 )
         else:
-            margins = np.asarray(teacher_margins(numbers("positive"), numbers("before"), teacher_beta))
+            margins = np.asarray(teacher_margins(numbers("positive"), numbers("other"), teacher_beta))
             figures["teacher/agrees"] = float((margins > 0).mean())
         if train.margin_as == "label":
-            of_pairs["label"] = np.asarray(pair_labels(margins, train.tau))
+            of_pairs["label"] = np.asarray(pair_labels(margins, train.trust))
         elif train.margin_as == "weight":
-            of_pairs["weight"] = np.asarray(sure_weights(margins, train.tau))
+            of_pairs["weight"] = np.asarray(sure_weights(margins, train.trust))
         else:
-            lead = lead + train.tau * np.asarray(margins) / train.beta
+            lead = lead + train.trust * np.asarray(margins) / train.beta
 
     # 3. By what the chosen response has to lead: an offset of its return.
     if lead.any():

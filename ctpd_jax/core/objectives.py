@@ -101,12 +101,12 @@ def tempered_constants(
     return start + kappa * (anchor - start), kappa
 
 
-def pair_labels(margins: PerPair, tau: Scalar = 1.0) -> Float[Array, " B"]:
-    """(1 - tau) + tau sigma(m_T): how probably the chosen response is the better one; tau 0 trusts the label."""
-    return 1 - tau + tau * jax.nn.sigmoid(at_least_float32(margins))
+def pair_labels(margins: PerPair, trust: Scalar = 1.0) -> Float[Array, " B"]:
+    """(1 - trust) + trust sigma(m_T): how probably the chosen response is the better one; trust 0 leaves the label."""
+    return 1 - trust + trust * jax.nn.sigmoid(at_least_float32(margins))
 
 
-def sure_weights(margins: PerPair, tau: Scalar = 1.0) -> Float[Array, " B"]:
+def sure_weights(margins: PerPair, trust: Scalar = 1.0) -> Float[Array, " B"]:
     """`pair_labels`, scaled to mean one over the data: how much a pair counts where the teacher doubts its label."""
-    sure = pair_labels(margins, tau)
+    sure = pair_labels(margins, trust)
     return sure / jnp.maximum(jnp.mean(sure), jnp.finfo(sure.dtype).tiny)

@@ -133,7 +133,7 @@ def high_and_low(config: ConfigDict) -> tuple[str, str]:
     """The columns whose log-ratio ranks."""
     weights = config.weights
     before = "reference" if weights.positive_scorer == "teacher" else "start"  # what pi+ was trained from
-    alone = config.propose.contrast == "reference" or weights.source == "dpo_reference"
+    alone = config.propose.contrast == "start" or weights.source == "dpo_reference"
     return "positive", before if alone else "negative"
 
 

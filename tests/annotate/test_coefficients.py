@@ -59,6 +59,13 @@ def test_regression_targets_and_the_starts_constants(examples):
             np.testing.assert_array_equal(response.span_ids, pair.response(number).student.span_ids)
 
 
+def test_the_contrast_may_be_that_of_the_pair(examples):
+    items, _ = items_of(examples, objective="regression", contrast="negative", target_clip=1e9)
+    for item, (_, scores) in zip(items, examples):
+        own = scores["rejected"]
+        np.testing.assert_allclose(item.rejected.targets, own["start"] + own["positive"] - own["negative"], rtol=1e-5)
+
+
 def test_one_teacher_weighs_against_its_own_start(examples):
     items, _ = items_of(examples, "--config.weights.source=dpo_reference")
     for item, (pair, scores) in zip(items, examples):
@@ -83,14 +90,14 @@ def test_a_calibrated_anchor_has_the_stated_spread(examples):
 
 def test_the_teachers_margin_as_label_weight_and_offset(examples):
     m = margins(examples)
-    labels = [item.label for item in items_of(examples, objective="margin", tau=0.5)[0]]
+    labels = [item.label for item in items_of(examples, objective="margin", trust=0.5)[0]]
     np.testing.assert_allclose(labels, 0.5 + 0.5 / (1 + np.exp(-m)), rtol=1e-4)
     weights = [item.weight for item in items_of(examples, objective="margin", margin_as="weight")[0]]
     np.testing.assert_allclose(weights, 1 / (1 + np.exp(-m)) / np.mean(1 / (1 + np.exp(-m))), rtol=1e-4)
 
-    # An offset lies in the chosen response's constant: beta h - tau m.
+    # An offset lies in the chosen response's constant: beta h - trust m.
     plain = constants(items_of(examples, objective="margin", margin_as="none")[0])
-    items = items_of(examples, objective="margin", margin_as="offset", tau=0.5, offset=0.25, beta=0.2)[0]
+    items = items_of(examples, objective="margin", margin_as="offset", trust=0.5, offset=0.25, beta=0.2)[0]
     moved = constants(items) - plain
     np.testing.assert_allclose(0.2 * moved[:, CHOSEN], 0.25 + 0.5 * m, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(moved[:, REJECTED], 0)
@@ -104,7 +111,7 @@ def with_worth(examples, **worth):
 def test_weights_and_margins_of_the_data(examples):
     margins, weights = np.linspace(-2, 3, len(examples)), np.linspace(0.5, 1.5, len(examples))
     worthy = with_worth(examples, margin=margins, weight=weights)
-    of_data = {"objective": "margin", "margin_from": "data", "tau": 0.5}
+    of_data = {"objective": "margin", "margin_from": "data", "trust": 0.5}
     items, _ = items_of(worthy, **of_data)
     np.testing.assert_allclose([item.label for item in items], 0.5 + 0.5 / (1 + np.exp(-margins)), rtol=1e-5)
     np.testing.assert_allclose([item.weight for item in items], weights)
