@@ -182,7 +182,7 @@ def default_config() -> ConfigDict:
                 "temperature": 1.0,
                 "batch": 64,  # answers that are drawn together, and kept on disk from then on
                 # What ranks, per byte: "weights", the two models whose log-ratio the weights of spans are made of; or
-                # "reference", the positive one against what it was trained from.
+                # "start", the positive one against what it was trained from.
                 "contrast": "weights",
                 "min_contrast": 0.0,  # nats per byte by which the best has to lead the worst
             },
@@ -234,6 +234,7 @@ def paper_on_tpu(teacher: str, student: str, micro_batch: int, layout: str = "sh
     # Ours: the length of rows is chosen from the data, so that every chip gets about as many tokens.
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
     config.rows.update({"layout": layout, "packed": "yes", "multiple": 128})
-    for stage in (config.teacher_sft, config.student_sft, config.positive, config.negative, config.train):
+    trained = ("teacher_sft", "student_sft", "positive", "negative", "train", "student_proposed")
+    for stage in (config[name] for name in trained):
         stage.micro_batch = micro_batch
     return config

@@ -38,7 +38,7 @@ CHOICES = {
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
     "annotate.teacher_weights": ("float32", "bfloat16"),
-    "propose.contrast": ("weights", "reference"),
+    "propose.contrast": ("weights", "start"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
 POSITIVE = (lambda x: 0 < x < math.inf, "it has to be positive and finite")

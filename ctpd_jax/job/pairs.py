@@ -58,6 +58,8 @@ def prepared(job: Job, split: Split, spec: str, raw: list[PreferencePair], repor
     """Tokenizes, aligns and checks pairs that were read from `spec`, and tells what `report` and it have left out."""
     # 1. Both tokenizations, cut where they agree.
     data, limits = job.config.data, Limits.of(job.config.data)
+    if split == "answers":  # each is measured by itself, whatever answer it stands beside
+        limits = dataclasses.replace(limits, end_of_turn_both=False)
     aligned, counters = prepare_pairs(raw, text_of(job, "teacher"), text_of(job, "student"), limits)
     report.merge(counters)
 

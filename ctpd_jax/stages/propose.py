@@ -133,7 +133,7 @@ def high_and_low(config: ConfigDict) -> tuple[str, str]:
     """The columns whose log-ratio ranks."""
     weights = config.weights
     before = "reference" if weights.positive_scorer == "teacher" else "start"  # what pi+ was trained from
-    alone = config.propose.contrast == "reference" or weights.source == "dpo_reference"
+    alone = config.propose.contrast == "start" or weights.source == "dpo_reference"
     return "positive", before if alone else "negative"
 
 
@@ -167,7 +167,11 @@ def drawn(job: Job, prompts: Sequence[Prompt]) -> list[Answers]:
                     progress.update(len(part))
 
     # 3. All of them, from disk, by prompt.
-    said = [answer for path in paths for answer in patiently(partial(read_json, path)) or ()]
+    said = []
+    for path in paths:
+        if (shard := patiently(partial(read_json, path))) is None:
+            raise UserError(f"{path} is missing; the same command draws it again.")
+        said += shard
     return [dict(map(tuple, said[first : first + times])) for first in range(0, len(said), times)]
 
 
