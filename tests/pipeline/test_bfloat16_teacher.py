@@ -46,7 +46,11 @@ def read(workdir: Path) -> list:
     return [store[i][1] for i in range(len(store))]
 
 
-@pytest.fixture(scope="module", params=SOURCES, ids=lambda name: name.replace(" ", "_"))
+# The third is a chain of its own of five stages: among the slow tests.
+CASES = ["checkpoint", "trained", pytest.param("adapters over merged ones", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "_"))
 def runs(request, new_workdir):
     """(scores with float32 parameters, scores with bfloat16 ones, the job of these)."""
     workdir = new_workdir("half")
