@@ -19,13 +19,11 @@ from toy import world_on_disk
 MEDIUM = (
     "plan/test_planner.py",
     "pipeline/test_bfloat16_teacher.py",
-    "pipeline/test_bfloat16_base.py",
     "train/test_step.py",
     "pipeline/test_micro.py",
     "models/test_attention.py",
     "models/test_decoder.py",
     "train/test_moments.py",
-    "pipeline/test_packed_run.py",
     "models/test_sampling.py",
     "core/test_golden.py",
     "multi_device/test_core.py",

@@ -25,6 +25,8 @@ from ctpd_jax.stages import dpo, sft, train
 from ctpd_jax.train import loop
 from ctpd_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # a chain of stages of its own
+
 STAGES = ("positive", "negative", "train")
 ADAPTED = [f"--config.{stage}.lora.rank=4" for stage in STAGES]
 HALF = [*[f"--config.{stage}.lora.base=bfloat16" for stage in STAGES], "--config.annotate.teacher_weights=bfloat16"]

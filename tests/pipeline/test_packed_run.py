@@ -15,6 +15,8 @@ from ctpd_jax.schema import SIDES
 from ctpd_jax.train.loop import compiled_programs
 from ctpd_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # a chain of stages of its own
+
 OVERRIDES = [
     "--config.rows.layout=response", "--config.rows.buckets=2", "--config.rows.multiple=16",
     "--config.train.micro_batch=3", "--config.annotate.micro_batch=5",
