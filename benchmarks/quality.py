@@ -36,7 +36,8 @@ from ctpd_jax.errors import UserError
 LRS = (1e-3, 2e-3)
 STUDENT = {"weights.positive_scorer": "student", "weights.negative_scorer": "student"}
 
-# A method that trains in a stage of its own, of job/table.py, is a line as well: stage="student_tis".
+PI_PLUS = "positive"  # logit distillation learns from the teacher after DPO, the one that knows the preferences
+
 # A new method is a line. `knobs` are the values of its one knob that are tried, beside LRS.
 METHODS = {
     # What is not trained here: rows of the table.
@@ -59,7 +60,21 @@ METHODS = {
         knob="tau",
         knobs=(4.0, 8.0, 16.0),
     ),
-    "mixed": Method("soft label and span regression", {"train.objective": "mixed"}),
+    "contrast": Method(
+        "span regression on the contrastive pair",
+        {"train.objective": "regression", "train.contrast": "negative", "train.sft_weight": 0.2},
+        knob="tau",
+        knobs=(2.0, 4.0, 8.0),
+    ),
+    "mixed": Method(
+        "weights, start as reference, and that regression",
+        {"train.objective": "mixed", "train.margin_as": "none", "train.contrast": "negative", "train.tau": 3.0},
+    ),
+    # Others', from the same start.
+    "tis": Method("TIS-DPO, the student's own pair", stage="student_tis", needs=("student_dpo", "student_reverse")),
+    "uld": Method("ULD", {"student_uld.teacher": PI_PLUS}, "student_uld", "weight", (0.5, 2.0, 8.0)),
+    "ot": Method("Multi-Level OT", {"student_ot.teacher": PI_PLUS}, "student_ot", "weight", (0.15, 0.6, 2.4)),
+    "dskd": Method("DSKD", {"student_dskd.teacher": PI_PLUS}, "student_dskd", "weight", (0.3, 1.0, 3.0)),
     # Ablations of CTPD: weights, reference, span log-probability, normalisation.
     "uniform": Method("weights of one", {"weights.source": "uniform"}),
     "random": Method("random weights", {"weights.source": "random"}),
@@ -77,10 +92,11 @@ METHODS = {
     "per_byte": Method("reward per byte", {"train.normalize": "byte"}, knobs=(10.0, 30.0, 100.0)),
 }
 ROWS = ("sft", "teacher", "teacher_dpo")
-MAIN = ("dpo", "ctpd", "ctpd_start", "calibrated", "margin_label", "margin_weight", "regression", "mixed")
+MAIN = ("dpo", "tis", "uld", "ot", "dskd", "ctpd", "ctpd_start", "calibrated", "margin_label", "margin_weight")
+MAIN += ("regression", "contrast", "mixed")
 ABLATIONS = tuple(name for name in METHODS if name not in (*ROWS, *MAIN))
 # Measured in all worlds, the others in the nominal one.
-CURVES = ("dpo", "ctpd", "ctpd_start", "margin_weight", "regression")
+CURVES = ("dpo", "ctpd", "ctpd_start", "regression", "contrast")
 
 CHOOSING_SEEDS = (100, 101)  # of the worlds on which settings are chosen
 WORLDS = {

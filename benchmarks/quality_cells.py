@@ -94,6 +94,7 @@ class Method:
     knob: str = "beta"  # the one number that is tuned, a setting of the stage, beside its learning rate
     knobs: tuple[float, ...] = (0.1, 0.3, 1.0)  # (): nothing is trained
     prepare: Mapping[str, Any] = field(default_factory=dict)  # settings of the contrastive pair of its own
+    needs: tuple[str, ...] = ()  # stages of the student that it starts with, trained as it is itself
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,14 @@ def run_cell(world: Made, cell: Cell, method: Method, sizes: Sizes) -> dict[str,
     config.seed = cell.seed
     config.update_from_flattened_dict(method.settings)
     if method.knobs:
-        train_so(config, stage, sizes)
-        config.update_from_flattened_dict({f"{stage}.{method.knob}": cell.knob, f"{stage}.lr": cell.lr})
-        config.update_from_flattened_dict({k: v for k, v in method.settings.items() if k.startswith(f"{stage}.")})
-        shutil.rmtree(job.workdir / stage, ignore_errors=True)
+        remove(job, method)
+        for one in (*method.needs, stage):
+            train_so(config, one, sizes)
+            config.update_from_flattened_dict({f"{one}.{method.knob}": cell.knob, f"{one}.lr": cell.lr})
+            config.update_from_flattened_dict({k: v for k, v in method.settings.items() if k.startswith(f"{one}.")})
         check_config(config)
-        run_stage(job, stage)
+        for one in (*method.needs, stage):
+            run_stage(job, one)
     trained = time.perf_counter()
 
     # 2. What became of it.
@@ -217,9 +220,16 @@ def run_cell(world: Made, cell: Cell, method: Method, sizes: Sizes) -> dict[str,
         found |= of_weights(world.examples, config)
     found["seconds"] = round(time.perf_counter() - began, 2)
     if method.knobs:
-        shutil.rmtree(job.workdir / stage)
+        remove(job, method)
     config.update(world.base)
     return found
+
+
+def remove(job: Job, method: Method) -> None:
+    """Makes room for the next cell: what a method trains, and what its models have read."""
+    for one in (*method.needs, method.stage):
+        for folder in (job.workdir / one, job.workdir / "annotations" / "columns" / f"{one}_tokens"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ many cells
