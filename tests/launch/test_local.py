@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ class Launcher:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"END_ON_TERM": ""} | settings | environment,
+                # Whoever runs the tests in the background ignores SIGINT, which would be inherited.
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
             )
 
     def started(self) -> dict[str, int]:
