@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,15 +39,16 @@ class Launcher:
         stub.chmod(0o755), body.chmod(0o755)
         self.log = folder / "log"
         settings = {"STUB_FOLDER": str(body.parent), "CTPD": str(stub), "RESTART_DELAY": "0", "GRACE": "1"}
+        # Whoever runs the tests in the background ignores SIGINT, and what is ignored would be inherited.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 ["bash", str(SCRIPT), str(processes), "run", "--config", "a b.py"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"END_ON_TERM": ""} | settings | environment,
-                # Whoever runs the tests in the background ignores SIGINT, which would be inherited.
-                preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
             )
+        signal.signal(signal.SIGINT, before)
 
     def started(self) -> dict[str, int]:
         """ "ROUND-NUMBER" -> pid."""
