@@ -42,6 +42,10 @@ MEDIUM = (
     "examples/test_one_page.py",
     "pipeline/test_sigterm.py",
     "annotate/test_coefficients.py",
+    "core/test_baselines.py",
+    "pipeline/test_baselines.py",
+    "examples/test_quality.py",
+    "core/test_theory.py",
 )
 
 # Most tests are small programs that run once or twice: what XLA does to make them faster is most of their time.
