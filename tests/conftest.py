@@ -46,6 +46,7 @@ MEDIUM = (
     "pipeline/test_baselines.py",
     "examples/test_quality.py",
     "core/test_theory.py",
+    "launch/test_local.py",
 )
 
 # Most tests are small programs that run once or twice: what XLA does to make them faster is most of their time.
