@@ -113,7 +113,7 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     say = partial(print, file=sys.stderr) if known.command == "generate" else print
     with distributed.joined(), open_job(config, known.workdir, say) as job:
         if known.command == "inspect":
-            inspect.inspect(job, known.pair)
+            inspect.inspect(job, known)
         else:
             generate.answer(job, known.model, known.prompt, generate.sampling_of(known, config.seed))
     return 0
@@ -175,6 +175,8 @@ def inspected_data(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
     config.data.train = known.data
     check_config(config)
     paths = [getattr(known, model) or config[model].path for model in ("teacher", "student")]
+    if (known.pair or known.stats) and not any(paths):
+        raise UserError("give --teacher and --student: there are no spans without two tokenizers.")
     if any(paths) and not all(paths):
         raise UserError("give both --teacher and --student, or neither: pairs are cut where both tokenizers agree.")
     from ctpd_jax.text.columns import Reading
@@ -184,7 +186,11 @@ def inspected_data(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
     settings = [config[model] for model in ("teacher", "student")]
     models = [(path, each.template, each.template_variables) for path, each in zip(paths, settings) if path]
     limit, reading, limits = config.data.limit or None, Reading.of(config.data), Limits.of(config.data)
-    overview(known.data, known.split, limit, reading, limits, models, print)
+    pairs, raw, texts = overview(known.data, known.split, limit, reading, limits, models, print)
+    if known.pair or known.stats:
+        from ctpd_jax.stages.inspect import show
+
+        show(known, config, pairs, raw, dict(zip(("teacher", "student"), texts)), print)
     return True
 
 

@@ -13,6 +13,7 @@ import numpy as np
 Array = Any  # a jax.Array or a numpy.ndarray: the records below travel on the host and on devices alike
 
 Model = Literal["teacher", "student"]
+MODELS: tuple[Model, Model] = ("teacher", "student")
 
 CHOSEN, REJECTED = 0, 1
 SIDES = ("chosen", "rejected")

@@ -14,7 +14,7 @@ COMMANDS = {
     # Every other stage has a command of its own name; one that shares another's has an argument below.
     **{name: stage.says for name, stage in STAGES.items() if stage.command == f"ctpd {name}"},
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
-    "inspect": "one aligned pair as text, with weights where they are known; --data: what becomes of a data set's rows",
+    "inspect": "one pair as both models read it, or --stats of all; --data: what becomes of a data set's rows",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
 
@@ -46,12 +46,15 @@ The answer goes to stdout, and nothing else does. Several prompts are answered t
 
 
 INSPECT_EPILOG = """\
+Of a run the weights are shown too, once its pairs were annotated. A pair that must not reach training (a response that
+does not end on its end of turn, a doubled BOS, a span without tokens of one model) ends it with exit code 2.
+
 With --data, what becomes of the rows of a data set: how many are used, why others are not, which columns are read, and,
 with two tokenizers, what the limits cut. No model is loaded, and no --config is needed.
 
-  ctpd inspect --config configs/demo.py --workdir runs/demo --pair 3
+  ctpd inspect --config configs/demo.py --workdir runs/demo --pair 3 --html pair.html
   ctpd inspect --data pairs.jsonl
-  ctpd inspect --data pairs.jsonl --teacher DIR --student DIR --config.data.max_response_tokens=256
+  ctpd inspect --data pairs.jsonl --teacher DIR --student DIR --stats --config.data.max_response_tokens=256
 """
 
 
@@ -86,7 +89,13 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument("--proposed", action="store_true", help="train the student of `ctpd propose`'s pairs")
         if name == "inspect":
-            command.add_argument("--pair", type=int, default=0, metavar="N", help="the N-th pair of the training data")
+            command.add_argument(
+                "--pair", metavar="N", help="which pair: its number from 0 (the first, of a run), its id, or random"
+            )
+            command.add_argument(
+                "--stats", action="store_true", help="of all pairs: how spans, cuts and weights are spread"
+            )
+            command.add_argument("--html", metavar="FILE", help="the pair as a page, too")
             command.add_argument("--data", metavar="FILE", help="a data set, as config.data.train takes it")
             command.add_argument("--split", default="train", help="of the data set (default: train)")
             for model in ("teacher", "student"):

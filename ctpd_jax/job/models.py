@@ -20,11 +20,9 @@ from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import model_directory
 from ctpd_jax.models.hf.config import read_config
-from ctpd_jax.schema import Model
+from ctpd_jax.schema import MODELS, Model
 from ctpd_jax.sharding import check_heads, first_process
 from ctpd_jax.text.prompts import TextModel, load_text_model
-
-MODELS: tuple[Model, Model] = ("teacher", "student")
 
 
 @lru_cache(maxsize=8)  # a hub is asked once

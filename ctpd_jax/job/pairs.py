@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
-from ctpd_jax.job.models import MODELS, decoder_of, folder, text_digest, text_of
+from ctpd_jax.job.models import decoder_of, folder, text_digest, text_of
 from ctpd_jax.report import terminal
 from ctpd_jax.report.format import overlap_line
-from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Counters, Model, PreferencePair
+from ctpd_jax.schema import CHOSEN, MODELS, REJECTED, AlignedPair, Counters, Model, PreferencePair
 from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import first_process
 from ctpd_jax.text.columns import Reading

@@ -8,12 +8,13 @@ import jax
 
 from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.job.job import Job
-from ctpd_jax.job.models import MODELS, check_sizes, compute_on, decoder_of, folder, weights_digest
+from ctpd_jax.job.models import check_sizes, compute_on, decoder_of, folder, weights_digest
 from ctpd_jax.job.pairs import load_pairs, overlap_of
 from ctpd_jax.job.recipe import check_loss, passes, reading, recipe
 from ctpd_jax.job.table import TRAINED, columns, left_out, trained_model
 from ctpd_jax.models.hf.load import check_weights
 from ctpd_jax.processes import preempt
+from ctpd_jax.schema import MODELS
 from ctpd_jax.sharding import first_process
 
 

@@ -6,6 +6,7 @@ card as a command.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from ctpd_jax.schema import TokenSide
 from ctpd_jax.text.tokenizer_json import CONTROL
 from ctpd_jax.text.tokens import TextTokenizer
 
 NONE = "n/a"
+FULL_COLOUR = 1.5  # |log weight| of the full colour where no setting says how far weights go
 
 # The senses of "prefers the chosen response"; evaluate/accuracy.py defines them.
 SENSES = {"per_byte": "per byte", "vs_start": "vs start", "vs_teacher": "vs teacher"}
@@ -68,13 +71,18 @@ TEMPLATES = jinja2.Environment(
 
 
 def pieces(tokenizer: TextTokenizer, side: TokenSide, span: int) -> list[str]:
-    """Return the text of each token of one span, in order.
+    """Return the text of each token of one span, in order, as `spelled` writes them."""
+    return spelled(tokenizer, side.ids[side.span_ids == span])
+
+
+def spelled(tokenizer: TextTokenizer, ids: np.ndarray) -> list[str]:
+    """Return the text of each token, int32 [T].
 
     It is the tokens' own text, from the vocabulary: a dummy space in front is there, and bytes that are no whole
     character read <0xF0>. A special token reads as its name.
     """
     lengths, texts = tokenizer.vocabulary.lengths, []
-    for token in side.ids[side.span_ids == span].tolist():
+    for token in ids.tolist():
         # A control token has no bytes of its own, and neither has an id past the vocabulary.
         if token >= len(lengths) or lengths[token] == CONTROL:
             texts.append(tokenizer.backend.id_to_token(token) or f"<id {token}>")
@@ -129,6 +137,29 @@ def figure(value: float | None, digits: int) -> str:
     if value and not 0.1**digits <= abs(value) < 1e6:
         return f"{value:.{digits}g}"
     return f"{value:.{digits}f}"
+
+
+def full_colour(config: Any) -> float | None:
+    """Return the largest |log weight| that the settings allow, None where they do not say or allow one weight only.
+
+    A weight is k exp(mu clip(d, lower, upper)), with -mu for the rejected response.
+    """
+    try:
+        k, mu, lower, upper = (float(config["weights"][name]) for name in ("k", "mu", "lower", "upper"))
+        found = max(abs(math.log(k) + sign * mu * bound) for sign in (1, -1) for bound in (lower, upper))
+    except (KeyError, TypeError, ValueError):  # no config, or one of another version
+        return None
+    return found if 0 < found < math.inf else None
+
+
+def strength(weight: float | None, full: float | None) -> float | None:
+    """Return how a weight is coloured, from -1 (full cold) to 1 (full hot); None without a weight.
+
+    Colours are those of log weights: half and twice the weight are equally far from 1.
+    """
+    if weight is None:
+        return None
+    return max(-1.0, min(1.0, math.log(weight) / (full or FULL_COLOUR))) if weight > 0 else -1.0
 
 
 def other_figures(row: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,6 @@ from ctpd_jax.schema import SIDES
 from ctpd_jax.train.metrics import read_metrics
 
 MAX_HEAT_SPANS = 2000  # of one response
-FULL_COLOUR = 1.5  # |log weight| of the full colour where no setting says how far weights go
 
 LAMBDA = {"lambda/mean": "mean", "lambda/below_low": "share < 0.05", "lambda/above_high": "share > 0.95"}
 # title, metric -> label in the legend, level to mark, range that must be visible
@@ -48,7 +47,7 @@ def write_report(workdir: Path) -> Path:
         name=workdir.name,
         evaluation=evaluation,
         stages=_stages(read_metrics(workdir)),
-        example=_example(evaluation.get("example"), full_colour(config)),
+        example=_drawn(evaluation.get("example"), wording.full_colour(config)),
         samples=_by_prompt(evaluation.get("samples") or {}),
         data=data,
         counted=list(dict.fromkeys(name for counts in data.values() for name in counts if name != "first")),
@@ -80,45 +79,39 @@ def _stages(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return stages
 
 
-def full_colour(config: Any) -> float | None:
-    """Return the largest |log weight| that the settings allow, None where they do not say or allow one weight only.
-
-    A weight is k exp(mu clip(d, lower, upper)), with -mu for the rejected response.
-    """
-    try:
-        k, mu, lower, upper = (float(config["weights"][name]) for name in ("k", "mu", "lower", "upper"))
-        found = max(abs(math.log(k) + sign * mu * bound) for sign in (1, -1) for bound in (lower, upper))
-    except (KeyError, TypeError, ValueError):  # no config, or one of another version
-        return None
-    return found if 0 < found < math.inf else None
+def pair_page(pair: Mapping[str, Any], full: float | None) -> bytes:
+    """Return the page of one pair, in UTF-8; see `report.pair.pair_record` and `format.full_colour`."""
+    page = TEMPLATES.get_template("inspect.html.jinja").render(pair=_drawn(pair, full), format=wording)
+    return page.lstrip().encode("utf-8", errors="replace")
 
 
-def _example(example: Mapping[str, Any] | None, full: float | None) -> dict[str, Any] | None:
+def _drawn(pair: Mapping[str, Any] | None, full: float | None) -> dict[str, Any] | None:
     """Return the aligned pair with what its drawing needs: the scale of the colours, and each span's place on it."""
-    if not example:
+    if not pair:
         return None
     sides, weighted = [], False
     for name in SIDES:
-        side = example[name]
+        side = pair[name]
         weighted = weighted or any(span.get("weight") is not None for span in side["spans"])
-        drawn = [span | _heat(span, full or FULL_COLOUR) for span in side["spans"][:MAX_HEAT_SPANS]]
+        drawn = [span | _heat(span, full) for span in side["spans"][:MAX_HEAT_SPANS]]
         more = len(side["spans"]) - len(drawn)
         sides.append({"title": wording.side_title(name, side), "spans": drawn, "more": more})
     # exp(710) is past the largest float; no drawing needs it.
     scale = full and [figure(math.exp(sign * min(full, 700.0)), 2) for sign in (-1, 1)]
-    return {**example, "sides": sides, "weighted": weighted, "scale": scale}
+    return {**pair, "sides": sides, "weighted": weighted, "scale": scale}
 
 
-def _heat(span: Mapping[str, Any], full: float) -> dict[str, Any]:
+def _heat(span: Mapping[str, Any], full: float | None) -> dict[str, Any]:
     """Return the colour of a span, from -1 (full cold) to 1 (full hot), and what a pointer over it is told."""
-    weight, strength = span.get("weight"), None
-    # Colours are those of log weights: half and twice the weight are equally far from 1.
-    if weight is not None:
-        strength = max(-1.0, min(1.0, math.log(weight) / full)) if weight > 0 else -1.0
+    weight = span.get("weight")
     told = [f"{model}: {wording.tokens_text(span[model])}" for model in ("teacher", "student")]
     told.append(f"weight: {figure(weight, 3)}")
     # A line break inside a span is shown and kept.
-    return {"strength": strength, "told": "\n".join(told), "lines": span["text"].replace("\n", "↵\n")}
+    return {
+        "strength": wording.strength(weight, full),
+        "told": "\n".join(told),
+        "lines": span["text"].replace("\n", "↵\n"),
+    }
 
 
 def _by_prompt(samples: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, dict[str, list[str]]]:

@@ -86,7 +86,7 @@ def write(job: Job, pairs: Pairs, columns: Mapping[str, Measured]) -> None:
     plain = as_plain(found)
     write_json(job.workdir / "evaluation.json", plain)
     write_report(job.workdir)
-    job.say(terminal.example_text(plain["example"]))
+    job.say(terminal.pair_text(plain["example"]))
     job.say(terminal.evaluation_text(plain))
     job.say(f"{job.workdir / 'evaluation.json'}, {job.workdir / 'report.html'}")
 

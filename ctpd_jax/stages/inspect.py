@@ -1,52 +1,140 @@
-"""`ctpd inspect`: one training pair as it is aligned, with its weights where they are known."""
+"""`ctpd inspect`: a pair as it is aligned, or how all pairs are, with weights where they are known."""
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ctpd_jax.annotate.coefficients import span_values
-from ctpd_jax.annotate.store import MANIFEST, open_store
+import numpy as np
+from ml_collections import ConfigDict
+
+from ctpd_jax.annotate.coefficients import Example, span_values
+from ctpd_jax.annotate.store import MANIFEST, Store, open_store
+from ctpd_jax.artifacts import write_bytes
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import text_of
-from ctpd_jax.job.pairs import load_pairs
+from ctpd_jax.job.pairs import Pairs, load_pairs
 from ctpd_jax.report import terminal
-from ctpd_jax.report.format import pieces
-from ctpd_jax.schema import SIDES
+from ctpd_jax.report.format import full_colour
+from ctpd_jax.report.page import pair_page
+from ctpd_jax.report.pair import Texts, pair_record, problems
+from ctpd_jax.schema import MODELS, SIDES, AlignedPair, PreferencePair
+from ctpd_jax.text.prepare import Limits
+from ctpd_jax.text.statistics import span_statistics
+
+BINS = 12  # of the histogram of log-ratios
 
 
-def inspect(job: Job, number: int) -> None:
-    job.say(terminal.example_text(example(job, number)))
+def inspect(job: Job, known: argparse.Namespace) -> None:
+    """Shows what was asked for of a run's training data."""
+    pairs, texts = load_pairs(job, "train"), texts_of(job)
+    show(known, job.config, pairs.aligned, pairs.raw, texts, job.say, annotated(job, pairs))
+
+
+def show(
+    known: argparse.Namespace,
+    config: ConfigDict,
+    pairs: Sequence[AlignedPair],
+    raw: Mapping[str, PreferencePair],
+    texts: Texts,
+    say: Callable[[str], None],
+    store: Store | None = None,
+) -> None:
+    """Prints one pair or the statistics of all, and writes the page of the pair where one was asked for.
+
+    Raises:
+        UserError: there is no such pair; or, after it was shown, what is wrong with it.
+    """
+    # 1. All of them.
+    if known.stats:
+        found: dict[str, Any] = {"groups": span_statistics(pairs, raw)}
+        if store is not None:
+            found["weights"] = weight_statistics([store[i] for i in range(len(pairs))], config)
+        say(terminal.statistics_text(found))
+        wrong = [f"pair {pair.id}: {each}" for pair in pairs for each in problems(pair, texts, Limits.of(config.data))]
+        if wrong:
+            raise UserError(f"{len(wrong)} faults that must not reach training; the first: {'; '.join(wrong[:3])}.")
+        return
+    # 2. One pair.
+    place = place_of(pairs, known.pair or "0")
+    shown = record(place, config, pairs, raw, texts, store)
+    full = full_colour(config)
+    say(terminal.pair_text(shown, full, colour=sys.stdout.isatty()))
+    if known.html:
+        write_bytes(Path(known.html), pair_page(shown, full))
+        say(known.html)
+    if wrong := problems(pairs[place], texts, Limits.of(config.data)):
+        raise UserError(f"Pair {pairs[place].id} must not reach training: {'; '.join(wrong)}.")
+
+
+def place_of(pairs: Sequence[AlignedPair], wanted: str) -> int:
+    """The place of a pair that was named by its number, its id or as "random".
+
+    Raises:
+        UserError: there is no such pair.
+    """
+    ids = [pair.id for pair in pairs]
+    if wanted in ids:
+        return ids.index(wanted)
+    if wanted == "random":
+        return random.randrange(len(pairs))
+    if wanted.isdecimal() and int(wanted) < len(pairs):
+        return int(wanted)
+    raise UserError(f"There is no pair {wanted}; the data have {len(pairs)}, counted from 0, or give an id, or random.")
 
 
 def example(job: Job, number: int) -> dict[str, Any]:
-    """One training pair, as JSON holds it: the text of every span, both sides' tokens in it, and its weight.
+    """One training pair as JSON holds it, for the evaluation's report."""
+    pairs = load_pairs(job, "train")
+    return record(number, job.config, pairs.aligned, pairs.raw, texts_of(job), annotated(job, pairs))
+
+
+def record(
+    place: int,
+    config: ConfigDict,
+    pairs: Sequence[AlignedPair],
+    raw: Mapping[str, PreferencePair],
+    texts: Texts,
+    store: Store | None,
+) -> dict[str, Any]:
+    """One pair with its weights and scores, where they are known."""
+    pair, weights, scores = pairs[place], None, None
+    if store is not None:
+        annotation = store[place]
+        both = span_values([annotation], config.weights, config.train, config.seed, first=place)[0][0]
+        weights, scores = (both[0].weights, both[1].weights), annotation[1]
+    return pair_record(pair, raw[pair.id], texts, weights, scores)
+
+
+def annotated(job: Job, pairs: Pairs) -> Store | None:
+    """The store of the run's training data; None before they were annotated.
 
     Raises:
-        UserError: there is no such pair, or the store was made from other data.
+        UserError: it was made from other data.
     """
-    config, pairs = job.config, load_pairs(job, "train")
-    if not 0 <= number < len(pairs.aligned):
-        raise UserError(f"There is no pair {number}; the training data has {len(pairs.aligned)}, counted from 0.")
-    pair, folder, weights = pairs.aligned[number], job.workdir / "annotations", None
-    if (folder / MANIFEST).exists():
-        store = open_store(folder, {"data": pairs.identity}, verify=False)
-        weights = span_values([store[number]], config.weights, config.train, config.seed, first=number)[0][0]
-    # Weights are there once the pairs were annotated; the alignment is there before anything was trained.
-    raw = pairs.raw[pair.id]
-    sides = {}
-    for side, name in enumerate(SIDES):
-        aligned, text = pair.response(side), (raw.chosen, raw.rejected)[side].encode("utf-8")
-        spans = []
-        for i in range(aligned.num_spans):
-            spans.append(
-                {
-                    "text": text[aligned.bounds[i] : aligned.bounds[i + 1]].decode("utf-8", errors="replace"),
-                    "teacher": pieces(text_of(job, "teacher").tokenizer, aligned.teacher, i),
-                    "student": pieces(text_of(job, "student").tokenizer, aligned.student, i),
-                    "weight": None if weights is None else float(weights[side].weights[i]),
-                }
-            )
-        sides[name] = {"spans": spans, "truncated": pair.truncated[side]}
-    return {"id": pair.id, "source": raw.source, "prompt": [dataclasses.asdict(m) for m in raw.prompt], **sides}
+    folder = job.workdir / "annotations"
+    return open_store(folder, {"data": pairs.identity}, verify=False) if (folder / MANIFEST).exists() else None
+
+
+def texts_of(job: Job) -> Texts:
+    return {model: text_of(job, model) for model in MODELS}
+
+
+def weight_statistics(examples: Sequence[Example], config: ConfigDict) -> dict[str, Any]:
+    """How the weights are spread over the spans: shares at their bounds, and the histogram of the log-ratio."""
+    _, figures = span_values(examples, config.weights, config.train, config.seed)
+    shares = {name: figures[f"weights/{name}"] for name in ("clipped_low", "clipped_high")}
+    found: dict[str, Any] = {"shares": {name.replace("_", " "): share for name, share in shares.items()}}
+    scores = [each[name] for _, each in examples for name in SIDES]
+    if all("negative" in each and "positive" in each for each in scores):
+        ratios = np.concatenate([each["positive"] - each["negative"] for each in scores])
+        low, high = np.quantile(ratios, [0.005, 0.995])
+        # A few outliers would make one bar of all the others.
+        counts, edges = np.histogram(np.clip(ratios, low, high), BINS)
+        found |= {"histogram": (counts / counts.sum()).tolist(), "edges": edges.tolist()}
+    return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import Counters, PreferencePair
+from ctpd_jax.schema import AlignedPair, Counters, PreferencePair
 from ctpd_jax.text.columns import Reading
 from ctpd_jax.text.dialogue import HH_SEPARATOR
 from ctpd_jax.text.preferences import advice, read_preferences, refuse_templates, require_kept
 from ctpd_jax.text.prepare import Limits, prepare_pairs
-from ctpd_jax.text.prompts import load_text_model
+from ctpd_jax.text.prompts import TextModel, load_text_model
 from ctpd_jax.text.read_row import HARMLESS, SEEN, UNKNOWN
 
 
@@ -22,8 +22,8 @@ def overview(
     limits: Limits,
     models: list[tuple[str, str, str]],
     say: Callable[[str], None],
-) -> None:
-    """Print how a data set is read and, with two tokenizers, how it is cut.
+) -> tuple[list[AlignedPair], dict[str, PreferencePair], list[TextModel]]:
+    """Print how a data set is read and, with two tokenizers, how it is cut; return the pairs, cut and as they came.
 
     Args:
       spec, split, limit, reading: as for `load_preferences`.
@@ -37,11 +37,11 @@ def overview(
     # 1. Read, and align with both tokenizers; an error waits until the table has been printed.
     pairs, report = read_preferences(spec, split, limit, None, HH_SEPARATOR, reading)
     where = f'"{spec}" (split "{split}")'
-    kept, failed = len(pairs), None
-    if models and pairs:
-        teacher, student = (load_text_model(*model) for model in models)
+    kept, failed, prepared = len(pairs), None, list[AlignedPair]()
+    texts = [load_text_model(*model) for model in models]
+    if texts and pairs:
         try:
-            prepared, counters = prepare_pairs(pairs, teacher, student, limits)
+            prepared, counters = prepare_pairs(pairs, texts[0], texts[1], limits)
             report.merge(counters)
             kept = len(prepared)
         except UserError as error:
@@ -52,6 +52,7 @@ def overview(
         raise failed
     refuse_templates(report, where, reading)
     require_kept(report, kept, where, reading.min_kept)
+    return prepared, {pair.id: pair for pair in pairs}, texts
 
 
 def table(report: Counters, kept: int) -> list[str]:

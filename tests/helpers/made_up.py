@@ -33,7 +33,7 @@ def row(value: float, student: bool = True, start: bool = False) -> dict[str, An
 
 
 def span(text: str, teacher: list[str], student: list[str], weight: float | None = 1.0) -> dict[str, Any]:
-    return {"text": text, "teacher": teacher, "student": student, "weight": weight}
+    return {"text": text, "teacher": teacher, "student": student, "weight": weight, "logps": {"reference": -1.5}}
 
 
 def example(weighted: bool = True) -> dict[str, Any]:
@@ -57,6 +57,7 @@ def example(weighted: bool = True) -> dict[str, Any]:
         "id": "pair <7>",
         "source": "train.jsonl:17",
         "prompt": [{"role": "user", "content": "请谈谈 tea & <b>bread</b>."}],
+        "read": {"teacher": ["<bos>", "请谈谈"], "student": ["<|im_start|>", "user"]},
         **{name: {"spans": spans, "truncated": name == "rejected"} for name, spans in sides.items()},
     }
 

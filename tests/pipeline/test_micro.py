@@ -152,7 +152,7 @@ def test_a_store_written_by_other_versions_is_the_same_store(finished, capsys):
 def test_inspect_and_generate(finished, capsys):
     assert main(["inspect", "--config", MICRO, "--workdir", str(finished), "--pair", "3"]) == 0
     shown = capsys.readouterr().out
-    assert "teacher tokens" in shown and "weight" in shown and "(end of turn)" in shown
+    assert "teacher reads" in shown and "weight" in shown and "log π" in shown
     arguments = ["generate", "--config", MICRO, "--workdir", str(finished), "--prompt", "Tell me about tea."]
     assert main([*arguments, "--max-new-tokens", "4"]) == 0
     assert main([*arguments, "--model", "nobody"]) == 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import numpy as np
 from helpers import made_up
 from rich.cells import cell_len
@@ -53,12 +56,6 @@ def test_pieces_of_a_tokenizer_with_a_space_marker():
     assert wording.pieces(tok, side, 0) == [" a", "b", " ", "<0xE5>", "<0xAE>", "<0xA2>", "é", "</s>"]
 
 
-def columns_of(text: str) -> list[list[int]]:
-    """The cell positions at which the m:n and weight columns end, of every line of the tables' bodies."""
-    rows = [line for line in text.split("\n") if line.rstrip().endswith(tuple("0123456789")) and ":" in line]
-    return [[cell_len(line[: line.rindex(":") + 2]), cell_len(line)] for line in rows]
-
-
 def test_broken_utf8_is_shown_byte_by_byte():
     assert wording.decode("aé".encode()) == "aé"
     assert wording.decode(b"\xf0\x9f\x98") == "<0xF0><0x9F><0x98>"
@@ -74,24 +71,62 @@ def test_what_cannot_be_seen_is_made_visible():
     assert wording.harmless("two\nlines\u202e") == "two\nlines<U+202E>"
 
 
-def test_columns_stay_aligned_beside_wide_characters():
-    text = terminal.example_text(made_up.example())
-    chosen = text[: text.index("rejected:")]
-    ends = columns_of("\n".join(line for line in chosen.split("\n") if "不客气" in line or "Green" in line))
-    assert len(ends) == 2 and ends[0] == ends[1]
+def blocks(text: str) -> list[list[str]]:
+    """The blocks of spans in a pair's text: lines that belong together."""
+    found = [part.split("\n") for part in text.split("\n\n")]
+    return [[line for line in part if "│" in line] for part in found]
+
+
+def test_both_tokenizations_stand_above_each_other_beside_wide_characters():
+    text = terminal.pair_text(made_up.example())
     assert max(cell_len(line) for line in text.split("\n")) <= terminal.WIDTH
+    seen = 0
+    for block in blocks(text):
+        # The borders of a block stand in the same columns of its lines, whatever lies between them.
+        places = [[cell_len(line[:i]) for i, c in enumerate(line) if c == "│"] for line in block]
+        assert all(own == places[0] for own in places)
+        seen += len(block) == 4
+    assert seen >= 4 and "不客气" in text and "Green" in text
 
 
-def test_an_example_is_cut_and_says_so():
-    text = terminal.example_text(made_up.example())
+def test_a_pair_is_cut_and_says_so(monkeypatch):
+    monkeypatch.setattr(terminal, "MAX_SPANS", 40)
+    text = terminal.pair_text(made_up.example())
     assert "and 10 more spans" in text and "word37" in text and "word38" not in text
     assert "rejected: 50 spans" in text and "cut to the length limit" in text
-    assert "(end of turn)" in text and "<|im_end|>" in text
+    assert "<end_of_turn>" in text and "<|im_end|>" in text
     assert "[31m" in text and "\x1b" not in text  # neither swallowed as markup nor passed on to the terminal
 
 
-def test_an_example_without_weights_says_na():
-    assert terminal.example_text(made_up.example(weighted=False)).count(wording.NONE) == 5 + terminal.MAX_SPANS
+def test_a_span_longer_than_a_line_is_cut_and_long_prompts_are_shortened():
+    pair = made_up.example()
+    pair["chosen"]["spans"][0]["teacher"] = ["x" * 100_000]
+    pair["read"] = {"teacher": ["<bos>", "y" * 5000, "<end>"], "student": ["z"]}
+    text = terminal.pair_text(pair)
+    assert max(cell_len(line) for line in text.split("\n")) <= terminal.WIDTH and len(text) < 10_000
+    assert "x…" in text and "<end>" in text and "characters more" in text and "student reads 1 tokens: z" in text
+
+
+def test_weights_are_coloured_by_their_logarithm():
+    pair = made_up.example()
+    pair["chosen"]["spans"] = [made_up.span(f"w{w}", ["t"], ["s"], w) for w in (2.0, 1.0, 0.5, 0.0)]
+    line = next(line for line in terminal.pair_text(pair, math.log(2.0), colour=True).split("\n") if "teacher  " in line)
+    # Warm and cold in full, nothing at 1, and a weight of zero is as cold as it gets.
+    assert line.count("48;2;236;132;54") == 1 and line.count("48;2;62;148;188") == 2
+    assert "\x1b" not in terminal.pair_text(pair, math.log(2.0))
+
+
+def test_a_pair_without_weights_has_no_line_for_them():
+    assert "weight" not in terminal.pair_text(made_up.example(weighted=False))
+
+
+def test_statistics_say_what_was_found():
+    figures = dict.fromkeys(("one_one", "one_many", "many_one", "many_many", "bytes_kept", "cut"), 0.25)
+    group = {"responses": 1234, "spans": 12.5, "teacher": 1.5, "student": 2.25, **figures}
+    weights = {"shares": {"clipped high": 0.125}, "histogram": [0.25, 0.75], "edges": [-1.0, 0.0, 1.0]}
+    text = terminal.statistics_text({"groups": {"all": group}, "weights": weights})
+    assert re.search(r"all +1,234 +12.5( +25.0){4} +1.50 +2.25 +25.0 +25.0", text)
+    assert "clipped high 12.5 %" in text and text.count("█") == 17 + 50
 
 
 def test_the_table_fits_and_holds_every_figure():
