@@ -9,6 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+LESS_IS_BETTER = ("loss",)
+MEASURES = ("rewards/accuracies", "rewards/margins", *LESS_IS_BETTER)  # by which the best update of a stage is chosen
+
 
 def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 16, **changes) -> ConfigDict:
     """Settings that every stage which trains shares."""
@@ -46,6 +49,13 @@ def preference(lr: float, beta: float, **changes) -> ConfigDict:
         "loss": "sigmoid",  # "sigmoid", "ipo", "hinge", "robust", "dpop", "apo": the table of core/losses.py
         "label_smoothing": 0.0,  # the probability that a label is wrong, for losses that have it
         "sft_weight": 0.0,  # of the chosen response's mean negative log-likelihood, added to the loss
+        # Held-out pairs while it trains, against its own start: eval/... in the metrics.
+        "eval_every": 0,  # updates between two looks; 0: none
+        "eval_pairs": 64,  # the first N of the held-out pairs
+        # What the stage leaves: "", its last update, or that of the best look: "rewards/accuracies", "rewards/margins"
+        # or "loss".
+        "keep_best": "",
+        "patience": 0,  # looks without a better one after which it ends; 0: never
     }
     return training(lr, **pairwise, **changes)
 

@@ -13,7 +13,7 @@ import numpy as np
 from ctpd_jax.core.projection import span_sums
 from ctpd_jax.data.loader import micro_batches
 from ctpd_jax.data.packing import PackingConfig
-from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
+from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse, pair_weights
 from ctpd_jax.models.compute import Compute, scored_logprobs
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
@@ -29,6 +29,28 @@ def plain_item(pair: AlignedPair, model: Model, prompt: np.ndarray | None = None
         return ScoredResponse(ids, np.ones(len(ids), np.float32))
 
     return PairItem(pair.prompt(model) if prompt is None else prompt, response(CHOSEN), response(REJECTED))
+
+
+def dpo_items(
+    pairs: Sequence[AlignedPair],
+    model: Model,
+    reference: Sequence[tuple[np.ndarray, np.ndarray]],
+    swapped: bool = False,
+) -> list[PairItem]:
+    """Returns pairs for plain DPO: weights of one, c the reference's log-probability of the whole response.
+
+    `reference` holds its span log-probabilities, float32 [S] of each response; with `swapped` the sides are.
+    """
+    items = []
+    for pair, scores, weight in zip(pairs, reference, pair_weights(pairs), strict=True):
+        responses = []
+        for side in (CHOSEN, REJECTED):
+            ids = pair.tokens(model, side).ids
+            total = float(scores[side].sum(dtype=np.float64))
+            responses.append(ScoredResponse(ids, np.ones(len(ids), np.float32), total, total, total))
+        chosen, rejected = reversed(responses) if swapped else responses
+        items.append(PairItem(pair.prompt(model), chosen, rejected, weight=weight))
+    return items
 
 
 Scorer = Callable[[Batch, Array], Array]  # batch, slot_spans int32 [R, K] -> sums per row's span number [C, R, K]

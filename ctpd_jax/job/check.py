@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import CONTRASTIVE, TRAINED
-from ctpd_jax.settings import default_config
+from ctpd_jax.settings import MEASURES, default_config
 
 Range = tuple[Callable[[Any], bool], str]  # what has to hold of a value, and what is said where it does not
 
@@ -58,7 +58,8 @@ OF_STAGES: tuple[tuple[str, Range], ...] = (
 OF_PREFERENCES: tuple[tuple[str, Range], ...] = (
     ("beta", POSITIVE),
     ("label_smoothing", (lambda x: 0 <= x < 0.5, "it lies in [0, 0.5)")),
-    ("sft_weight", NOT_NEGATIVE),
+    ("sft_weight eval_every patience", NOT_NEGATIVE),
+    ("eval_pairs", POSITIVE),
 )
 OF_OTHERS: tuple[tuple[str, Range], ...] = (
     ("data.max_prompt_tokens data.max_response_tokens rows.buckets rows.multiple log_every", POSITIVE),
@@ -153,6 +154,11 @@ def _check_stage(config: ConfigDict, stage: str) -> None:
     require(frozen, f"{stage}.lora.base", f"without adapters ({stage}.lora.rank 0) parameters train in float32")
     if "beta" in settings:
         _require_ranges(config, OF_PREFERENCES, f"{stage}.")
+        best = settings.keep_best
+        require(best in ("", *MEASURES), f"{stage}.keep_best", f"choose one of {', '.join(MEASURES)}")
+        require(settings.eval_every or not best, f"{stage}.eval_every", "the best update is that of a look: set it")
+        require(best or not settings.patience, f"{stage}.keep_best", "patience waits for a better look: say of what")
+        require(config.data.test or not settings.eval_every, "data.test", f"{stage}.eval_every looks at held-out pairs")
     # Distillation: whose distributions, and how they are kept.
     if "teacher" in settings:
         require(settings.teacher in TEACHERS, f"{stage}.teacher", f"choose one of {', '.join(TEACHERS)}")

@@ -101,6 +101,7 @@ STAGES = {
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
 # The stages that train the pair whose log-ratio the weights are.
 CONTRASTIVE = {"dpo": ("positive", "negative"), "sft": ("positive", "negative"), "dpo_reference": ("positive",)}
+REVERSED = ("negative", "student_reverse")  # what learns pairs with the sides swapped
 # What runs programs of its own, and is planned: distillation is not, its programs depend on the teacher's tokens too.
 PLANNED = (*(name for name in TRAINED if STAGES[name].kind != "distill"), "annotate")
 DISTILLED = ("ctpd", "ctpd_proposed")  # rows of the students that CTPD made; the first that is there is exported
@@ -155,7 +156,10 @@ def fingerprint(config: ConfigDict, stage: str) -> dict[str, Any]:
     settings = config[stage].to_dict()
     if not settings["lora"]["rank"]:
         settings["lora"] = {"rank": 0}
-    return {name: value for name, value in settings.items() if name not in ("save_every", "micro_batch", "epochs")}
+    without = {"save_every", "micro_batch", "epochs"}
+    if not settings.get("keep_best"):  # then looking changes nothing
+        without |= {"eval_every", "eval_pairs", "keep_best", "patience"}
+    return {name: value for name, value in settings.items() if name not in without}
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from ctpd_jax.annotate.scorer import dpo_items
 from ctpd_jax.artifacts import begin, finish, read_json
-from ctpd_jax.data.loader import steps_per_epoch
+from ctpd_jax.data.loader import micro_batches, plan_shapes, plan_updates, steps_per_epoch
+from ctpd_jax.data.packing import in_words
+from ctpd_jax.data.rows import PairItem
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
-from ctpd_jax.job.table import base_dtype, fingerprint, left_out
+from ctpd_jax.job.pairs import load_pairs
+from ctpd_jax.job.recipe import packing
+from ctpd_jax.job.score import score
+from ctpd_jax.job.table import REVERSED, STAGES, base_dtype, fingerprint, left_out, starts_from
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import init_adapters
 from ctpd_jax.sharding import barrier, first_process, told_by_first
 from ctpd_jax.train.checkpoint import save_params
-from ctpd_jax.train.loop import Recipe
+from ctpd_jax.train.held_out import HeldOut
+from ctpd_jax.train.loop import Objective, Recipe, preference_sums, train
 
 
 def steps_of(config: ConfigDict, stage: str, items: int) -> int:
@@ -79,6 +86,40 @@ def parameters(job: Job, recipe: Recipe) -> tuple[Callable[[], Params], Params]:
     return partial(init_adapters, adapted, jax.random.key(config.seed)), base()
 
 
+def train_and_leave(job: Job, recipe: Recipe, items: Sequence[PairItem], figures: Mapping[str, Any]) -> None:
+    """Trains a stage on its items, from its newest checkpoint if there is one, and leaves what later stages need."""
+    config, settings, stage = job.config, recipe.settings, recipe.stage
+    # 1. Which items every update sees, in rows of a few shapes.
+    rows = packing(config, job.mesh)
+    updates = plan_updates(items, config.seed, recipe.steps, settings.batch_size, settings.micro_batch, rows)
+    job.say(f"{stage}: {in_words(updates.padding)}")
+    # 2. What is looked at on the way.
+    looked_at = held_out(job, recipe) if settings.get("eval_every") else None
+    # 3. The loop.
+    initial, frozen = parameters(job, recipe)
+    checkpoints = job.workdir / stage / "checkpoints"
+    params = train(recipe, checkpoints, initial, frozen, updates, job.log, figures, config.log_every, looked_at)
+    # 4. What evaluation and later stages need.
+    leave(job, recipe, params, figures)
+
+
+def held_out(job: Job, recipe: Recipe) -> HeldOut:
+    """The held-out pairs that a stage looks at: measured against its own start, every token counting one."""
+    config, settings, stage = job.config, recipe.settings, recipe.stage
+    # 1. What its start makes of them: the very column that the evaluation wants.
+    pairs, start = load_pairs(job, "test"), starts_from(config, stage)
+    row = STAGES[start].row
+    before = score(job, pairs, {row: start}, base_dtype(config, stage))[row]
+    # 2. The first of them, as this stage sees pairs.
+    some = slice(settings.eval_pairs)
+    items = dpo_items(pairs.aligned[some], recipe.model, before[some], swapped=stage in REVERSED)
+    rows = packing(config, job.mesh)
+    shapes = plan_shapes(items, [range(len(items))], settings.micro_batch, rows)
+    batches = [batch for batch, _ in micro_batches(items, settings.micro_batch, rows, shapes)]
+    sums = partial(preference_sums, recipe.decoder, Objective(settings.beta), recipe.compute)
+    return HeldOut(batches, sums, settings.eval_every, settings.keep_best, settings.patience)
+
+
 def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) -> None:
     """Saves what was trained, then says that the stage is finished; its checkpoints are not needed any more."""
     # The seal comes last: a kill before it leaves a stage that goes on from its newest checkpoint.
@@ -91,4 +132,5 @@ def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) 
     if first_process():
         finish(directory, {"params": digest, "steps": recipe.steps, **figures})
         shutil.rmtree(directory / "checkpoints")
+        shutil.rmtree(directory / "best", ignore_errors=True)
     barrier(f"{stage} is finished")

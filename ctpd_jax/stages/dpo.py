@@ -6,29 +6,20 @@ With weights.source = "sft" the contrastive pair is SFT instead, on the chosen a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
-from ctpd_jax.data.loader import plan_updates
-from ctpd_jax.data.packing import in_words
-from ctpd_jax.data.rows import PairItem, ScoredResponse, pair_weights
+from ctpd_jax.annotate.scorer import dpo_items
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
-from ctpd_jax.job.recipe import packing, recipe
-from ctpd_jax.job.score import Measured, reference_of
-from ctpd_jax.job.table import is_sft, left_out, trained_model
-from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
-from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Model
+from ctpd_jax.job.recipe import recipe
+from ctpd_jax.job.score import reference_of
+from ctpd_jax.job.table import REVERSED, is_sft, left_out, trained_model
+from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
+from ctpd_jax.schema import CHOSEN, REJECTED
 from ctpd_jax.stages.sft import response_items
-from ctpd_jax.train.loop import train
-
-REVERSED = ("negative", "student_reverse")  # what learns pairs with the sides swapped
 
 
 def run(job: Job, stage: str) -> None:
-    config, settings = job.config, job.config[stage]
+    config = job.config
     if left_out(config, stage):
         why = "weights.source needs none" if config[stage].steps != -1 else f"config.{stage}.steps = -1"
         job.say(f"{stage}: left out ({why}).")
@@ -52,29 +43,5 @@ def run(job: Job, stage: str) -> None:
     if finished_before(job, what, {"data": pairs.identity, "model": model, "source": source}):
         return
 
-    # 4. Which items every update sees, in rows of a few shapes.
-    rows = packing(config, job.mesh)
-    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
-    job.say(f"{stage}: {in_words(updates.padding)}")
-
-    # 5. The loop, from the newest checkpoint if there is one.
-    initial, frozen = parameters(job, what)
-    checkpoints = job.workdir / stage / "checkpoints"
-    params = train(what, checkpoints, initial, frozen, updates, job.log, log_every=config.log_every)
-
-    # 6. What later stages need.
-    leave(job, what, params, {})
-
-
-def dpo_items(pairs: Sequence[AlignedPair], model: Model, reference: Measured, swapped: bool = False) -> list[PairItem]:
-    """Pairs for plain DPO: weights of one, c the reference's log-probability of the whole response."""
-    items = []
-    for pair, scores, weight in zip(pairs, reference, pair_weights(pairs), strict=True):
-        responses = []
-        for side in (CHOSEN, REJECTED):
-            ids = pair.tokens(model, side).ids
-            total = float(scores[side].sum(dtype=np.float64))
-            responses.append(ScoredResponse(ids, np.ones(len(ids), np.float32), total, total, total))
-        chosen, rejected = reversed(responses) if swapped else responses
-        items.append(PairItem(pair.prompt(model), chosen, rejected, weight=weight))
-    return items
+    # 4. The loop, and what later stages need.
+    train_and_leave(job, what, items, {})

@@ -6,21 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ctpd_jax.data.loader import plan_updates
-from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
-from ctpd_jax.job.recipe import packing, recipe
+from ctpd_jax.job.recipe import recipe
 from ctpd_jax.job.table import left_out, trained_model
-from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
+from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
 from ctpd_jax.schema import CHOSEN, AlignedPair, Model
-from ctpd_jax.train.loop import train
 
 
 def run(job: Job, stage: str) -> None:
-    config, settings = job.config, job.config[stage]
+    config = job.config
     if left_out(config, stage):  # what comes after it starts from the user's checkpoint
         job.say(f"{stage}: left out (config.{stage}.steps = -1).")
         return
@@ -38,18 +35,8 @@ def run(job: Job, stage: str) -> None:
     if finished_before(job, what, {"data": pairs.identity}):
         return
 
-    # 4. Which items every update sees, in rows of a few shapes.
-    rows = packing(config, job.mesh)
-    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
-    job.say(f"{stage}: {in_words(updates.padding)}")
-
-    # 5. The loop, from the newest checkpoint if there is one.
-    initial, frozen = parameters(job, what)
-    checkpoints = job.workdir / stage / "checkpoints"
-    params = train(what, checkpoints, initial, frozen, updates, job.log, log_every=config.log_every)
-
-    # 6. What later stages need.
-    leave(job, what, params, {})
+    # 4. The loop, and what later stages need.
+    train_and_leave(job, what, items, {})
 
 
 def response_items(pairs: Sequence[AlignedPair], model: Model, side: int) -> list[PairItem]:

@@ -12,25 +12,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ctpd_jax.core.weights import importance_weights
-from ctpd_jax.data.loader import plan_updates
-from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import PairItem, ScoredResponse, pair_weights
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
-from ctpd_jax.job.recipe import packing, recipe
+from ctpd_jax.job.recipe import recipe
 from ctpd_jax.job.score import Measured, score
 from ctpd_jax.job.table import base_dtype, left_out, reading_dtype
-from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
+from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair
-from ctpd_jax.train.loop import train
 
 POSITIVE, NEGATIVE = "student_dpo", "student_reverse"
 
 
 def run(job: Job, stage: str) -> None:
-    config, settings = job.config, job.config[stage]
+    config = job.config
     if left_out(config, stage):
         job.say(f"{stage}: left out (config.{stage}.steps = -1).")
         return
@@ -56,18 +53,8 @@ def run(job: Job, stage: str) -> None:
     if finished_before(job, what, {"data": pairs.identity, "weights": weights, **pair}):
         return
 
-    # 4. Which items every update sees, in rows of a few shapes.
-    rows = packing(config, job.mesh)
-    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
-    job.say(f"{stage}: {in_words(updates.padding)}")
-
-    # 5. The loop, from the newest checkpoint if there is one.
-    initial, frozen = parameters(job, what)
-    checkpoints = job.workdir / stage / "checkpoints"
-    params = train(what, checkpoints, initial, frozen, updates, job.log, log_every=config.log_every)
-
-    # 6. What evaluation needs.
-    leave(job, what, params, {})
+    # 4. The loop, and what later stages need.
+    train_and_leave(job, what, items, {})
 
 
 def tis_items(

@@ -12,17 +12,14 @@ import hashlib
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.annotate.store import MANIFEST, open_store
 from ctpd_jax.artifacts import canonical_json, read_json
-from ctpd_jax.data.loader import plan_updates
-from ctpd_jax.data.packing import in_words
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
-from ctpd_jax.job.recipe import packing, recipe
+from ctpd_jax.job.recipe import recipe
 from ctpd_jax.job.score import training_data
 from ctpd_jax.job.table import left_out
-from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
+from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
 from ctpd_jax.sharding import patiently
 from ctpd_jax.stages.annotate import compared, known_without_teacher, teacher_identity, teacher_is_here
-from ctpd_jax.train.loop import train
 
 
 def run(job: Job, stage: str) -> None:
@@ -54,15 +51,5 @@ def run(job: Job, stage: str) -> None:
     if finished_before(job, what, {"weights": weights, "teacher_beta": beta, "annotations": annotations}):
         return
 
-    # 5. Which items every update sees, in rows of a few shapes.
-    rows = packing(config, job.mesh)
-    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
-    job.say(f"{stage}: {in_words(updates.padding)}")
-
-    # 6. The loop, from the newest checkpoint if there is one.
-    initial, frozen = parameters(job, what)
-    checkpoints = job.workdir / stage / "checkpoints"
-    params = train(what, checkpoints, initial, frozen, updates, job.log, figures, config.log_every)
-
-    # 7. What evaluation and export need.
-    leave(job, what, params, figures)
+    # 5. The loop, and what later stages need.
+    train_and_leave(job, what, items, figures)

@@ -297,6 +297,17 @@ def save_params(directory: str | os.PathLike[str], params: PyTree, meta: Mapping
     barrier(f"ctpd-params-end-{final.name}")
 
 
+def read_meta(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the meta of `save_params`, or None where no whole folder is; the first process's word for all."""
+
+    def look() -> dict[str, Any] | None:
+        with contextlib.suppress(Broken):
+            return unseal(local_path(directory) / CHECKSUMS)["meta"]
+        return None
+
+    return told_by_first(look)
+
+
 def load_params(
     directory: str | os.PathLike[str], target: PyTree | None = None, alone: bool = False, cast: bool = False
 ) -> tuple[PyTree, dict[str, Any]]:

@@ -47,6 +47,7 @@ from ctpd_jax.processes import preempt
 from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch, Model
 from ctpd_jax.sharding import place_batch, replicated
 from ctpd_jax.train.checkpoint import Checkpoints
+from ctpd_jax.train.held_out import HeldOut, Looks
 from ctpd_jax.train.metrics import MetricLog, Progress
 from ctpd_jax.train.optimizer import learning_rate, make_optimizer
 
@@ -92,14 +93,16 @@ def train(
     log: MetricLog,
     figures: Mapping[str, float] | None = None,
     log_every: int = 1,
+    held_out: HeldOut | None = None,
 ) -> Params:
-    """Runs all updates of a stage and returns the final trainable parameters, float32.
+    """Runs all updates of a stage and returns the final trainable parameters, float32; or those of its best update.
 
     Args:
         recipe: what is executed; `initial()` and `frozen` are the arrays of its `trainable` and `frozen`.
         directory: of the checkpoints.
         updates: the micro-batches of every update.
         figures: they stand in every line that is logged.
+        held_out: what is looked at on the way; it changes nothing unless the best update is to be kept.
 
     Raises:
         UserError: the loss or the gradient stops being finite.
@@ -115,6 +118,7 @@ def train(
     begin = jax.jit(lambda params: init_state(params, recipe.optimizer), out_shardings=where)
     zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=where.params)
     schedule = learning_rate(settings, steps)
+    looks = Looks(held_out, mesh, steps, directory.with_name("best"))
 
     with Checkpoints(directory, keep=2) as checkpoints:
         # The newest checkpoint, or the beginning; lines of updates that a killed run had not saved are taken back.
@@ -157,13 +161,22 @@ def train(
                         f"{name}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}. "
                         f"Lower {name}.lr or look at the pairs of that update; its checkpoints are whole."
                     )
-                if step % log_every == 0 or step == steps - 1:
+                if looks.due(step):
+                    seen = mean_of(looks.at(step, state.params, frozen))
+                    metrics |= {f"eval/{key}": value for key, value in seen.items()}
+                if step % log_every == 0 or step == steps - 1 or looks.due(step):
                     log.log(name, step, metrics | dict(figures or {}))
                 progress.update(1, loss=metrics["loss"])
                 if (step + 1) % settings.save_every == 0 and step + 1 < steps:
                     checkpoints.save(step + 1, state, {"stage": name})
+                if looks.over(step):
+                    progress.write(f"{name}: ends after update {step + 1}, no look was better for so long.")
+                    break
+            params, what = looks.result(state.params)
+            if what:
+                progress.write(f"{name}: {what}.")
         checkpoints.wait()
-    return state.params
+    return params
 
 
 def require_shapes(name: str, expected: Params, found: Params) -> Params:

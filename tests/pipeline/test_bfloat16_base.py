@@ -14,14 +14,13 @@ from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.errors import UserError
-from ctpd_jax.job import lineage
+from ctpd_jax.job import lineage, training
 from ctpd_jax.job.check import check_config
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import packing, passes
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
-from ctpd_jax.stages import dpo, sft, train
 from ctpd_jax.train import loop
 from ctpd_jax.train.metrics import read_metrics
 
@@ -43,8 +42,7 @@ def whole_run(workdir: Path, overrides: list[str]) -> dict[str, set[str]]:
         return original(recipe, directory, initial, lying_still, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sft, dpo, train):
-            patch.setattr(module, "train", spy)
+        patch.setattr(training, "train", spy)
         assert main(["run", "--config", MICRO, "--workdir", str(workdir), *overrides]) == 0
     return frozen
 

@@ -11,6 +11,7 @@ from helpers import MICRO
 from helpers.jobs import adapted, files_of, job_in
 
 from ctpd_jax.annotate.coefficients import training_items
+from ctpd_jax.annotate.scorer import dpo_items
 from ctpd_jax.artifacts import finish
 from ctpd_jax.cli import load_config
 from ctpd_jax.data.rows import BatchShape, build_batch, unit_needs
@@ -25,7 +26,6 @@ from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.lora import init_adapters, join
 from ctpd_jax.schema import SIDES
-from ctpd_jax.stages.dpo import dpo_items
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.loop import Objective, mean_of, preference_sums
 

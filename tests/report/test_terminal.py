@@ -110,7 +110,9 @@ def test_a_span_longer_than_a_line_is_cut_and_long_prompts_are_shortened():
 def test_weights_are_coloured_by_their_logarithm():
     pair = made_up.example()
     pair["chosen"]["spans"] = [made_up.span(f"w{w}", ["t"], ["s"], w) for w in (2.0, 1.0, 0.5, 0.0)]
-    line = next(line for line in terminal.pair_text(pair, math.log(2.0), colour=True).split("\n") if "teacher  " in line)
+    line = next(
+        line for line in terminal.pair_text(pair, math.log(2.0), colour=True).split("\n") if "teacher  " in line
+    )
     # Warm and cold in full, nothing at 1, and a weight of zero is as cold as it gets.
     assert line.count("48;2;236;132;54") == 1 and line.count("48;2;62;148;188") == 2
     assert "\x1b" not in terminal.pair_text(pair, math.log(2.0))
