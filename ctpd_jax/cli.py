@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser().parse_known_args(arguments)
     try:
         # These have nothing that could go on: SIGTERM ends them at once.
-        if known.command in ("inspect", "generate", "plan"):
+        if known.command in ("inspect", "generate", "plan", "report"):
             return look(known, overrides)
         with preempt.listening():
             # 1. What is asked for. JAX reads its environment when it is imported: until here it is not.
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ctpd_jax.job.job import open_job
             from ctpd_jax.job.preflight import preflight
             from ctpd_jax.processes import distributed
+            from ctpd_jax.report.page import write_report
             from ctpd_jax.sharding import first_process
 
             # 2. All of the code: a long run must not meet a file that was changed or is missing meanwhile.
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for name, module in stages.items():
                     with preempt.during(name):
                         module.run(job, name)
+                    if first_process():
+                        write_report(job.workdir)
     except UserError as error:
         print(f"ctpd {known.command}: {error}", file=sys.stderr)
         return 2
@@ -88,7 +91,9 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
 
 
 def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """The commands that only look: inspect, generate and plan. Returns the exit code."""
+    """The commands that only look: inspect, generate, plan and report. Returns the exit code."""
+    if known.command == "report":
+        return reported(known.workdir)
     if known.command == "generate" and answered_from_folder(known, overrides):
         return 0
     if known.command == "inspect" and inspected_data(known, overrides):
@@ -116,6 +121,20 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
             inspect.inspect(job, known)
         else:
             generate.answer(job, known.model, known.prompt, generate.sampling_of(known, config.seed))
+    return 0
+
+
+def reported(workdir: Path) -> int:
+    """Writes the page of a run as far as it has come.
+
+    Raises:
+      UserError: there is no run.
+    """
+    from ctpd_jax.report.page import write_report
+
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds no run: there is no config.json.")
+    print(write_report(workdir))
     return 0
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     **{name: stage.says for name, stage in STAGES.items() if stage.command == f"ctpd {name}"},
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
     "inspect": "one pair as both models read it, or --stats of all; --data: what becomes of a data set's rows",
+    "report": "the page of a run as far as it has come, DIR/report.html; every stage writes it too",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
 
@@ -76,7 +77,8 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         needed = name not in ("generate", "inspect")
-        command.add_argument("--config", required=needed, metavar="FILE.py", help="a file with get_config()")
+        if name != "report":
+            command.add_argument("--config", required=needed, metavar="FILE.py", help="a file with get_config()")
         if name == "plan":
             add_plan_arguments(command)
             continue

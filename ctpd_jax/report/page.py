@@ -18,6 +18,7 @@ from ctpd_jax.report.format import TEMPLATES, figure
 from ctpd_jax.schema import SIDES
 from ctpd_jax.train.metrics import read_metrics
 
+MANIFEST = "annotations/manifest.json"
 MAX_HEAT_SPANS = 2000  # of one response
 
 LAMBDA = {"lambda/mean": "mean", "lambda/below_low": "share < 0.05", "lambda/above_high": "share > 0.95"}
@@ -28,16 +29,20 @@ PANELS: tuple[tuple[str, dict[str, str], float | None, tuple[float, float] | Non
     ("margin relative to the start", {"rewards/margin_from_start": "margin"}, 0.0, None),
     ("reward accuracy", {"rewards/accuracies": "accuracy"}, 0.5, (0.0, 1.0)),
     ("λ", LAMBDA, None, (0.0, 1.0)),
+    ("held-out loss, against the start", {"eval/loss": "loss"}, math.log(2), None),
+    ("held-out accuracy, against the start", {"eval/rewards/accuracies": "accuracy"}, 0.5, (0.0, 1.0)),
+    ("learning rate", {"lr": "rate"}, None, None),
     ("gradient norm", {"grad_norm": "norm"}, None, None),
     ("tokens per second", {"tokens_per_second": "tokens/s"}, None, None),
+    ("device memory at its peak, GB", {"peak_memory_gb": "GB"}, None, None),
 )
 
 
 def write_report(workdir: Path) -> Path:
     """Write report.html from what the run has left in `workdir` so far, and return its path.
 
-    Reads evaluation.json, metrics.jsonl, data_train.json, data_test.json and config.json; what is not there is left
-    out of the page. Raises UserError naming the file that is not JSON.
+    Reads evaluation.json, metrics.jsonl, data_train.json, data_test.json, config.json and the manifest of the store; what
+    is not there is left out of the page. Raises UserError naming the file that is not JSON.
     """
     evaluation = read_json(workdir / "evaluation.json") or {}
     config = read_json(workdir / "config.json")
@@ -47,11 +52,13 @@ def write_report(workdir: Path) -> Path:
         name=workdir.name,
         evaluation=evaluation,
         stages=_stages(read_metrics(workdir)),
-        example=_drawn(evaluation.get("example"), wording.full_colour(config)),
+        shown=_shown(evaluation, wording.full_colour(config)),
+        weights=evaluation.get("weights"),
         samples=_by_prompt(evaluation.get("samples") or {}),
         data=data,
         counted=list(dict.fromkeys(name for counts in data.values() for name in counts if name != "first")),
         config=None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
+        manifest=(workdir / MANIFEST).read_text("utf-8", "replace") if (workdir / MANIFEST).exists() else None,
         format=wording,
         interval=interval,
     )
@@ -83,6 +90,14 @@ def pair_page(pair: Mapping[str, Any], full: float | None) -> bytes:
     """Return the page of one pair, in UTF-8; see `report.pair.pair_record` and `format.full_colour`."""
     page = TEMPLATES.get_template("inspect.html.jinja").render(pair=_drawn(pair, full), format=wording)
     return page.lstrip().encode("utf-8", errors="replace")
+
+
+def _shown(evaluation: Mapping[str, Any], full: float | None) -> dict[str, dict[str, Any]]:
+    """Return heading -> aligned pair, drawn: the first one, and those of which the teacher is surest and least sure."""
+    pairs = {"An aligned pair": evaluation.get("example")}
+    for name, pair in (evaluation.get("examples") or {}).items():
+        pairs[f"The {name} pair, by the teacher’s margin"] = pair
+    return {name: drawn for name, pair in pairs.items() if (drawn := _drawn(pair, full))}
 
 
 def _drawn(pair: Mapping[str, Any] | None, full: float | None) -> dict[str, Any] | None:

@@ -19,11 +19,10 @@ from ctpd_jax.job.score import Measured, score
 from ctpd_jax.job.table import TRAINED, reading_dtype, row_starts, rows, trained_model
 from ctpd_jax.processes import preempt
 from ctpd_jax.report import terminal
-from ctpd_jax.report.page import write_report
 from ctpd_jax.schema import CHOSEN, REJECTED, Message
 from ctpd_jax.sharding import first_process
 from ctpd_jax.stages.generate import Sampling, reading_model, sample
-from ctpd_jax.stages.inspect import example
+from ctpd_jax.stages.inspect import shown_by_evaluation
 from ctpd_jax.text.prepare import Limits
 from ctpd_jax.train.metrics import read_metrics
 
@@ -74,21 +73,20 @@ def write(job: Job, pairs: Pairs, columns: Mapping[str, Measured]) -> None:
         "end_of_turn": Limits.of(config.data).where_one_is_cut,
     }
 
-    # 3. Answers, the course of training, and one pair to look at.
+    # 3. Answers, the course of training, and pairs to look at.
     found["samples"] = {row: samples(job, pairs, row)[:SHOWN] for row in table}
     found["training"] = {}
     for stage in TRAINED:
         if not stage.endswith("_sft") and (lines := read_metrics(job.workdir, stage)):
             found["training"][stage] = {"first": lines[0], "last": lines[-1]}
-    found["example"] = example(job, 0)
+    found |= shown_by_evaluation(job)
 
     # 4. Into files and onto the screen.
     plain = as_plain(found)
     write_json(job.workdir / "evaluation.json", plain)
-    write_report(job.workdir)
     job.say(terminal.pair_text(plain["example"]))
     job.say(terminal.evaluation_text(plain))
-    job.say(f"{job.workdir / 'evaluation.json'}, {job.workdir / 'report.html'}")
+    job.say(f"{job.workdir / 'evaluation.json'}, and a page: {job.workdir / 'report.html'}")
 
 
 def beta_of(job: Job, stage: str) -> float:

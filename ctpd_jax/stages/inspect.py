@@ -28,6 +28,7 @@ from ctpd_jax.text.prepare import Limits
 from ctpd_jax.text.statistics import span_statistics
 
 BINS = 12  # of the histogram of log-ratios
+CONTRAST = {"positive", "negative"}  # the scorers whose log-ratio it is
 
 
 def inspect(job: Job, known: argparse.Namespace) -> None:
@@ -88,10 +89,28 @@ def place_of(pairs: Sequence[AlignedPair], wanted: str) -> int:
     raise UserError(f"There is no pair {wanted}; the data have {len(pairs)}, counted from 0, or give an id, or random.")
 
 
-def example(job: Job, number: int) -> dict[str, Any]:
-    """One training pair as JSON holds it, for the evaluation's report."""
-    pairs = load_pairs(job, "train")
-    return record(number, job.config, pairs.aligned, pairs.raw, texts_of(job), annotated(job, pairs))
+def shown_by_evaluation(job: Job) -> dict[str, Any]:
+    """What the report shows of the training data: a pair, and once they are annotated how all of them are weighed."""
+    config, pairs = job.config, load_pairs(job, "train")
+    store, texts = annotated(job, pairs), texts_of(job)
+
+    def one(place: int) -> dict[str, Any]:
+        return record(place, config, pairs.aligned, pairs.raw, texts, store)
+
+    found: dict[str, Any] = {"example": one(0)}
+    if store is not None:
+        examples = [store[i] for i in range(len(store))]
+        found["weights"] = weight_statistics(examples, config)
+        if all(each[name].keys() >= CONTRAST for _, each in examples for name in SIDES):
+            margins = [teacher_margin(scores) for _, scores in examples]
+            found["examples"] = {"clearest": one(int(np.argmax(margins))), "least clear": one(int(np.argmin(margins)))}
+    return found
+
+
+def teacher_margin(scores: Mapping[str, Mapping[str, np.ndarray]]) -> float:
+    """log pi+ / pi- of the chosen response less that of the rejected one, nats."""
+    chosen, rejected = (float((scores[name]["positive"] - scores[name]["negative"]).sum()) for name in SIDES)
+    return chosen - rejected
 
 
 def record(
@@ -131,7 +150,7 @@ def weight_statistics(examples: Sequence[Example], config: ConfigDict) -> dict[s
     shares = {name: figures[f"weights/{name}"] for name in ("clipped_low", "clipped_high")}
     found: dict[str, Any] = {"shares": {name.replace("_", " "): share for name, share in shares.items()}}
     scores = [each[name] for _, each in examples for name in SIDES]
-    if all("negative" in each and "positive" in each for each in scores):
+    if all(each.keys() >= CONTRAST for each in scores):
         ratios = np.concatenate([each["positive"] - each["negative"] for each in scores])
         low, high = np.quantile(ratios, [0.005, 0.995])
         # A few outliers would make one bar of all the others.

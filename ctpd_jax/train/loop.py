@@ -155,6 +155,7 @@ def train(
                     "seconds": seconds,
                     "tokens_per_second": metrics["num_tokens"] / seconds,
                     "compiled_programs": compiled_programs(name, accumulate, len(updates.shapes)),
+                    **peak_memory(),
                 }
                 if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
                     raise UserError(
@@ -193,6 +194,12 @@ def require_shapes(name: str, expected: Params, found: Params) -> Params:
     if told != there:
         raise RuntimeError(f"{name}: the parameters are not those of its recipe; please report this.")
     return found
+
+
+def peak_memory() -> dict[str, float]:
+    """The most that the first device of this process has held so far, GB; {} where it does not say, as a CPU."""
+    found = jax.local_devices()[0].memory_stats() or {}
+    return {"peak_memory_gb": found["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in found else {}
 
 
 def ahead(batches: Callable[[int], list[Batch]], first: int, steps: int) -> Iterator[list[Batch]]:
