@@ -99,7 +99,7 @@ def _flow(spans: Sequence[Mapping[str, Any]], full: float | None) -> Iterator[Te
 def _cell(row: str, span: Mapping[str, Any]) -> str:
     if row in ("teacher", "student"):
         return "¦".join(map(wording.visible, span[row]))
-    return wording.figure(span["weight"], 2) if row == "weight" else f"{span['logps']['reference']:.2f}"
+    return wording.figure(span["weight"], 2) if row == "weight" else f"{round(span['logps']['reference'], 2) + 0.0:.2f}"
 
 
 def _cropped(text: str) -> str:
