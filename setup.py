@@ -43,6 +43,7 @@ setup(
         "dev": ["ruff>=0.12", "mypy>=1.15"],
         "hub": ["datasets>=4", "huggingface_hub>=1.0"],
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "wandb": ["wandb>=0.18"],
         "eval": ["lm-eval==0.4.13"],
         "parity": ["torch==2.13.0", "accelerate", "peft"],  # tests/helpers/real_assets.py installs the same
     },

@@ -110,6 +110,7 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         return plan_command(known, config)
     check_config(config)
     choose_platform(config)
+    config.wandb = ""  # who looks tells nobody
     from ctpd_jax.job.job import open_job
     from ctpd_jax.processes import distributed
     from ctpd_jax.stages import generate, inspect

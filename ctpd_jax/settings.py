@@ -207,6 +207,7 @@ def default_config() -> ConfigDict:
                 "adapters": False,  # also write the adapters of a student trained with LoRA, for PEFT, to DIR/adapters
             },
             "log_every": 1,  # updates between lines of metrics.jsonl
+            "wandb": "",  # a project of Weights & Biases that gets the metrics too
             "compile_cache": True,  # keep compiled programs in WORKDIR/compile_cache
         }
     )

@@ -55,7 +55,7 @@ def open_job(config: ConfigDict, workdir: Path, say: Callable[[str], None] = pri
     if config.compile_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own setting goes first
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    with MetricLog(workdir, active=first_process()) as log:
+    with MetricLog(workdir, first_process(), wandb=config.wandb, config=config.to_dict()) as log:
         job = Job(config, workdir, log, say if first_process() else lambda text: None, *meshes(config))
         job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
         if job.mesh.devices.size > 1:

@@ -41,8 +41,8 @@ PANELS: tuple[tuple[str, dict[str, str], float | None, tuple[float, float] | Non
 def write_report(workdir: Path) -> Path:
     """Write report.html from what the run has left in `workdir` so far, and return its path.
 
-    Reads evaluation.json, metrics.jsonl, data_train.json, data_test.json, config.json and the manifest of the store; what
-    is not there is left out of the page. Raises UserError naming the file that is not JSON.
+    Reads evaluation.json, metrics.jsonl, data_train.json, data_test.json, config.json and the store's manifest; what is
+    not there is left out of the page. Raises UserError naming the file that is not JSON.
     """
     evaluation = read_json(workdir / "evaluation.json") or {}
     config = read_json(workdir / "config.json")

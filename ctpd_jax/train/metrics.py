@@ -11,12 +11,14 @@ import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from ctpd_jax.artifacts import local_path, write_bytes
+from ctpd_jax.artifacts import local_path, read_json, write_bytes, write_json
 from ctpd_jax.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -50,13 +52,22 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
 class MetricLog:
     """Append to `workdir`/metrics.jsonl and mirror the numbers into `workdir`/tensorboard/<stage>.
 
-    `active=False` makes every call do nothing: for all processes but the first.
+    `active=False` makes every call do nothing: for all processes but the first. `wandb` is a project of Weights &
+    Biases that gets them too, with `config` beside the run's name. Raises UserError where that is not installed.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], active: bool = True, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        active: bool = True,
+        tensorboard: bool = True,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.workdir = local_path(workdir)
         self._active = active
         self._tensorboard = tensorboard
+        self._wandb: Any = None
         self._writers: dict[str, Any] = {}
         self._purge: dict[str, int] = {}  # stage -> first step that TensorBoard shall forget
         if active:
@@ -66,6 +77,8 @@ class MetricLog:
             data = path.read_bytes() if path.exists() else b""
             if data and not data.endswith(b"\n"):
                 write_bytes(path, data[: data.rfind(b"\n") + 1])
+            if wandb:
+                self._wandb = _wandb_run(wandb, self.workdir, config or {})
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one line. Values are numbers (Python, NumPy or JAX scalars), strings or bools."""
@@ -86,6 +99,10 @@ class MetricLog:
             for name, value in values.items():
                 if not isinstance(value, str):
                     writer.add_scalar(name, float(value), int(step), walltime=now)
+        # 3. So has Weights & Biases, where every stage counts its own steps.
+        if self._wandb:
+            self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._wandb.log({f"{stage}/{name}": value for name, value in finite.items()} | {f"{stage}/step": int(step)})
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what `stage` logged after `step`: a run that resumes at a checkpoint logs those steps again."""
@@ -106,6 +123,8 @@ class MetricLog:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+        if self._wandb:
+            self._wandb.finish()
 
     def __enter__(self) -> MetricLog:
         return self
@@ -124,6 +143,19 @@ class MetricLog:
                 filename_suffix=f".{time.time_ns()}",
             )
         return self._writers[stage]
+
+
+def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
+    """Return the run of a workdir in a project of Weights & Biases; a repeated command goes on with it."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("config.wandb needs the package wandb: pip install 'ctpd-jax[wandb]'.") from None
+    known = read_json(workdir / "wandb.json") or {"id": uuid.uuid4().hex}
+    write_json(workdir / "wandb.json", known)
+    return wandb.init(
+        project=project, name=workdir.name, id=known["id"], resume="allow", config=dict(config), dir=str(workdir)
+    )
 
 
 def _plain(value: Any) -> bool | int | float | str:

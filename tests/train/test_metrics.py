@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -157,3 +158,42 @@ def test_nothing_to_do_says_nothing():
     with Progress(0, "train", stream=out):
         pass
     assert out.getvalue() == ""
+
+
+class Wandb:
+    """Stands for the package: keeps what it is told."""
+
+    def __init__(self):
+        self.runs, self.logged, self.finished = [], [], 0
+
+    def init(self, **arguments):
+        self.runs.append(arguments)
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert step_metric == name.replace("*", "step")
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_the_metrics_in_one_run_for_a_workdir(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (0, 1):  # a command that was repeated
+        with MetricLog(tmp_path / "mine", tensorboard=False, wandb="project", config={"seed": 3}) as log:
+            log.log("train", step, {"loss": 0.5, "note": "x", "norm": math.nan})
+    first, second = wandb.runs
+    assert first == second and first["name"] == "mine" and first["config"] == {"seed": 3} and first["resume"] == "allow"
+    told = {"train/loss": 0.5, "train/note": "x", "train/norm": None}
+    assert wandb.logged == [{**told, "train/step": step} for step in (0, 1)] and wandb.finished == 2
+
+
+def test_without_the_package_it_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="needs the package wandb"):
+        MetricLog(tmp_path, wandb="project")
+    MetricLog(tmp_path, wandb="project", active=False)  # all processes but the first
