@@ -33,6 +33,7 @@ setup(
         "lazy_loader>=0.4",
         "jaxtyping>=0.3",  # shapes in the signatures of core; nothing checks them outside the tests
         "huggingface_hub>=1.0",
+        "requests>=2.31",  # the judge's endpoint; tensorflow-datasets brings it too
         "numpy>=2.0",
         "rich>=13",
         "tqdm>=4.66",

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser().parse_known_args(arguments)
     try:
         # These have nothing that could go on: SIGTERM ends them at once.
-        if known.command in ("inspect", "generate", "plan", "report"):
+        if known.command in ("inspect", "generate", "plan", "report", "judge"):
             return look(known, overrides)
         with preempt.listening():
             # 1. What is asked for. JAX reads its environment when it is imported: until here it is not.
@@ -91,9 +91,14 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
 
 
 def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """The commands that only look: inspect, generate, plan and report. Returns the exit code."""
+    """The commands that only look: inspect, generate, judge, plan and report. Returns the exit code."""
     if known.command == "report":
         return reported(known.workdir)
+    if known.command == "judge":
+        from ctpd_jax.stages.judge import judge
+
+        judge(known)
+        return 0
     if known.command == "generate" and answered_from_folder(known, overrides):
         return 0
     if known.command == "inspect" and inspected_data(known, overrides):
@@ -121,7 +126,9 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         if known.command == "inspect":
             inspect.inspect(job, known)
         else:
-            generate.answer(job, known.model, known.prompt, generate.sampling_of(known, config.seed))
+            generate.answer(
+                job, known.model, known.prompt, generate.sampling_of(known, config.seed), generate.prompt_file(known)
+            )
     return 0
 
 
@@ -229,7 +236,9 @@ def answered_from_folder(known: argparse.Namespace, overrides: Sequence[str]) ->
         raise UserError(f"--folder answers with that model alone: leave {superfluous} out, or leave --folder out.")
     from ctpd_jax.stages import generate
 
-    generate.answer_from_folder(known.folder, known.prompt, generate.sampling_of(known, seed=0))
+    generate.answer_from_folder(
+        known.folder, known.prompt, generate.sampling_of(known, seed=0), generate.prompt_file(known)
+    )
     return True
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
     "inspect": "one pair as both models read it, or --stats of all; --data: what becomes of a data set's rows",
     "report": "the page of a run as far as it has come, DIR/report.html; every stage writes it too",
+    "judge": "which of two models answers better, by a judge behind an OpenAI-compatible endpoint",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
 
@@ -37,11 +38,22 @@ and responses are taken to be as long as config.data allows. Exit code 3 where s
   ctpd plan --config configs/pair.py --config.student.path=DIR --topology v5p:2x2x1 --stage train --search
 """
 
+JUDGE_EPILOG = """\
+Each instruction that both files answer is judged in both orders. The key of the endpoint is read from OPENAI_API_KEY.
+What the judge has said is kept beside --out: give the same command again and it goes on where it stopped.
+
+  ctpd generate --folder A --prompts test.jsonl --out a.json
+  ctpd generate --folder B --prompts test.jsonl --out b.json
+  ctpd judge a.json b.json --url http://localhost:8000/v1/ --model NAME --out a_b.json
+"""
+
 GENERATE_EPILOG = """\
-The answer goes to stdout, and nothing else does. Several prompts are answered together, each under its prompt.
+The answer goes to stdout, and nothing else does. Several prompts are answered together, each under its prompt. With
+--prompts the answers go to --out.
 
   ctpd generate --config configs/demo.py --workdir runs/demo --prompt "Tell me about tea."
   ctpd generate --folder runs/demo/export --prompt "Tell me about tea." --prompt "And coffee?"
+  ctpd generate --folder runs/demo/export --prompts test.jsonl --out answers.json --max-new-tokens 512
   ctpd generate --folder HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Hi!" --temperature 0.8 --top-k 50 --top-p 0.95
 """
 
@@ -59,6 +71,9 @@ with two tokenizers, what the limits cut. No model is loaded, and no --config is
 """
 
 
+EPILOGS = {"generate": GENERATE_EPILOG, "plan": PLAN_EPILOG, "inspect": INSPECT_EPILOG, "judge": JUDGE_EPILOG}
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="ctpd",
@@ -73,14 +88,21 @@ def parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog={"generate": GENERATE_EPILOG, "plan": PLAN_EPILOG, "inspect": INSPECT_EPILOG}.get(name, EPILOG),
+            epilog=EPILOGS.get(name, EPILOG),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         needed = name not in ("generate", "inspect")
-        if name != "report":
+        if name not in ("report", "judge"):
             command.add_argument("--config", required=needed, metavar="FILE.py", help="a file with get_config()")
         if name == "plan":
             add_plan_arguments(command)
+            continue
+        if name == "judge":
+            command.add_argument("answers", nargs=2, type=Path, metavar="FILE.json", help="answers of two models")
+            command.add_argument("--url", required=True, help="of the endpoint, as far as chat/completions")
+            command.add_argument("--model", required=True, help="of the endpoint, that judges")
+            command.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="where the result goes")
+            command.add_argument("--parallel", type=int, default=4, metavar="N", help="questions at once (default: 4)")
             continue
         command.add_argument("--workdir", required=needed, metavar="DIR", type=Path, help="where the run lives")
         if name == "sft":
@@ -146,7 +168,15 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
         help="a model in Hugging Face format instead of a run's; takes no --config and no --workdir",
     )
     command.add_argument(
-        "--prompt", required=True, action="append", metavar="TEXT", help="what the user says; may be repeated"
+        "--prompt", default=[], action="append", metavar="TEXT", help="what the user says; may be repeated"
+    )
+    command.add_argument(
+        "--prompts", metavar="FILE", help="a data set of prompts instead, as config.data.train takes it"
+    )
+    command.add_argument("--split", default="train", help="of --prompts (default: train)")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N of --prompts (default: all)")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="where their answers go, as AlpacaEval writes them"
     )
     command.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="the longest answer, in tokens (default: 128)"

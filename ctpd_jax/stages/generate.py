@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
+from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job
@@ -23,7 +25,10 @@ from ctpd_jax.models.lora import join
 from ctpd_jax.models.sampling import cut_at_stop, generate
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import Message
+from ctpd_jax.text.preferences import load_prompts
 from ctpd_jax.text.prompts import TextModel, load_text_model
+from ctpd_jax.text.tokens import encode
+from ctpd_jax.train.metrics import Progress
 
 SAMPLED_TOGETHER = 64  # prompts in one batch: what the cache of keys and values has room for
 
@@ -50,22 +55,32 @@ def sampling_of(arguments: argparse.Namespace, seed: int) -> Sampling:
     )
 
 
-def answer(job: Job, row: str, prompts: Sequence[str], sampling: Sampling) -> None:
-    """Prints the answers of one of the run's models."""
+def answer(job: Job, row: str, prompts: Sequence[str], sampling: Sampling, file: PromptFile | None) -> None:
+    """Answers with one of the run's models."""
     table = rows(job.config)
     if row not in table:
         raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
+    asked = prompts_in(file) if file else []
     model = trained_model(job.config, table[row])
     decoder, params = reading_model(job, table[row], job.mesh)
-    _print_answers(text_of(job, model), decoder, params, prompts, sampling, dtype_of(job.config, job.mesh))
+    text, dtype = text_of(job, model), dtype_of(job.config, job.mesh)
+    if file:
+        write_answers(text, decoder, params, asked, sampling, file, f"{job.workdir.name}/{row}", dtype)
+    else:
+        _print_answers(text, decoder, params, prompts, sampling, dtype)
 
 
-def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling) -> None:
-    """Prints the answers of a model in Hugging Face format, a folder or a hub id."""
+def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling, file: PromptFile | None) -> None:
+    """Answers with a model in Hugging Face format, a folder or a hub id."""
     folder = model_directory(path_or_repo)
     read_config(folder)  # says what the folder is, before anything of it is opened
+    asked = prompts_in(file) if file else []  # and what it is asked, before anything large is
     text = load_text_model(str(folder))
-    _print_answers(text, *load_hf(folder), prompts, sampling)
+    decoder, params = load_hf(folder)
+    if file:
+        write_answers(text, decoder, params, asked, sampling, file, Path(path_or_repo).name)
+    else:
+        _print_answers(text, decoder, params, prompts, sampling)
 
 
 def reading_model(job: Job, stage: str, mesh: Mesh) -> tuple[DecoderConfig, Params]:
@@ -85,8 +100,12 @@ def sample(
     prompts: Sequence[Sequence[Message]],
     sampling: Sampling,
     dtype: str | None = None,
+    done: Callable[[int], object] = lambda answers: None,
 ) -> list[str]:
-    """Draws one answer to each prompt, as text; `dtype` is that of the products, by default the parameters' own."""
+    """Draws one answer to each prompt, as text; `done` is told of finished ones.
+
+    `dtype` is that of the products, by default the parameters' own.
+    """
     # Each batch draws with a key of its own: the number of prompts before it does not matter.
     key = jax.random.key(sampling.seed)
 
@@ -111,7 +130,74 @@ def sample(
             compute_dtype=dtype,
         )
         answers += [cut_at_stop(spell(ids), sampling.stop) for ids in found]
+        done(len(found))
     return answers
+
+
+# ------------------------------------------------------------------------------------------------ prompts of a file
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """A data set of prompts, and where their answers go."""
+
+    spec: str  # as config.data.train
+    split: str
+    limit: int | None
+    out: Path
+
+
+def prompt_file(arguments: argparse.Namespace) -> PromptFile | None:
+    """What the command line names, if it does.
+
+    Raises:
+        UserError: both prompts and a file of them, neither, or a file and no place for the answers.
+    """
+    if (arguments.prompts is None) == (not arguments.prompt):
+        raise UserError("give --prompt TEXT, or --prompts with a file of them.")
+    if arguments.prompts is None:
+        return None
+    if arguments.out is None:
+        raise UserError("give --out FILE.json, where the answers to --prompts go.")
+    return PromptFile(arguments.prompts, arguments.split, arguments.limit, arguments.out)
+
+
+def prompts_in(file: PromptFile) -> list[tuple[Message, ...]]:
+    """The distinct prompts of a data set.
+
+    Raises:
+        UserError: there is none.
+    """
+    found, report = load_prompts(file.spec, file.split, file.limit)
+    if not found:
+        raise UserError(f"{file.spec} holds no prompt ({report.reasons() or 'it is empty'}).")
+    return found
+
+
+def write_answers(
+    text: TextModel,
+    decoder: DecoderConfig,
+    params: Params,
+    prompts: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    file: PromptFile,
+    name: str,
+    dtype: str | None = None,
+) -> None:
+    """Writes the answers as AlpacaEval does, a list of records, and tells how long they are and how many were cut."""
+    with Progress(len(prompts), "answers", unit="answer") as progress:
+        answers = sample(text, decoder, params, prompts, sampling, dtype, progress.update)
+    asked = [prompt[-1].content if prompt else "" for prompt in prompts]
+    rows = [
+        {"instruction": said, "output": given, "generator": name} for said, given in zip(asked, answers, strict=True)
+    ]
+    file.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file.out, rows)
+    # One that is as long as it may be was cut, but for the rare one that ends right there.
+    lengths = [len(encode(text.tokenizer, given)) for given in answers]
+    cut = sum(length >= sampling.max_new_tokens - 1 for length in lengths) / len(lengths)
+    characters = sum(map(len, answers)) / len(answers)
+    print(f"{len(rows)} answers of {characters:.0f} characters on average, {100 * cut:.1f} % cut: {file.out}")
 
 
 def _print_answers(

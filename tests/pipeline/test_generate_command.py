@@ -168,3 +168,22 @@ def test_a_folder_of_adapters_is_named(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert main(["generate", "--folder", str(tmp_path), "--prompt", TEA]) == 2
     assert "merge_and_unload" in capsys.readouterr().err
+
+
+def test_prompts_of_a_file_are_answered_as_alpaca_eval_writes_them(ask, toy_models, tmp_path, capsys):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers" / "ours.json"
+    rows = [{"prompt": TEA}, {"prompt": COFFEE, "chosen": "x", "rejected": "y"}, {"prompt": TEA}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["generate", "--folder", str(toy_models[1]), "--max-new-tokens", "20", "--prompts", str(file)]
+    assert main([*line, "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    # Each prompt once; the very answers that are printed for one prompt.
+    expected = [{"instruction": said, "output": ask(prompts=[said])[:-1]} for said in (TEA, COFFEE)]
+    assert [{key: row[key] for key in ("instruction", "output")} for row in written] == expected
+    assert {row["generator"] for row in written} == {toy_models[1].name}
+    mean = sum(len(row["output"]) for row in written) / 2
+    assert f"2 answers of {mean:.0f} characters on average" in told and "% cut" in told
+    for wrong in (line, [*line, "--prompt", TEA, "--out", str(out)], ["generate", "--folder", str(toy_models[1])]):
+        assert main(wrong) == 2
+    assert "--out FILE.json" in capsys.readouterr().err
