@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         module.run(job, name)
                     if first_process():
                         write_report(job.workdir)
+                if known.command == "export" and known.push and first_process():
+                    stages["export"].push(job.workdir / "export", known.push, known.private, known.dry_run, job.say)
     except UserError as error:
         print(f"ctpd {known.command}: {error}", file=sys.stderr)
         return 2

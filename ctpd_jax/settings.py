@@ -90,7 +90,7 @@ def default_config() -> ConfigDict:
     """Returns the whole configuration with the settings of the paper where it gives them (arXiv 2601.11865)."""
     config = ConfigDict(
         {
-            "seed": 0,
+            "seed": 0,  # of the order of training, adapters, random weights and samples
             "compute_dtype": "auto",  # "float32", "bfloat16"; auto: bfloat16 on TPU, float32 elsewhere
             "mesh": {  # how many devices to each axis; -1: those that are left
                 "data": -1,  # rows of a batch
@@ -102,7 +102,7 @@ def default_config() -> ConfigDict:
             "smaller_teacher": False,  # allow a teacher with fewer parameters than the student
             "data": {
                 "train": "",  # FILE.jsonl, .json, .csv, .parquet, a folder, tfds:NAME, hf:NAME
-                "test": "",
+                "test": "",  # held-out pairs, likewise
                 "train_split": "train",
                 "test_split": "test",
                 "limit": 0,  # first N pairs; 0: all
@@ -142,8 +142,8 @@ def default_config() -> ConfigDict:
                 "good_prompt": "Answer helpfully, correctly and politely.",  # for source = "prompts"
                 "bad_prompt": "Answer unhelpfully, wrongly and rudely.",
                 "mu": 1.0,  # sign for the chosen response; the rejected one gets the opposite
-                "k": 1.0,
-                "lower": -0.5,
+                "k": 1.0,  # a weight is k exp(mu clip(log pi+ / pi-, lower, upper))
+                "lower": -0.5,  # bounds of the log-ratio of a span, nats
                 "upper": 1.5,
                 "transform": "none",  # "threshold", "scale", "rank", "binary", "mean_one", "agree"
                 "top_share": 0.5,  # for transform = "binary"

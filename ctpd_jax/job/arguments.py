@@ -112,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--student", action="store_true", help="of the plain DPO student, for comparison")
         if name == "train":
             command.add_argument("--proposed", action="store_true", help="train the student of `ctpd propose`'s pairs")
+        if name == "export":
+            command.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub; the token is HF_TOKEN's")
+            command.add_argument("--private", action="store_true", help="the repository that --push makes")
+            command.add_argument("--dry-run", action="store_true", help="list what --push would send, and send nothing")
         if name == "inspect":
             command.add_argument(
                 "--pair", metavar="N", help="which pair: its number from 0 (the first, of a run), its id, or random"

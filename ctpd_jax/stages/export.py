@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import jax
 import ctpd_jax
 from ctpd_jax.annotate.store import MANIFEST
 from ctpd_jax.artifacts import kept, read_json, write_json
+from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job, result
 from ctpd_jax.job.models import decoder_of, folder, text_of
@@ -75,6 +77,35 @@ def write(job: Job) -> None:
     job.say(f"The student in Hugging Face format: {directory}")
     if config.export.adapters:
         job.say(f"Its adapters, for PEFT: {adapters}")
+
+
+def push(directory: Path, repo: str, private: bool, dry_run: bool, say: Callable[[str], None]) -> None:
+    """Uploads an exported folder, card included, to the Hugging Face hub; the token is that of the environment.
+
+    Raises:
+        UserError: a name that is none, no right to write there, or a hub that does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        for path in files:
+            say(f"{path.stat().st_size:>15,}  {path.relative_to(directory)}")
+        if dry_run:
+            say(f"{len(files)} files would go to {repo}; nothing was sent (--dry-run).")
+            return
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo, folder_path=directory, commit_message="Student distilled with ctpd-jax")
+    except HFValidationError as error:
+        raise UserError(f"--push {repo}: {error}") from None
+    except (HfHubHTTPError, OSError) as error:  # OSError: also no connection
+        told = str(error).strip().splitlines()[0]
+        raise UserError(f"--push {repo}: {told} Is HF_TOKEN set, and may it write there?") from None
+    say(f"pushed: {done.commit_url}")
 
 
 def opens_as_it_is(directory: Path) -> bool:
