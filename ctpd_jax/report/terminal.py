@@ -93,15 +93,11 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
     return "\n".join([_render(accuracies), _render(others), *lines, *wording.data_lines(evaluation.get("data"))])
 
 
-def harness_text(models: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Return lm-eval's figures of models as text, in per cent: model -> "task metric" -> share."""
-    columns = list(next(iter(models.values())))
-    table = _table("lm-eval, %", ["model", *columns, "average"], left=("model",))
+def harness_text(models: Mapping[str, Mapping[str, str]]) -> str:
+    """Return lm-eval's figures as text: model -> "task metric" -> figure."""
+    table = _table("lm-eval, shares in %", ["model", *next(iter(models.values()))], left=("model",))
     for name, row in models.items():
-        values = [value for value in row.values() if value is not None]
-        average = sum(values) / len(values) if values else None
-        shown = ["" if value is None else f"{100 * value:.2f}" for value in (*row.values(), average)]
-        table.add_row(wording.harmless(name), *shown)
+        table.add_row(wording.harmless(name), *row.values())
     return _render(table)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job, require
 from ctpd_jax.job.models import dtype_of, folder
 from ctpd_jax.job.table import left_out, rows, trained_model
+from ctpd_jax.report.format import NONE, figure
 from ctpd_jax.report.terminal import harness_text
 from ctpd_jax.sharding import first_process
 from ctpd_jax.stages.generate import reading_model
@@ -30,7 +31,7 @@ def run(job: Job, asked: argparse.Namespace) -> None:
         raise UserError("--harness needs lm-eval: pip install 'ctpd-jax[eval]', or -e '.[eval]' in a clone.")
     # 1. What would fail after hours: a task that is not there, a model that is not finished.
     shots = dict(_name_and_shots(part) for part in asked.harness.split(","))
-    tasks = _load_tasks(shots, asked.harness_tasks)
+    manager, tasks = _load_tasks(shots, asked.harness_tasks)
     table = rows(job.config)
     chosen = [asked.folder] if asked.folder else asked.model or list(table)
     for name in () if asked.folder else chosen:
@@ -40,10 +41,10 @@ def run(job: Job, asked: argparse.Namespace) -> None:
             require(job, table[name])
 
     # 2. One model after the other: the devices need not hold two.
-    found = {name: _ask(job, name, table.get(name), tasks, asked) for name in chosen}
+    found = {name: _ask(job, name, table.get(name), manager, tasks, asked) for name in chosen}
 
     # 3. The table.
-    job.say(harness_text({name: _figures(results, list(shots)) for name, results in found.items()}))
+    job.say(harness_text({name: _figures(results, shots) for name, results in found.items()}))
     job.say(str(job.workdir / "harness"))
 
 
@@ -55,8 +56,8 @@ def _name_and_shots(part: str) -> tuple[str, int | None]:
     return name, int(shots) if shots else None
 
 
-def _load_tasks(shots: Mapping[str, int | None], directory: str | None) -> list[Any]:
-    """Loads lm-eval's tasks and groups with their data, each with its shots."""
+def _load_tasks(shots: Mapping[str, int | None], directory: str | None) -> tuple[Any, list[Any]]:
+    """Returns lm-eval's TaskManager, and the tasks and groups with their data and their shots."""
     from lm_eval.tasks import TaskManager
 
     # 1. The user's own tasks, and lm-eval's: to look through all of those takes seconds.
@@ -77,10 +78,12 @@ def _load_tasks(shots: Mapping[str, int | None], directory: str | None) -> list[
             task.set_config(key="num_fewshot", value=count)
         groups = loaded.get("groups", {})
         found += [groups[name]] if name in groups else list(loaded["tasks"].values())
-    return found
+    return manager, found
 
 
-def _ask(job: Job, name: str, stage: str | None, tasks: list[Any], asked: argparse.Namespace) -> Mapping[str, Any]:
+def _ask(
+    job: Job, name: str, stage: str | None, manager: Any, tasks: list[Any], asked: argparse.Namespace
+) -> Mapping[str, Any]:
     """Asks one model, the row `name` that `stage` left or the folder `name`; returns lm-eval's results."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
@@ -99,6 +102,7 @@ def _ask(job: Job, name: str, stage: str | None, tasks: list[Any], asked: argpar
         model=model,
         model_args={"pretrained": name},
         tasks=tasks,
+        task_manager=manager,
         limit=asked.limit,
         log_samples=asked.log_samples,
         evaluation_tracker=tracker,
@@ -115,13 +119,16 @@ def _ask(job: Job, name: str, stage: str | None, tasks: list[Any], asked: argpar
     return results["results"]
 
 
-def _figures(results: Mapping[str, Any], names: list[str]) -> dict[str, float | None]:
-    """The figure of every task that was asked for, under its name and its metric's."""
-    figures = {}
+def _figures(results: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """The figure of every task that was asked for, under its name and its metric's; shares in per cent, averaged."""
+    figures, shares = {}, []
     for name in names:
         found = results.get(name, {})
-        known = [metric for metric in METRICS if metric in found]
         others = [key for key, value in found.items() if isinstance(value, float) and "_stderr" not in key]
-        metric = (known + others + [""])[0]
-        figures[f"{name} {metric.partition(',')[0]}"] = found.get(metric)
-    return figures
+        metric = next((metric for metric in (*METRICS, *others) if metric in found), "")
+        shown = figure(found.get(metric), 2)
+        if metric in METRICS:
+            shares.append(100 * found[metric])
+            shown = figure(shares[-1], 2)
+        figures[f"{name} {metric.partition(',')[0]}"] = shown
+    return figures | {"average": figure(sum(shares) / len(shares), 2) if shares else NONE}

@@ -2,9 +2,9 @@
 
     python lm_eval_reference.py MODEL_FOLDER TASK_FOLDER OUT.json ARGUMENTS
 
-ARGUMENTS is a JSON object: "batch_size", "chat" (by the chat template), "max_length" (of the model). OUT.json then
-holds, task by task, the answers to every question: [[log-probability, greedy], ...], a log-probability, or texts; and
-under "seconds" how long lm-eval took, the model being loaded.
+ARGUMENTS is a JSON object: "batch_size"; "chat", whether by the chat template; "max_length" of the model, or null.
+OUT.json then holds "answers", of each task [[[answer], ...] a question], where an answer is [log-probability, greedy],
+a log-probability or a text; and "seconds", of each task how long lm-eval took.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -23,16 +24,15 @@ def main() -> None:
     asked = json.loads(arguments)
     model = HFLM(folder, dtype="float32", device="cpu", batch_size=asked["batch_size"], max_length=asked["max_length"])
     manager = TaskManager(include_path=tasks, include_defaults=False)
-    names = asked.get("tasks") or manager.all_tasks
-    seconds = {}
-    found = {}
-    for name in names:
+    found: dict[str, Any] = {"answers": {}, "seconds": {}}
+    for name in manager.all_tasks:
+        settings = {"task_manager": manager, "apply_chat_template": asked["chat"], "bootstrap_iters": 0}
         start = time.perf_counter()
-        results = simple_evaluate(model, tasks=[name], task_manager=manager, apply_chat_template=asked["chat"])
-        seconds[name] = time.perf_counter() - start
-        found |= {task: [sample["resps"] for sample in own] for task, own in results["samples"].items()}
+        results = simple_evaluate(model, tasks=[name], **settings)
+        found["seconds"][name] = time.perf_counter() - start
+        found["answers"][name] = [sample["resps"] for sample in results["samples"][name]]
     with open(out, "w") as stream:
-        json.dump({"answers": found, "seconds": seconds}, stream)
+        json.dump(found, stream)
 
 
 if __name__ == "__main__":
