@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python benchmarks/harness.py FOLDER [--times N] [--batch-sizes 1 8]
 
-FOLDER is a model in Hugging Face format. The tasks are those of the parity tests, with N times their questions. `hf` runs
-in the environment that the tests make for it (tests/helpers/real_assets.py), once for each batch size, the best of which
-counts for each task. Ours are asked twice, since the first time compiles: both are shown, the second counts.
+FOLDER is a model in Hugging Face format. The tasks are those of the parity tests, with N times their questions. `hf`
+runs in the environment that the tests make for it (tests/helpers/real_assets.py), once for each batch size; the best
+counts. Ours are asked twice, since the first time compiles: both are shown, the second counts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers import HELPERS, real_assets
 from helpers.harness_tasks import NAMES, write_tasks
 from lm_eval import simple_evaluate
