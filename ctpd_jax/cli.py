@@ -131,8 +131,9 @@ def asks_harness(known: argparse.Namespace) -> bool:
     """
     if known.command != "evaluate":
         return False
-    if known.harness is None and (known.folder or known.model or known.limit or known.harness_tasks):
-        raise UserError("--folder, --model, --limit and --harness-tasks belong to --harness.")
+    names = ("folder", "model", "limit", "harness_tasks", "chat_template", "log_samples")
+    if known.harness is None and any(getattr(known, name) for name in names):
+        raise UserError("--folder, --model, --limit and what else lm-eval is told belong to --harness.")
     if (known.config is None) != (known.folder is not None):
         raise UserError("give --config of a run, or --harness and --folder with a model in Hugging Face format.")
     return known.harness is not None

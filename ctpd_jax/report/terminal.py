@@ -18,6 +18,8 @@ from ctpd_jax.text.read_row import HARMLESS
 WIDTH = 110  # columns of the example and of the table
 MAX_SPANS = 40  # of one response
 MAX_PROMPT = 400  # characters of one message
+# Metrics of lm-eval that are shares, the preferred ones first.
+SHARES = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 
 
 def counts(counters: Counters) -> str:
@@ -93,11 +95,25 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
     return "\n".join([_render(accuracies), _render(others), *lines, *wording.data_lines(evaluation.get("data"))])
 
 
-def harness_text(models: Mapping[str, Mapping[str, str]]) -> str:
-    """Return lm-eval's figures as text: model -> "task metric" -> figure."""
-    table = _table("lm-eval, shares in %", ["model", *next(iter(models.values()))], left=("model",))
-    for name, row in models.items():
-        table.add_row(wording.harmless(name), *row.values())
+def harness_text(models: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    """Return lm-eval's results of models, model -> task -> metric -> figure, as text: one metric of each task.
+
+    Shares are told in per cent, and averaged.
+    """
+    # 1. The metric of each task: as the paper reports its six, or the first figure that there is.
+    first, metrics = next(iter(models.values())), {}
+    for task in tasks:
+        others = [key for key, value in first.get(task, {}).items() if isinstance(value, float)]
+        metrics[task] = next((key for key in (*SHARES, *others) if key in first.get(task, {})), "")
+    columns = [f"{task} {metric.partition(',')[0]}" for task, metric in metrics.items()]
+    # 2. A row for each model.
+    table = _table("lm-eval, shares in %", ["model", *columns, "average"], left=("model",))
+    for name, found in models.items():
+        figures = {task: found.get(task, {}).get(metric) for task, metric in metrics.items()}
+        shares = {task: 100 * figures[task] for task, metric in metrics.items() if metric in SHARES}
+        average = sum(shares.values()) / len(shares) if shares else None
+        shown = [*(figures | shares).values(), average]
+        table.add_row(wording.harmless(name), *(wording.figure(value, 2) for value in shown))
     return _render(table)
 
 

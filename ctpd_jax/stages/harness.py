@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job, require
 from ctpd_jax.job.models import dtype_of, folder
 from ctpd_jax.job.table import left_out, rows, trained_model
-from ctpd_jax.report.format import NONE, figure
 from ctpd_jax.report.terminal import harness_text
 from ctpd_jax.sharding import first_process
 from ctpd_jax.stages.generate import reading_model
-
-# Of a task the first of these stands in the table, as the paper reports its six.
-METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 
 
 def run(job: Job, asked: argparse.Namespace) -> None:
@@ -44,7 +40,7 @@ def run(job: Job, asked: argparse.Namespace) -> None:
     found = {name: _ask(job, name, table.get(name), manager, tasks, asked) for name in chosen}
 
     # 3. The table.
-    job.say(harness_text({name: _figures(results, shots) for name, results in found.items()}))
+    job.say(harness_text(found, list(shots)))
     job.say(str(job.workdir / "harness"))
 
 
@@ -117,18 +113,3 @@ def _ask(
         for task, own in samples.items():
             tracker.save_results_samples(task_name=task, samples=own)
     return results["results"]
-
-
-def _figures(results: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """The figure of every task that was asked for, under its name and its metric's; shares in per cent, averaged."""
-    figures, shares = {}, []
-    for name in names:
-        found = results.get(name, {})
-        others = [key for key, value in found.items() if isinstance(value, float) and "_stderr" not in key]
-        metric = next((metric for metric in (*METRICS, *others) if metric in found), "")
-        shown = figure(found.get(metric), 2)
-        if metric in METRICS:
-            shares.append(100 * found[metric])
-            shown = figure(shares[-1], 2)
-        figures[f"{name} {metric.partition(',')[0]}"] = shown
-    return figures | {"average": figure(sum(shares) / len(shares), 2) if shares else NONE}

@@ -159,7 +159,7 @@ def test_what_is_not_there_is_named_before_a_model_is_read(tmp_path, capsys, mon
         (["--harness"], "give --config of a run, or --harness and --folder"),
         (["--harness", "--folder", "x", "--config", MICRO], "give --config of a run, or --harness and --folder"),
         ([], "give --config of a run"),
-        (["--config", MICRO, "--limit", "3"], "--limit and --harness-tasks belong to --harness"),
+        (["--config", MICRO, "--limit", "3"], "lm-eval is told belong to --harness"),
         (["--folder", "x"], "belong to --harness"),
     ],
 )

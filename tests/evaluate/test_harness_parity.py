@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
-from helpers import HELPERS, real_assets
+from helpers import HELPERS, ROOT, real_assets
 from helpers.harness_tasks import NAMES, write_tasks
 
 pytestmark = pytest.mark.parity
@@ -64,3 +65,8 @@ def test_every_answer_is_that_of_lm_evals_own_model(real_models, tasks, tmp_path
     print(f"\n{name} {asked}: largest difference {worst:.1e}; {ours['own_answers'][0][0]}")
     assert worst < LOGPROB
     assert ours["own_answers"] == theirs["own_answers"]
+
+
+def test_what_runs_lm_eval_here_is_the_version_of_the_extras():
+    named = re.findall(r'"(lm-eval[^"]*)"', (ROOT / "setup.py").read_text())
+    assert named and set(named) <= set(real_assets.LIBRARIES)
