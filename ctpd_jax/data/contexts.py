@@ -36,7 +36,7 @@ def batches_by_length(
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     batches = []
     while order:
-        length = bucket(lengths[order[0]], 64)
+        length = bucket(lengths[order[0]], 16)
         fit = min(max(1, batch_tokens // (length + room)), 2 * len(order) - 1)
         count = -(-(1 << (fit.bit_length() - 1)) // multiple) * multiple
         batches.append((count, length, order[:count]))

@@ -40,6 +40,7 @@ from ctpd_jax.sharding import (
 )
 from ctpd_jax.train.metrics import Progress
 
+CPU_TOKENS = 1024  # of a batch that is scored: a CPU gains nothing from more, and loses by more padding
 Request = tuple[Any, list[int], list[int]]  # what lm-eval knows it by, its context, its continuation
 
 
@@ -50,7 +51,7 @@ class DecoderLM(TemplateLM):
 
     Args:
         folder: in Hugging Face format, or a hub id; its tokenizer is used in any case.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens of a batch, padding and room for answers included; of those that are scored on a CPU fewer.
         dtype: of the parameters and the products; None: bfloat16 on a TPU, else float32.
         mesh: of devices of this process, all by default; rows and parameters are spread over it.
         model: config and parameters, on that mesh, instead of those of the folder.
@@ -74,8 +75,8 @@ class DecoderLM(TemplateLM):
 
         # 1. Where, and how exactly.
         self.mesh = mesh or make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
-        platform = platform_of(self.mesh.devices.flat[0])
-        dtype = dtype or ("bfloat16" if platform == "tpu" else "float32")
+        self.platform = platform_of(self.mesh.devices.flat[0])
+        dtype = dtype or ("bfloat16" if self.platform == "tpu" else "float32")
         self.batch_tokens, self.seed = batch_tokens, seed
         # 2. The model. Its tokenizer is opened by the class that lm-eval's `hf` opens it with.
         path = model_directory(folder)
@@ -83,7 +84,7 @@ class DecoderLM(TemplateLM):
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         # 3. How it attends: contexts are shared by their continuations.
         check_heads(self.mesh, self.decoder.num_heads, self.decoder.num_kv_heads, str(folder))
-        backend = choose_backend("auto", self.decoder, dtype, True, platform)
+        backend = choose_backend("auto", self.decoder, dtype, True, self.platform)
         self.compute = Compute(dtype, attention=backend, mesh=self.mesh)
 
     # -------------------------------------------------------------------------------------------- text
@@ -142,7 +143,8 @@ class DecoderLM(TemplateLM):
         questions = [request[1:] for request in requests]
         rows, devices = contexts.shared_rows(questions, self.max_length), row_devices(self.mesh)
         needs = [contexts.needs_of(row, questions) for row in rows]
-        batches = contexts.batches_by_length([tokens for tokens, _ in needs], self.batch_tokens, devices)
+        at_once = min(self.batch_tokens, CPU_TOKENS) if self.platform == "cpu" else self.batch_tokens
+        batches = contexts.batches_by_length([tokens for tokens, _ in needs], at_once, devices)
         most: dict[int, int] = {}
         for _, length, places in batches:
             most[length] = max(most.get(length, 0), *(needs[place][1] for place in places))

@@ -87,3 +87,4 @@ def test_a_size_is_rounded_up_by_a_quarter_at_most():
     for size in range(1, 5000):
         assert 0 <= bucket(size, 8) - size < max(8, size / 4)
     assert len({bucket(size, 64) for size in range(1, 4097)}) <= 4 * 4 + 4
+    assert [bucket(size, 16) for size in (1, 17, 80, 129, 161)] == [16, 32, 80, 160, 192]
