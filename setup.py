@@ -40,7 +40,14 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.100", "beartype>=0.20", "tensorboard>=2.18"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.100",
+            "beartype>=0.20",
+            "tensorboard>=2.18",
+            "lm-eval==0.4.13",
+        ],
         "dev": ["ruff>=0.12", "mypy>=1.15"],
         "hub": ["datasets>=4", "huggingface_hub>=1.0"],
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],

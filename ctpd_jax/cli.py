@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser().parse_known_args(arguments)
     try:
         # These have nothing that could go on: SIGTERM ends them at once.
-        if known.command in ("inspect", "generate", "plan", "report", "judge"):
+        if known.command in ("inspect", "generate", "plan", "report", "judge") or asks_harness(known):
             return look(known, overrides)
         with preempt.listening():
             # 1. What is asked for. JAX reads its environment when it is imported: until here it is not.
@@ -93,7 +93,7 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
 
 
 def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """The commands that only look: inspect, generate, judge, plan and report. Returns the exit code."""
+    """The commands that only look: inspect, generate, judge, plan, report and evaluate --harness. Returns the exit code."""
     if known.command == "report":
         return reported(known.workdir)
     if known.command == "judge":
@@ -115,18 +115,22 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         from ctpd_jax.plan.command import plan_command
 
         return plan_command(known, config)
+    if known.command == "evaluate" and known.folder:
+        config.data.train = "none.jsonl"  # no data are read
     check_config(config)
     choose_platform(config)
     config.wandb = ""  # who looks tells nobody
     from ctpd_jax.job.job import open_job
     from ctpd_jax.processes import distributed
-    from ctpd_jax.stages import generate, inspect
+    from ctpd_jax.stages import generate, harness, inspect
 
     # The answers of `generate` may go into a file, where nothing else belongs.
     say = partial(print, file=sys.stderr) if known.command == "generate" else print
     with distributed.joined(), open_job(config, known.workdir, say) as job:
         if known.command == "inspect":
             inspect.inspect(job, known)
+        elif known.command == "evaluate":
+            harness.run(job, known)
         else:
             generate.answer(
                 job, known.model, known.prompt, generate.sampling_of(known, config.seed), generate.prompt_file(known)
@@ -146,6 +150,22 @@ def reported(workdir: Path) -> int:
         raise UserError(f"{workdir} holds no run: there is no config.json.")
     print(write_report(workdir))
     return 0
+
+
+def asks_harness(known: argparse.Namespace) -> bool:
+    """Whether lm-eval is to ask the questions.
+
+    Raises:
+      UserError: what belongs to it without it, or neither a run nor a folder.
+    """
+    if known.command != "evaluate":
+        return False
+    names = ("folder", "model", "limit", "harness_tasks", "chat_template", "log_samples")
+    if known.harness is None and any(getattr(known, name) for name in names):
+        raise UserError("--folder, --model, --limit and what else lm-eval is told belong to --harness.")
+    if (known.config is None) != (known.folder is not None):
+        raise UserError("give --config of a run, or --harness and --folder with a model in Hugging Face format.")
+    return known.harness is not None
 
 
 def choose_platform(config: ConfigDict) -> None:

@@ -233,6 +233,13 @@ def told_by_first(look: Callable[[], Any]) -> Any:
     return value
 
 
+def summed_over_processes(array: np.ndarray) -> np.ndarray:
+    """Return the sum of the arrays, of one shape and dtype, that all processes hand in; every one of them gets it."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.process_allgather(array)).sum(axis=0)
+
+
 def patiently(look: Callable[[], T | None], seconds: float = 60.0) -> T | None:
     """Return what `look` finds; several processes, which share a file system, ask it again for up to `seconds`."""
     # NFS shows a process what others have written only after a while, and that a file is not there for as long.

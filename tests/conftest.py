@@ -35,6 +35,7 @@ MEDIUM = (
     "models/test_lora.py",
     "multi_device/test_import.py",
     "pipeline/test_adapters.py",
+    "evaluate/test_harness.py",
     "pipeline/test_export.py",
     "pipeline/test_starts.py",
     "pipeline/test_propose.py",

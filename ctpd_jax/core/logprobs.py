@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 BLOCK_BYTES = 64 * 2**20  # default size of one float32 block of logits
 
@@ -66,13 +66,38 @@ def token_logprobs(
     >>> token_logprobs(jnp.ones((2, 3)), jnp.zeros((4, 3)), jnp.array([0, 3])).round(3)  # equal logits: -log 4
     Array([-1.386, -1.386], dtype=float32)
     """
+    arranged = _arranged(hidden, unembedding, targets, chunk, softcap, precision)
+    return _score(*arranged).reshape(jnp.shape(targets))
+
+
+def token_logprobs_and_likeliest(
+    hidden: Float[ArrayLike, "*slots D"],
+    unembedding: Float[ArrayLike, "V D"],
+    targets: Int[ArrayLike, "*slots"],
+    chunk: int | None = None,
+    softcap: float | None = None,
+    precision: Precision = None,
+) -> tuple[Float[Array, "*slots"], Bool[Array, "*slots"]]:
+    """What `token_logprobs` returns, without a gradient, and whether no other token is likelier than the target."""
+    top, total, at_target = _online(*_arranged(hidden, unembedding, targets, chunk, softcap, precision))
+    shape = jnp.shape(targets)
+    return (at_target - (top + jnp.log(total))).reshape(shape), (at_target >= top).reshape(shape)
+
+
+def _arranged(
+    hidden: ArrayLike,
+    unembedding: ArrayLike,
+    targets: ArrayLike,
+    chunk: int | None,
+    softcap: float | None,
+    precision: Any,
+) -> tuple[Array, Array, Array, _Head]:
+    """What `_score` takes: hidden [N, D], the unembedding in groups [C, G, D], targets [N], and the head."""
     hidden, unembedding, targets = jnp.asarray(hidden), jnp.asarray(unembedding), jnp.asarray(targets)
     _check(hidden, unembedding, targets, chunk, softcap)
-    if targets.size == 0:
-        return jnp.zeros(targets.shape, _accumulator(hidden, unembedding))
     vocabulary, width = unembedding.shape
     # 1. How much is multiplied at once, and how exactly.
-    groups = number_of_groups(targets.size, vocabulary, chunk)
+    groups = number_of_groups(max(1, targets.size), vocabulary, chunk)
     dtype = jnp.promote_types(hidden.dtype, unembedding.dtype)
     if precision is None and dtype.itemsize >= 4:
         precision = lax.Precision.HIGHEST
@@ -84,7 +109,7 @@ def token_logprobs(
     # -1 lies in no group, so that its log-probability stays NaN.
     known = jnp.where((targets >= 0) & (targets < vocabulary), targets, -1)
     rows, grouped, flat_targets = _equally_varying(rows, grouped, known.reshape(-1))
-    return _score(rows, grouped, flat_targets, _Head(vocabulary, softcap, precision)).reshape(targets.shape)
+    return rows, grouped, flat_targets, _Head(vocabulary, softcap, precision)
 
 
 def _check(hidden: Array, unembedding: Array, targets: Array, chunk: int | None, softcap: float | None) -> None:
@@ -162,6 +187,12 @@ def _score(
 def _score_forward(
     hidden: Array, grouped: Array, targets: Array, head: _Head
 ) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    top, total, at_target = _online(hidden, grouped, targets, head)
+    normalizer = top + jnp.log(total)
+    return at_target - normalizer, (hidden, grouped, targets, normalizer)
+
+
+def _online(hidden: Array, grouped: Array, targets: Array, head: _Head) -> tuple[Array, Array, Array]:
     """Online log-sum-exp: largest logit, sum of exp(logit - largest) and the target's logit, group by group."""
     dtype = _accumulator(hidden, grouped)
     groups = grouped.shape[1]
@@ -181,9 +212,7 @@ def _score_forward(
         return jnp.full_like(hidden, value, dtype, targets.shape)
 
     start = (constant(-jnp.inf), constant(0.0), constant(jnp.nan))
-    (top, total, at_target), _ = lax.scan(step, start, jnp.arange(groups))
-    normalizer = top + jnp.log(total)
-    return at_target - normalizer, (hidden, grouped, targets, normalizer)
+    return lax.scan(step, start, jnp.arange(groups))[0]
 
 
 def _score_backward(

@@ -71,7 +71,22 @@ with two tokenizers, what the limits cut. No model is loaded, and no --config is
 """
 
 
-EPILOGS = {"generate": GENERATE_EPILOG, "plan": PLAN_EPILOG, "inspect": INSPECT_EPILOG, "judge": JUDGE_EPILOG}
+EVALUATE_EPILOG = """\
+With --harness, lm-eval asks the run's models, or a model folder, the questions of its tasks (docs/evaluate.md).
+
+  ctpd evaluate --config configs/demo.py --workdir runs/demo
+  ctpd evaluate --config configs/demo.py --workdir runs/demo --harness --model ctpd --model student_start
+  ctpd evaluate --harness arc_easy:0,gsm8k:5 --folder runs/demo/export --workdir runs/scores --limit 100
+"""
+EPILOGS = {
+    "generate": GENERATE_EPILOG,
+    "plan": PLAN_EPILOG,
+    "inspect": INSPECT_EPILOG,
+    "evaluate": EVALUATE_EPILOG,
+    "judge": JUDGE_EPILOG,
+}
+# The paper's tasks and shots.
+HARNESS = "hellaswag:10,arc_challenge:25,mmlu:5,truthfulqa_mc2:0,winogrande:5,gsm8k:5"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
         )
         needed = name not in ("generate", "inspect")
         if name not in ("report", "judge"):
-            command.add_argument("--config", required=needed, metavar="FILE.py", help="a file with get_config()")
+            command.add_argument(
+                "--config", required=needed and name != "evaluate", metavar="FILE.py", help="a file with get_config()"
+            )
         if name == "plan":
             add_plan_arguments(command)
             continue
@@ -130,7 +147,34 @@ def parser() -> argparse.ArgumentParser:
                 command.add_argument(f"--{model}", metavar="DIR", help=f"folder or hub id with the {model}'s tokenizer")
         if name == "generate":
             add_generate_arguments(command)
+        if name == "evaluate":
+            add_harness_arguments(command)
     return top
+
+
+def add_harness_arguments(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("lm-eval")
+    group.add_argument(
+        "--harness",
+        nargs="?",
+        const=HARNESS,
+        metavar="TASK[:SHOTS],...",
+        help=f"ask these tasks of lm-eval, instead of the evaluation on held-out pairs (by default {HARNESS})",
+    )
+    group.add_argument("--harness-tasks", metavar="DIR", help="a folder with more tasks, as YAML files")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model", action="append", metavar="ROW", help="only this row of the table; may be repeated (default: all)"
+    )
+    which.add_argument(
+        "--folder", metavar="DIR_OR_HUB_ID", help="a model in Hugging Face format instead of a run's; without --config"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    group.add_argument("--chat-template", action="store_true", help="ask as a user, by the model's chat template")
+    group.add_argument("--log-samples", action="store_true", help="write every question with its answer too")
+    group.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="tokens of a batch and process (default: 8192)"
+    )
 
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:

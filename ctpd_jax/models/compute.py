@@ -6,11 +6,12 @@ Letters: R rows, L row length, K scored tokens of a row, D model width, V vocabu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ctpd_jax.core.logprobs import BLOCK_BYTES, token_logprobs
+from ctpd_jax.core.logprobs import BLOCK_BYTES, token_logprobs, token_logprobs_and_likeliest
 from ctpd_jax.models.attention_backends import Backend
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, Remat, hidden_states, unembedding
@@ -41,11 +42,26 @@ def scored_states(config: DecoderConfig, params: Params, batch: Batch, compute: 
     return jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
 
 
+def scored_and_likeliest(config: DecoderConfig, params: Params, batch: Batch, compute: Compute) -> tuple[Array, Array]:
+    """Returns what `scored_logprobs` does, and whether no token is likelier than the target: bool [R, K]."""
+    scored = scored_states(config, params, batch, compute)
+    return token_logprobs_and_likeliest(**_head(config, params, scored, batch, compute))
+
+
 def logprobs_of(config: DecoderConfig, params: Params, scored: Array, batch: Batch, compute: Compute) -> Array:
     """Returns what `scored_logprobs` does, given the states [R, K, D]."""
-    mesh = compute.mesh
-    head = unembedding(config, params).astype(scored.dtype)
+    logps = token_logprobs(**_head(config, params, scored, batch, compute))
+    return jnp.where(batch.pair >= 0, logps, 0.0)
+
+
+def _head(config: DecoderConfig, params: Params, scored: Array, batch: Batch, compute: Compute) -> dict[str, Any]:
+    mesh, head = compute.mesh, unembedding(config, params).astype(scored.dtype)
     # The block of logits is spread over the devices, so that each may have one of the usual size.
     chunk = max(1, BLOCK_BYTES // (4 * config.vocab_size)) * (1 if mesh is None else mesh.devices.size)
-    logps = token_logprobs(constrain(mesh, scored, ROWS, None, None), head, batch.target, chunk, config.final_softcap)
-    return jnp.where(batch.pair >= 0, logps, 0.0)
+    return {
+        "hidden": constrain(mesh, scored, ROWS, None, None),
+        "unembedding": head,
+        "targets": batch.target,
+        "chunk": chunk,
+        "softcap": config.final_softcap,
+    }

@@ -81,6 +81,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     decode: Decode | None = None,
     compute_dtype: str | None = None,
+    prompt_room: int = 0,
 ) -> list[list[int]]:
     """Continue prompts, which may differ in length, in one batch.
 
@@ -100,6 +101,7 @@ def generate(
             so far are decoded on the host; without stop strings the device is left alone until the end.
         decode: token ids -> text; with stop_strings, and only then.
         compute_dtype: the dtype of the activations; None: the parameters' own.
+        prompt_room: the least length, in tokens, that prompts are padded to: calls with the same share their programs.
 
     Returns:
         The answers' token ids, without prompt and without the stop token, but with all tokens of a stop string:
@@ -116,7 +118,7 @@ def generate(
     batch = 1 << (len(prompts) - 1).bit_length()
     lengths = np.ones(batch, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    tokens = np.zeros((batch, _round_up(int(lengths.max()))), np.int32)
+    tokens = np.zeros((batch, _round_up(max(prompt_room, int(lengths.max())))), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     # 2. What is compiled for, and what is handed in.

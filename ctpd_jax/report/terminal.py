@@ -21,6 +21,8 @@ LABEL = 9  # columns in front of a block of spans
 MAX_SPANS = 120  # of one response
 MAX_PROMPT = 400  # characters of one message
 HOT, COLD = (236, 132, 54), (62, 148, 188)  # the page's colours of a weight above and below one
+# Metrics of lm-eval that are shares, the preferred ones first.
+SHARES = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 
 
 def counts(counters: Counters) -> str:
@@ -183,6 +185,28 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
         longer = (evaluation.get("longer_is_better") or {}).get(subset)
         lines.append(f"  {label + ' pairs':21} {wording.share(longer)}   n = {longer['count'] if longer else 0}")
     return "\n".join([_render(accuracies), _render(others), *lines, *wording.data_lines(evaluation.get("data"))])
+
+
+def harness_text(models: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    """Return lm-eval's results of models, model -> task -> metric -> figure, as text: one metric of each task.
+
+    Shares are told in per cent, and averaged.
+    """
+    # 1. The metric of each task: as the paper reports its six, or the first figure that there is.
+    first, metrics = next(iter(models.values())), {}
+    for task in tasks:
+        others = [key for key, value in first.get(task, {}).items() if isinstance(value, float)]
+        metrics[task] = next((key for key in (*SHARES, *others) if key in first.get(task, {})), "")
+    columns = [f"{task} {metric.partition(',')[0]}" for task, metric in metrics.items()]
+    # 2. A row for each model.
+    table = _table("lm-eval, shares in %", ["model", *columns, "average"], left=("model",))
+    for name, found in models.items():
+        figures = {task: found.get(task, {}).get(metric) for task, metric in metrics.items()}
+        shares = {task: 100 * figures[task] for task, metric in metrics.items() if metric in SHARES}
+        average = sum(shares.values()) / len(shares) if shares else None
+        shown = [*(figures | shares).values(), average]
+        table.add_row(wording.harmless(name), *(wording.figure(value, 2) for value in shown))
+    return _render(table)
 
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:

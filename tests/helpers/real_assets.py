@@ -31,7 +31,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("torch==2.13.0", "transformers>=5", "accelerate", "peft", "gguf", "sentencepiece", "protobuf", "tiktoken")
+LIBRARIES = (
+    *("torch==2.13.0", "transformers>=5", "accelerate", "peft", "gguf", "sentencepiece", "protobuf", "tiktoken"),
+    "lm-eval==0.4.13",
+)
 # Beside it, in a folder of its own: the series before, which many servers still run, with what it depends on.
 LIBRARIES_4 = ("transformers>=4.57,<5",)
 # The TPU compiler that goes with the jax of setup.py.

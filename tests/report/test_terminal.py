@@ -154,6 +154,23 @@ def test_the_table_without_matched_pairs():
     assert len(matched) == 5 and all(line.count(wording.NONE) == 3 for line in matched)
 
 
+def test_scores_of_lm_eval_take_the_papers_metrics_and_average_shares_alone():
+    """hellaswag has both accuracies, gsm8k two readings of an answer; a perplexity is no share."""
+    stderr = {"acc_stderr,none": 0.01, "name": "x"}
+    results = {
+        "hellaswag": {"acc,none": 0.4, "acc_norm,none": 0.5, **stderr},
+        "mmlu": {"acc,none": 0.25, **stderr},
+        "gsm8k": {"exact_match,flexible-extract": 0.9, "exact_match,strict-match": 0.75},
+        "wikitext": {"word_perplexity,none": 12.345, "word_perplexity_stderr,none": "N/A"},
+    }
+    text = terminal.harness_text({"ctpd": results, "teacher": results | {"mmlu": {"acc,none": 1.0}}}, list(results))
+    rows = [line.split() for line in text.split("\n") if line.split()[:1] in (["ctpd"], ["teacher"])]
+    assert rows == [
+        ["ctpd", "50.00", "25.00", "75.00", "12.35", "50.00"],
+        ["teacher", "50.00", "100.00", "75.00", "12.35", "75.00"],
+    ]
+
+
 def test_what_was_read_is_told_with_the_first_rows_of_each_reason():
     counters = Counters({"rows": 9, "kept": 4, "exact repeats": 1})
     for name, rows in (("left out: a tie", ("a:1", "a:2")), ("left out: empty answer", ("a:3", "a:4", "a:5", "a:6"))):
