@@ -93,9 +93,12 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
 
 
 def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """The commands that only look: inspect, generate, judge, plan, report and evaluate --harness. Returns the exit code."""
+    """The commands that only look. Returns the exit code."""
+    # 1. Those that need no run.
     if known.command == "report":
         return reported(known.workdir)
+    if known.command == "plan":
+        return planned(known, overrides)
     if known.command == "judge":
         from ctpd_jax.stages.judge import judge
 
@@ -105,16 +108,8 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     if known.command == "inspect" and inspected_data(known, overrides):
         return 0
+    # 2. Those that look at a run.
     config = load_config(known.config, overrides)
-    if known.command == "plan":
-        config.data.train = config.data.train or "none.jsonl"  # no data are read
-        check_config(config)
-        from ctpd_jax.plan import chips
-
-        chips.quiet_compiler()
-        from ctpd_jax.plan.command import plan_command
-
-        return plan_command(known, config)
     if known.command == "evaluate" and known.folder:
         config.data.train = "none.jsonl"  # no data are read
     check_config(config)
@@ -132,23 +127,8 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         elif known.command == "evaluate":
             harness.run(job, known)
         else:
-            generate.answer(
-                job, known.model, known.prompt, generate.sampling_of(known, config.seed), generate.prompt_file(known)
-            )
-    return 0
-
-
-def reported(workdir: Path) -> int:
-    """Writes the page of a run as far as it has come.
-
-    Raises:
-      UserError: there is no run.
-    """
-    from ctpd_jax.report.page import write_report
-
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds no run: there is no config.json.")
-    print(write_report(workdir))
+            sampling, file = generate.sampling_of(known, config.seed), generate.prompt_file(known)
+            generate.answer(job, known.model, known.prompt, sampling, file)
     return 0
 
 
@@ -166,6 +146,33 @@ def asks_harness(known: argparse.Namespace) -> bool:
     if (known.config is None) != (known.folder is not None):
         raise UserError("give --config of a run, or --harness and --folder with a model in Hugging Face format.")
     return known.harness is not None
+
+
+def planned(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Plans the stages; the exit code says whether they fit."""
+    config = load_config(known.config, overrides)
+    config.data.train = config.data.train or "none.jsonl"  # no data are read
+    check_config(config)
+    from ctpd_jax.plan import chips
+
+    chips.quiet_compiler()
+    from ctpd_jax.plan.command import plan_command
+
+    return plan_command(known, config)
+
+
+def reported(workdir: Path) -> int:
+    """Writes the page of a run as far as it has come.
+
+    Raises:
+      UserError: there is no run.
+    """
+    from ctpd_jax.report.page import write_report
+
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds no run: there is no config.json.")
+    print(write_report(workdir))
+    return 0
 
 
 def choose_platform(config: ConfigDict) -> None:

@@ -125,7 +125,7 @@ def _lines(rows: Sequence[str], block: Sequence[Sequence[str]], styles: Sequence
 def _background(weight: float | None, full: float | None) -> str:
     """Return a style in the colours of the page: as far from 1 as the weight is, in logarithms."""
     strength = wording.strength(weight, full)
-    if not strength:
+    if strength is None or abs(strength) < 0.05:
         return ""
     ink = HOT if strength > 0 else COLD
     return "on rgb({},{},{})".format(*(round(255 - (255 - one) * abs(strength)) for one in ink)) + " black"
