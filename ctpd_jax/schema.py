@@ -5,6 +5,7 @@ Letters: T tokens of one side, S spans, R rows of a batch, L row length, K score
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -65,6 +66,11 @@ class Aligned:
     bounds: np.ndarray  # int32 [S+1], bounds[0] == 0
     teacher: TokenSide
     student: TokenSide
+    html: Callable[[Aligned], str] | None = field(default=None, repr=False, compare=False)  # `align` knows the texts
+
+    def _repr_html_(self) -> str | None:
+        """Show the spans in a notebook."""
+        return None if self.html is None else self.html(self)
 
     @property
     def num_spans(self) -> int:

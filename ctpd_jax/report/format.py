@@ -7,18 +7,12 @@ card as a command.
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-
-from ctpd_jax.schema import TokenSide
-from ctpd_jax.text.tokenizer_json import CONTROL
-from ctpd_jax.text.tokens import TextTokenizer
 
 NONE = "n/a"
 FULL_COLOUR = 1.5  # |log weight| of the full colour where no setting says how far weights go
@@ -68,33 +62,6 @@ TEMPLATES = jinja2.Environment(
 )
 
 # ------------------------------------------------------------------------------------------------ tokens
-
-
-def pieces(tokenizer: TextTokenizer, side: TokenSide, span: int) -> list[str]:
-    """Return the text of each token of one span, in order, as `spelled` writes them."""
-    return spelled(tokenizer, side.ids[side.span_ids == span])
-
-
-def spelled(tokenizer: TextTokenizer, ids: np.ndarray) -> list[str]:
-    """Return the text of each token, int32 [T].
-
-    It is the tokens' own text, from the vocabulary: a dummy space in front is there, and bytes that are no whole
-    character read <0xF0>. A special token reads as its name.
-    """
-    lengths, texts = tokenizer.vocabulary.lengths, []
-    for token in ids.tolist():
-        # A control token has no bytes of its own, and neither has an id past the vocabulary.
-        if token >= len(lengths) or lengths[token] == CONTROL:
-            texts.append(tokenizer.backend.id_to_token(token) or f"<id {token}>")
-        else:
-            texts.append(decode(tokenizer.token_bytes(token)))
-    return texts
-
-
-def decode(data: bytes) -> str:
-    """Return UTF-8 as text; every byte that belongs to no whole character reads <0xF0>."""
-    text = data.decode("utf-8", errors="surrogateescape")  # such a byte becomes U+DC00 and its value
-    return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
 
 
 def span_text(span: Mapping[str, Any]) -> str:

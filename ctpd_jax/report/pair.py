@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ctpd_jax.report.format import pieces, spelled
 from ctpd_jax.schema import MODELS, SIDES, AlignedPair, PreferencePair
 from ctpd_jax.text.prepare import Limits
 from ctpd_jax.text.prompts import TextModel
+from ctpd_jax.text.shown import pieces, spelled
 
 Texts = Mapping[str, TextModel]  # "teacher" and "student"
 
@@ -29,6 +29,7 @@ def pair_record(
       weights: of the chosen and the rejected response's spans, float32 [S] each.
       scores: side -> scorer -> log-probabilities of the spans, float32 [S], as the store holds them.
     """
+    # Weights are there once the pairs were annotated; the alignment is there before anything was trained.
     sides = {}
     for side, name in enumerate(SIDES):
         aligned, text = pair.response(side), (raw.chosen, raw.rejected)[side].encode("utf-8")

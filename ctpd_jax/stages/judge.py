@@ -91,10 +91,12 @@ def answers_of(path: Path) -> dict[str, str]:
 
 def ask_all(questions: Sequence[str], known: argparse.Namespace) -> dict[str, str]:
     """Return the judge's reply to each question; those of before stand beside the output and are not asked again."""
+    # 1. What was asked before: the same words of the same judge.
     path = known.out.with_suffix(".replies.jsonl")
     names = {question: hashlib.sha256(f"{known.model}\0{question}".encode()).hexdigest() for question in questions}
     kept = replies_of(path)
     missing = [question for question in dict.fromkeys(questions) if names[question] not in kept]
+    # 2. The others, several at once; each is on disk before the next is counted.
     key = os.environ.get(KEY)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")

@@ -10,6 +10,8 @@ Letters: n characters, B bytes of a text, T tokens of one side, S spans. NumPy t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Aligned, Counters, TokenSide
 from ctpd_jax.text import tokens
 from ctpd_jax.text.cuts import code_points, per_character, utf8_lengths
+from ctpd_jax.text.shown import spans_html
 from ctpd_jax.text.tokens import TextTokenizer, load_tokenizer, normalize
 
 Unit = Literal["character", "byte"]
@@ -43,7 +46,7 @@ def align(
         "teacher_border_merges" or "student_border_merges".
 
     Returns:
-      The spans; neither BOS nor end-of-turn is added.
+      The spans; neither BOS nor end-of-turn is added. A notebook shows them as boxes.
 
     Raises:
       UserError: a tokenizer is not lossless.
@@ -52,7 +55,8 @@ def align(
     if counters is not None:
         counters.add("teacher_border_merges", tokens.merges_across(teacher, [teacher_context], [response]))
         counters.add("student_border_merges", tokens.merges_across(student, [student_context], [response]))
-    return align_batch([response], teacher, student, unit)[0]
+    shown = partial(spans_html, response=response, teacher=teacher, student=student)
+    return replace(align_batch([response], teacher, student, unit)[0], html=shown)
 
 
 def align_batch(responses: Sequence[str], teacher: Any, student: Any, unit: Unit = "character") -> list[Aligned]:
@@ -152,13 +156,13 @@ def truncate(aligned: Aligned, max_teacher_tokens: int, max_student_tokens: int)
         inside = side.span_ids[side.span_ids >= 0]
         counts = np.searchsorted(inside, np.arange(aligned.num_spans), side="right")
         spans = min(spans, int(np.searchsorted(counts, limit, side="right")))
-    kept = []
-    dropped = False
+    # Of both sides what lies in those spans; a token past the last boundary goes too.
+    kept, dropped = [], False
     for side in (aligned.teacher, aligned.student):
         keep = (side.span_ids >= 0) & (side.span_ids < spans)
         kept.append(TokenSide(side.ids[keep], side.span_ids[keep]))
         dropped |= not keep.all()
-    return Aligned(aligned.bounds[: spans + 1], *kept), bool(dropped)
+    return Aligned(aligned.bounds[: spans + 1], kept[0], kept[1]), bool(dropped)
 
 
 def with_end_of_turn(aligned: Aligned, teacher_token: int, student_token: int) -> Aligned:
@@ -172,4 +176,4 @@ def with_end_of_turn(aligned: Aligned, teacher_token: int, student_token: int) -
             raise UserError("A response that was cut has no end of turn: truncate it and leave the token out.")
         ids = np.append(side.ids, np.int32(token))
         sides.append(TokenSide(ids, np.append(side.span_ids, np.int32(aligned.num_spans))))
-    return Aligned(np.append(aligned.bounds, aligned.bounds[-1]), *sides)
+    return Aligned(np.append(aligned.bounds, aligned.bounds[-1]), sides[0], sides[1])

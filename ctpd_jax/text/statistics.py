@@ -49,6 +49,7 @@ def span_statistics(pairs: Sequence[AlignedPair], raw: Mapping[str, PreferencePa
     edges = np.quantile(table[:, SIZE], [0, 0.25, 0.5, 0.75, 1])
     quarters = np.clip(np.searchsorted(edges, table[:, SIZE], side="right") - 1, 0, 3)
     groups |= {f"{edges[i]:,.0f} to {edges[i + 1]:,.0f} bytes": quarters == i for i in range(4)}
+    # A data set in one script needs no groups by script.
     scripts = Counter(script for _, script in names)
     common = [script for script, _ in scripts.most_common(SCRIPTS)]
     if len(scripts) > 1:

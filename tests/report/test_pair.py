@@ -13,6 +13,7 @@ from ctpd_jax.report.pair import pair_record, problems
 from ctpd_jax.schema import Message, PreferencePair, TokenSide
 from ctpd_jax.text.prepare import Limits, prepare_pairs
 from ctpd_jax.text.prompts import load_text_model
+from ctpd_jax.text.spans import align
 
 RAW = PreferencePair("p", (Message("user", "Tell me about tea."),), "green leaves <script>", "no 🥐", "pairs.jsonl:1")
 LIMITS = Limits(64, 64)
@@ -85,3 +86,11 @@ def test_tokens_of_a_side_are_kept_in_order(texts, pair):
     side: TokenSide = pair.chosen.student
     assert sum(len(span["student"]) for span in told["chosen"]["spans"]) == len(side.ids)
     assert told["chosen"]["spans"][0]["weight"] is None and told["chosen"]["spans"][0]["logps"] == {}
+
+
+def test_a_notebook_shows_the_spans_of_a_response_as_text(toy_models):
+    aligned = align("a <b> 🥐", *map(str, toy_models))
+    page = aligned._repr_html_()
+    assert page.count("<div style") == aligned.num_spans and "<b>" not in page and "&lt;" in page
+    assert dataclasses.replace(aligned, html=None)._repr_html_() is None
+    assert "html" not in repr(aligned)

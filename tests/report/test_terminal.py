@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from ctpd_jax.report import format as wording
 from ctpd_jax.report import terminal
 from ctpd_jax.schema import Counters, TokenSide
+from ctpd_jax.text import shown
 from ctpd_jax.text.tokens import TextTokenizer, encode, load_tokenizer
 
 
@@ -43,24 +44,24 @@ def test_pieces_are_the_tokens_own_text():
     tok = byte_tokenizer()
     ids = np.append(encode(tok, "ab é"), tok.hf.convert_tokens_to_ids("<|im_end|>")).astype(np.int32)
     side = TokenSide(ids, np.array([0, 1, 1, 1, 2], np.int32))
-    assert wording.pieces(tok, side, 0) == ["ab"]
-    assert wording.pieces(tok, side, 1) == [" ", "<0xC3>", "<0xA9>"]
-    assert wording.pieces(tok, side, 2) == ["<|im_end|>"]
-    assert wording.pieces(tok, side, 3) == []
+    assert shown.pieces(tok, side, 0) == ["ab"]
+    assert shown.pieces(tok, side, 1) == [" ", "<0xC3>", "<0xA9>"]
+    assert shown.pieces(tok, side, 2) == ["<|im_end|>"]
+    assert shown.pieces(tok, side, 3) == []
 
 
 def test_pieces_of_a_tokenizer_with_a_space_marker():
     tok = piece_tokenizer()
     ids = np.append(encode(tok, "ab 客é"), tok.hf.convert_tokens_to_ids("</s>")).astype(np.int32)
     side = TokenSide(ids, np.zeros(len(ids), np.int32))
-    assert wording.pieces(tok, side, 0) == [" a", "b", " ", "<0xE5>", "<0xAE>", "<0xA2>", "é", "</s>"]
+    assert shown.pieces(tok, side, 0) == [" a", "b", " ", "<0xE5>", "<0xAE>", "<0xA2>", "é", "</s>"]
 
 
 def test_broken_utf8_is_shown_byte_by_byte():
-    assert wording.decode("aé".encode()) == "aé"
-    assert wording.decode(b"\xf0\x9f\x98") == "<0xF0><0x9F><0x98>"
-    assert wording.decode(b"ok \xff\xe5\xae\xa2 \x80end") == "ok <0xFF>客 <0x80>end"
-    assert wording.decode(b"") == ""
+    assert shown.decode("aé".encode()) == "aé"
+    assert shown.decode(b"\xf0\x9f\x98") == "<0xF0><0x9F><0x98>"
+    assert shown.decode(b"ok \xff\xe5\xae\xa2 \x80end") == "ok <0xFF>客 <0x80>end"
+    assert shown.decode(b"") == ""
 
 
 def test_what_cannot_be_seen_is_made_visible():
