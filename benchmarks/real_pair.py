@@ -254,7 +254,9 @@ def main() -> int:
     parser.add_argument("--teacher", type=Path, default="google/gemma-3-270m")
     parser.add_argument("--student", type=Path, default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--dir", type=Path, default=Path("runs/real_pair"), help="where everything lies")
-    parser.add_argument("--updates", type=int, default=46, help="of 4 pairs, for every method (default: 46, all pairs once)")
+    parser.add_argument(
+        "--updates", type=int, default=46, help="of 4 pairs, for every method (default: 46, all pairs once)"
+    )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--methods", default=",".join(METHODS), help="names with commas (default: all)")
     parser.add_argument("--report", action="store_true", help="run nothing; the table of what is there")
