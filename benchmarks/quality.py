@@ -28,8 +28,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 from quality_cells import Cell, Method, Sizes, World, alone, lines_of, made_from, run_world
-from quality_report import report
+from quality_report import fluent_table, frontier, report
 
 from ctpd_jax.errors import UserError
 
@@ -98,6 +99,7 @@ ABLATIONS = tuple(name for name in METHODS if name not in (*ROWS, *MAIN))
 # Measured in all worlds, the others in the nominal one.
 CURVES = ("dpo", "ctpd", "ctpd_start", "regression", "contrast")
 
+FLUENT = 1.02  # bits per byte relative to CTPD's that count as equal fluency
 CHOOSING_SEEDS = (100, 101)  # of the worlds on which settings are chosen
 WORLDS = {
     "nominal": (World(),),
@@ -119,20 +121,35 @@ def choosing_cells(names: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def chosen_settings(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Each method's knob and learning rate: the best mean true reward over the worlds where settings are chosen."""
+def tried_settings(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float, float], tuple[float, float]]:
+    """(method, knob, lr) -> mean bits per byte and true reward over the worlds where settings are chosen."""
     grid = {World(seed=seed).name for seed in CHOOSING_SEEDS}
-    rewards: dict[tuple[str, float, float], dict[str, float]] = {}
+    found: dict[tuple[str, float, float], dict[str, tuple[float, float]]] = {}
     for line in lines:
         key = line["key"]
         if key["world"] in grid:
-            reward = line["found"].get("reward", float("-inf"))  # a training that diverged
-            rewards.setdefault((key["method"], key["knob"], key["lr"]), {})[key["world"]] = reward
+            lost = {"bits_per_byte": float("inf"), "reward": float("-inf")}  # a training that diverged
+            bits, reward = ((lost | line["found"])[name] for name in lost)
+            found.setdefault((key["method"], key["knob"], key["lr"]), {})[key["world"]] = bits, reward
+    return {setting: tuple(np.mean(list(own.values()), axis=0).tolist()) for setting, own in found.items()}
+
+
+def chosen_settings(
+    lines: Sequence[Mapping[str, Any]], names: Sequence[str], as_fluent: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Each method's knob and learning rate: the best true reward over the worlds where settings are chosen.
+
+    With `as_fluent`, among those settings that cost no more bits per byte than CTPD's do.
+    """
+    tried = tried_settings(lines)
+    most = float("inf")
+    if as_fluent and (base := chosen_settings(lines, ["ctpd"]).get("ctpd")):
+        most = FLUENT * tried["ctpd", *base][0]
     found = {name: (0.0, 0.0) for name in names if not METHODS[name].knobs}
     for name in names:
-        tried = {each[1:]: sum(own.values()) / len(own) for each, own in rewards.items() if each[0] == name}
-        if tried:
-            found[name] = max(tried, key=lambda setting: tried[setting])
+        own = {each[1:]: reward for each, (bits, reward) in tried.items() if each[0] == name and bits <= most}
+        if own:
+            found[name] = max(own, key=lambda setting: own[setting])
     return found
 
 
@@ -246,8 +263,11 @@ def main() -> int:
             return 0
         if not known.report:
             run_missing(known.dir, sizes, choosing_cells(names), known.jobs)
-            settings = chosen_settings(lines_here(known.dir, sizes), names)
-            run_missing(known.dir, sizes, table_cells(worlds, names, known.seeds, settings), known.jobs)
+            lines = lines_here(known.dir, sizes)
+            cells = table_cells(worlds, names, known.seeds, chosen_settings(lines, names))
+            fluent = chosen_settings(lines, [name for name in names if name in MAIN], as_fluent=True)
+            cells += table_cells(["nominal"], list(fluent), known.seeds, fluent)
+            run_missing(known.dir, sizes, list(dict.fromkeys(cells)), known.jobs)
         print(tables(known.dir, sizes))
     except UserError as error:
         print(f"quality.py: {error}", file=sys.stderr)
@@ -256,9 +276,28 @@ def main() -> int:
 
 
 def tables(folder: Path, sizes: Sizes) -> str:
-    """The tables of the cells that are there, at the settings that are chosen now."""
+    """The tables and figures of the cells that are there, at the settings that are chosen now."""
     lines = lines_here(folder, sizes)
-    settings = chosen_settings(lines, list(METHODS))
+    settings, fluent = (chosen_settings(lines, list(METHODS), as_fluent) for as_fluent in (False, True))
+    says = {name: method.says for name, method in METHODS.items()}
+    # What varies within a kind of worlds is the field of that name; the nominal one has none.
+    kinds = {kind: {world.name: str(getattr(world, kind, kind)) for world in own} for kind, own in WORLDS.items()}
+    text = report(folder, results_of(lines, settings), settings, says, kinds)
+    if at_ctpd := results_of(lines, {name: fluent[name] for name in fluent if name in MAIN}):
+        text += "\n" + fluent_table(at_ctpd, World().name, fluent, says)
+    points = {name: [] for name in (*MAIN, "sft")}
+    for (name, *_), point in tried_settings(lines).items():
+        if name in points:
+            points[name].append(point)
+    (folder / "frontier.svg").write_text(frontier(points), encoding="utf-8")
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def results_of(
+    lines: Sequence[Mapping[str, Any]], settings: Mapping[str, tuple[float, float]]
+) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+    """(world without its seed, method) -> seed -> what was found at these settings."""
     results: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for line in lines:
         key = line["key"]
@@ -268,9 +307,7 @@ def tables(folder: Path, sizes: Sizes) -> str:
         if world.seed not in CHOOSING_SEEDS and key["seed"] == world.seed:
             found = results.setdefault((replace(world, seed=0).name, key["method"]), {})
             found[world.seed] = line["found"]
-    # What varies within a kind of worlds is the field of that name; the nominal one has none.
-    kinds = {kind: {world.name: str(getattr(world, kind, kind)) for world in own} for kind, own in WORLDS.items()}
-    return report(folder, results, settings, {name: method.says for name, method in METHODS.items()}, kinds)
+    return results
 
 
 def methods_text() -> str:

@@ -100,7 +100,6 @@ def of_weights(examples: Sequence[Example], config: ConfigDict) -> dict[str, flo
     A chosen piece should weigh more the better it is, a rejected one the worse it is; of the regression's target both
     should be higher. The correlation is the mean of both sides'.
     """
-    # 1. Correlation of a piece's mean signal with its reward, on both sides.
     settings = config.weights, config.train, config.seed
     values, _ = span_values(examples, *settings)
     regression = config.train.objective == "regression"
@@ -120,9 +119,12 @@ def of_weights(examples: Sequence[Example], config: ConfigDict) -> dict[str, flo
     found = {"weights_follow_truth": float(np.mean(correlations))}
     if regression:  # it has no lambda
         return found
+    return found | lambda_at_start(examples, config)
 
-    # 2. Lambda of the untouched student: its log-probabilities of spans are in the store.
-    items, _ = training_items(examples, *settings, config.positive.beta)
+
+def lambda_at_start(examples: Sequence[Example], config: ConfigDict) -> dict[str, float]:
+    """How lambda is spread over the pairs before the first update: the untouched student's scores are in the store."""
+    items, _ = training_items(examples, config.weights, config.train, config.seed, config.positive.beta)
     margins = []
     for item, (pair, scores) in zip(items, examples):
         returns = []
@@ -133,7 +135,7 @@ def of_weights(examples: Sequence[Example], config: ConfigDict) -> dict[str, flo
             returns.append(float(response.weights[firsts] @ scores[name]["start"]) - response.constant)
         margins.append(returns[CHOSEN] - returns[REJECTED])
     shares = lambda_shares(np.array(margins), config.train.beta)
-    return found | {f"lambda_{name}": value for name, value in shares.items()}
+    return {f"lambda_{name}": value for name, value in shares.items()}
 
 
 @lru_cache(maxsize=2)

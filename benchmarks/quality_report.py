@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 BASE = "ctpd"  # what the others are compared with
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f", "#bcbd22", "#e377c2")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 48, 190, 30, 40
 
 # measure -> its heading and digits; "more is better" is said where it holds
@@ -157,7 +157,51 @@ def figure(title: str, ticks: Sequence[str], curves: Mapping[str, Sequence[tuple
     return "\n".join([*parts, "</svg>\n"])
 
 
+def frontier(points: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Return an SVG: every setting that was tried, by bits per byte and true reward, a method's joined by a line."""
+    points = {name: sorted(own) for name, own in points.items() if own}
+    (left, right), (low, high) = (
+        (min(values), max(values)) for values in zip(*(point for own in points.values() for point in own), strict=True)
+    )
+    width = (right - left) or 1.0
+
+    def place(point: tuple[float, float]) -> str:
+        across = LEFT + (point[0] - left) / width * (WIDTH - LEFT - RIGHT)
+        return f"{across:.1f},{TOP + (high - point[1]) / ((high - low) or 1.0) * (HEIGHT - TOP - BOTTOM):.1f}"
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        f'font-size="11"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
+        f'<text x="{LEFT}" y="18" font-size="13">true reward of samples against bits per byte, every setting</text>'
+    ]
+    for value in np.linspace(low, high, 5):
+        x, y = place((left, float(value))).split(",")
+        parts.append(f'<path d="M{x} {y}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 4}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for value in np.linspace(left, right, 5):
+        x = place((float(value), low)).split(",")[0]
+        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:.3g}</text>')
+    for number, (name, own) in enumerate(points.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        line = " ".join(map(place, own))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.4"/>')
+        for point in own:
+            x, y = place(point).split(",")
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 10}" y="{TOP + 16 * number + 10}" fill="{colour}">{name}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
 # ------------------------------------------------------------------------------------------------ all of it
+
+
+def fluent_table(
+    results: Results, world: str, settings: Mapping[str, tuple[float, float]], says: Mapping[str, str]
+) -> str:
+    """The outcomes at CTPD's fluency, with the settings that keep it."""
+    measured = {method: text for method, text in says.items() if (world, method) in results}
+    chosen = table(["method", "knob", "learning rate"], _setting_rows(measured, settings))
+    return "\n\n".join(["### At CTPD's fluency", outcome_table(results, world, measured), chosen]) + "\n"
 
 
 def report(
@@ -167,7 +211,7 @@ def report(
     says: Mapping[str, str],
     kinds: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """Write tables.md and the figures; return the tables.
+    """Write the figures; return the tables.
 
     Args:
       settings: method -> its chosen knob and learning rate.
@@ -192,9 +236,7 @@ def report(
             curves = {m: [interval(values_of(results, w, m, measure)) for w in present] for m in everywhere}
             svg = figure(f"{heading} by {kind}", list(present.values()), curves)
             (folder / f"{kind}-{measure}.svg").write_text(svg, encoding="utf-8")
-    text = "\n\n".join(parts) + "\n"
-    (folder / "tables.md").write_text(text, encoding="utf-8")
-    return text
+    return "\n\n".join(parts) + "\n"
 
 
 def _setting_rows(methods: Mapping[str, Any], settings: Mapping[str, tuple[float, float]]) -> list[list[str]]:
