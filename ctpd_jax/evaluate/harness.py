@@ -102,9 +102,7 @@ class DecoderLM(TemplateLM):
     def max_length(self) -> int:
         return self.decoder.longest
 
-    @property
-    def max_gen_toks(self) -> int:
-        return 256
+    max_gen_toks = 256
 
     @property
     def tokenizer_name(self) -> str:

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ctpd_jax.errors import UserError
@@ -28,16 +29,16 @@ def run(job: Job, asked: argparse.Namespace) -> None:
     # 1. What would fail after hours: a task that is not there, a model that is not finished.
     shots = dict(_name_and_shots(part) for part in asked.harness.split(","))
     manager, tasks = _load_tasks(shots, asked.harness_tasks)
-    table = rows(job.config)
+    table = {} if asked.folder else rows(job.config)
     chosen = [asked.folder] if asked.folder else asked.model or list(table)
-    for name in () if asked.folder else chosen:
+    for name in chosen if table else ():
         if name not in table:
             raise UserError(f"This run has no model {name!r}; choose one of {', '.join(table)}.")
         if not left_out(job.config, table[name]):
             require(job, table[name])
 
     # 2. One model after the other: the devices need not hold two.
-    found = {name: _ask(job, name, table.get(name), manager, tasks, asked) for name in chosen}
+    found = {Path(name).name: _ask(job, name, table.get(name), manager, tasks, asked) for name in chosen}
 
     # 3. The table.
     job.say(harness_text(found, list(shots)))
@@ -45,7 +46,7 @@ def run(job: Job, asked: argparse.Namespace) -> None:
 
 
 def _name_and_shots(part: str) -> tuple[str, int | None]:
-    """ "gsm8k:5" -> ("gsm8k", 5); without a number, the task's own."""
+    """Splits "gsm8k:5" at the colon; without a number the shots are the task's own, None."""
     name, _, shots = part.strip().partition(":")
     if not name or (shots and not shots.isdecimal()):
         raise UserError(f"--harness takes NAME or NAME:SHOTS, several joined by commas; {part!r} is neither.")
