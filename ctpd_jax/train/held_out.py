@@ -19,7 +19,7 @@ from ctpd_jax.models.lora import join
 from ctpd_jax.schema import Array, Batch
 from ctpd_jax.settings import LESS_IS_BETTER
 from ctpd_jax.sharding import barrier, place_batch, replicated
-from ctpd_jax.train.checkpoint import load_params, read_meta, save_params
+from ctpd_jax.train.checkpoint import abstract, load_params, read_meta, save_params
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,8 @@ class Looks:
         if not self._best:
             return params, ""
         barrier("the best update is kept")
-        best, _ = load_params(self._folder, jax.tree.map(shape_of, params))
+        best, _ = load_params(self._folder, abstract(params))
         measure = self._of.keep_best if self._of else ""
         value = abs(self._best["value"]) if measure in LESS_IS_BETTER else self._best["value"]
-        return (
-            best,
-            f"the best {measure} of the held-out pairs, {value:.4g}, was that of update {self._best['step'] + 1}",
-        )
-
-
-def shape_of(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        update = self._best["step"] + 1
+        return best, f"the best {measure} of the held-out pairs, {value:.4g}, was that of update {update}"
