@@ -21,8 +21,9 @@ def blocks(language: str) -> list[tuple[str, str]]:
     """(page, text) of every fenced block of a language."""
     found = []
     for page in PAGES:
-        for text in re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
-            found.append((page.name, text))
+        for own, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+            if own == language:
+                found.append((page.name, text))
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+CTPD = {"ctpd": (0.3, 2e-3)}
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = "pairs=48,test_pairs=16,batch=8,sft_updates=4,updates=3,samples=8,max_new_tokens=16"
 
@@ -47,9 +48,22 @@ def test_a_report_has_its_tables_and_figures(report, tmp_path):
     }
     says, kinds = {"dpo": "DPO", "ctpd": "CTPD"}, {"nominal": {"a": "-"}, "noise": {"a": "0", "b": "0.1"}}
     text = report.report(tmp_path, found, {"dpo": (0.1, 1e-3), "ctpd": (0.3, 2e-3)}, says, kinds)
-    assert "| `ctpd` | 0.3 | 0.002 |" in text and (tmp_path / "tables.md").read_text() == text
+    assert "| `ctpd` | 0.3 | 0.002 |" in text
     svg = xml.dom.minidom.parse(str(tmp_path / "noise-reward.svg"))
     assert len(svg.getElementsByTagName("circle")) == 4 and len(svg.getElementsByTagName("polyline")) == 2
+    at_ctpd = report.fluent_table(
+        {key: found[key] for key in found if key[0] == "a"}, "a", {"dpo": (0.2, 1e-3)} | CTPD, says
+    )
+    assert at_ctpd.count("| `dpo` |") == 2 and "| `dpo` | 0.2 | 0.001 |" in at_ctpd
+
+
+def test_the_frontier_has_a_point_for_every_setting(report):
+    points = {"ctpd": [(0.7, 2.0), (0.6, 1.0)], "dpo": [(0.65, 0.5)], "sft": []}
+    svg = xml.dom.minidom.parseString(report.frontier(points))
+    places = [(float(c.getAttribute("cx")), float(c.getAttribute("cy"))) for c in svg.getElementsByTagName("circle")]
+    assert (
+        len(places) == 3 and places[0][0] < places[2][0] < places[1][0] and places[1][1] < places[0][1] < places[2][1]
+    )
 
 
 @pytest.mark.slow
