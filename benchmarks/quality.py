@@ -289,7 +289,8 @@ def tables(folder: Path, sizes: Sizes) -> str:
     for (name, *_), point in tried_settings(lines).items():
         if name in points:
             points[name].append(point)
-    (folder / "frontier.svg").write_text(frontier(points), encoding="utf-8")
+    if any(points.values()):
+        (folder / "frontier.svg").write_text(frontier(points), encoding="utf-8")
     (folder / "tables.md").write_text(text, encoding="utf-8")
     return text
 

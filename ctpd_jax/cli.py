@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for name, module in stages.items():
                     with preempt.during(name):
                         module.run(job, name)
-                    if first_process():
+                    if first_process() and name not in ("evaluate", "export"):  # which writes it itself; adds nothing
                         write_report(job.workdir)
                 if known.command == "export" and known.push and first_process():
                     stages["export"].push(job.workdir / "export", known.push, known.private, known.dry_run, job.say)

@@ -19,6 +19,7 @@ from ctpd_jax.job.score import Measured, score
 from ctpd_jax.job.table import TRAINED, reading_dtype, row_starts, rows, trained_model
 from ctpd_jax.processes import preempt
 from ctpd_jax.report import terminal
+from ctpd_jax.report.page import write_report
 from ctpd_jax.schema import CHOSEN, REJECTED, Message
 from ctpd_jax.sharding import first_process
 from ctpd_jax.stages.generate import Sampling, reading_model, sample
@@ -84,6 +85,7 @@ def write(job: Job, pairs: Pairs, columns: Mapping[str, Measured]) -> None:
     # 4. Into files and onto the screen.
     plain = as_plain(found)
     write_json(job.workdir / "evaluation.json", plain)
+    write_report(job.workdir)
     job.say(terminal.pair_text(plain["example"]))
     job.say(terminal.evaluation_text(plain))
     job.say(f"{job.workdir / 'evaluation.json'}, and a page: {job.workdir / 'report.html'}")
