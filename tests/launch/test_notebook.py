@@ -81,6 +81,7 @@ def test_the_notebook_plays_from_top_to_bottom(tmp_path, monkeypatch):
         (tools / tool).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))  # both runs compile the same ones
     downloaded = stand_ins(monkeypatch, content)
     cells = json.loads((ROOT / "launch" / "colab.ipynb").read_text())["cells"]
     notebook = Notebook(tmp_path, {"/content": str(content), "configs/colab_v5e.py": MICRO})
