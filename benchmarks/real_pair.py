@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,9 @@ def run_method(job: Job, base: ConfigDict, method: Method, seed: int, updates: i
     if method.stage == "student_sft":
         config.student_sft.update({"lr": 1e-5, "batch_size": 4, "micro_batch": 2})
     check_config(config)
-    # 2. The stages; a student_dpo of this seed is taken over.
+    # 2. The stages; a student_dpo of this seed is taken over, what a killed command left may be another method's.
+    if method.stage != "student_dpo":
+        shutil.rmtree(job.workdir / method.stage, ignore_errors=True)
     for stage in (*method.needs, method.stage):
         run_stage(job, stage)
     trained = time.perf_counter()

@@ -231,7 +231,8 @@ def inspected_data(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
     config.data.train = known.data
     check_config(config)
     paths = [getattr(known, model) or config[model].path for model in ("teacher", "student")]
-    if (known.pair or known.stats) and not any(paths):
+    shown = known.pair or known.stats or known.html
+    if shown and not any(paths):
         raise UserError("give --teacher and --student: there are no spans without two tokenizers.")
     if any(paths) and not all(paths):
         raise UserError("give both --teacher and --student, or neither: pairs are cut where both tokenizers agree.")
@@ -243,7 +244,7 @@ def inspected_data(known: argparse.Namespace, overrides: Sequence[str]) -> bool:
     models = [(path, each.template, each.template_variables) for path, each in zip(paths, settings) if path]
     limit, reading, limits = config.data.limit or None, Reading.of(config.data), Limits.of(config.data)
     pairs, raw, texts = overview(known.data, known.split, limit, reading, limits, models, print)
-    if known.pair or known.stats:
+    if shown:
         from ctpd_jax.stages.inspect import show
 
         show(known, config, pairs, raw, dict(zip(("teacher", "student"), texts)), print)

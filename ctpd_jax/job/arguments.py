@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--stats", action="store_true", help="of all pairs: how spans, cuts and weights are spread"
             )
-            command.add_argument("--html", metavar="FILE", help="the pair as a page, too")
+            command.add_argument("--html", type=Path, metavar="FILE", help="the pair as a page, too")
             command.add_argument("--data", metavar="FILE", help="a data set, as config.data.train takes it")
             command.add_argument("--split", default="train", help="of the data set (default: train)")
             for model in ("teacher", "student"):

@@ -6,7 +6,6 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,8 +66,9 @@ def show(
     full = full_colour(config)
     say(terminal.pair_text(shown, full, colour=sys.stdout.isatty()))
     if known.html:
-        write_bytes(Path(known.html), pair_page(shown, full))
-        say(known.html)
+        known.html.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(known.html, pair_page(shown, full))
+        say(str(known.html))
     if wrong := problems(pairs[place], texts, Limits.of(config.data)):
         raise UserError(f"Pair {pairs[place].id} must not reach training: {'; '.join(wrong)}.")
 

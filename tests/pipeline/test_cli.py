@@ -144,6 +144,12 @@ def test_inspect_shows_what_becomes_of_rows_without_a_model(tmp_path, toy_models
     assert re.search(r"^ +10  pairs used$", capsys.readouterr().out, re.M)
     assert main([*arguments, "--config.data.min_kept=0.9"]) == 2
     assert "only 8 of 10 pairs can be used" in capsys.readouterr().err
+    page = tmp_path / "pages" / "pair.html"
+    assert main([*arguments, "--html", str(page)]) == 0 and "green leaves 0" in capsys.readouterr().out
+    assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
+    assert main([*arguments, "--stats"]) == 0 and "1:1 %" in capsys.readouterr().out
+    assert main([*arguments, "--pair", "77"]) == 2 and "There is no pair 77" in capsys.readouterr().err
+    assert main(["inspect", "--data", path, "--stats"]) == 2 and "two tokenizers" in capsys.readouterr().err
     assert main(["inspect", "--data", path]) == 0  # the rows alone
     assert main(["inspect", "--data", path, "--teacher", str(folders[0])]) == 2
     assert main(["inspect"]) == 2
