@@ -110,14 +110,16 @@ def base_config(arguments: argparse.Namespace) -> ConfigDict:
         config[stage].update({"lr": 1e-5, "beta": BETA})
     # Gentler than what the student gets, for few clipped weights.
     for stage in ("positive", "negative"):
-        config[stage].update({"lr": 5e-6, "beta": 0.3})
+        config[stage].update({"lr": 8e-6, "beta": 0.3})
     for stage in ("student_dpo", "student_reverse", "student_tis"):
         config[stage].steps = -1  # until a method asks for them
     return config
 
 
-def run_method(job: Job, base: ConfigDict, method: Method, seed: int, updates: int) -> dict[str, Any]:
-    """Trains a student and returns what is measured of it."""
+def run_method(
+    job: Job, base: ConfigDict, method: Method, seed: int, updates: int, teachers: np.ndarray
+) -> dict[str, Any]:
+    """Trains a student and returns what is measured of it; `teachers` are the teacher's margins."""
     began, config = time.perf_counter(), job.config
     before = log_probabilities(job, "student_sft")
     # 1. What the methods differ in.
@@ -136,7 +138,7 @@ def run_method(job: Job, base: ConfigDict, method: Method, seed: int, updates: i
         run_stage(job, stage)
     trained = time.perf_counter()
     found = {"train_seconds": round(trained - began, 1)} | figures_of(job, method.stage)
-    found |= of_held_out(job, before, log_probabilities(job, method.stage))
+    found |= of_held_out(job, before, log_probabilities(job, method.stage), teachers)
     if method.stage == "train" and config.train.objective != "regression":  # which has no lambda
         store = open_store(job.workdir / "annotations", verify=False)
         found |= lambda_at_start([store[i] for i in range(len(store))], config)
@@ -162,8 +164,13 @@ def log_probabilities(job: Job, stage: str) -> np.ndarray:
     return np.array([[scores.sum(dtype=np.float64) for scores in both] for both in column])
 
 
-def of_held_out(job: Job, before: np.ndarray, own: np.ndarray) -> dict[str, float]:
-    """Accuracies, loss and fluency on the held-out pairs, every token counting one: the same for all methods."""
+def teachers_margins(job: Job) -> np.ndarray:
+    """Return what the contrastive pair says of the held-out pairs, log pi+ - log pi- of chosen less rejected: [N]."""
+    return difference(log_probabilities(job, "positive") - log_probabilities(job, "negative"))
+
+
+def of_held_out(job: Job, before: np.ndarray, own: np.ndarray, teachers: np.ndarray) -> dict[str, float]:
+    """Accuracies, agreement, loss and fluency on the held-out pairs, every token counting one: for all methods alike."""
     pairs, raw = load_pairs(job, "test").aligned, load_pairs(job, "test").raw
     covered = np.array([[pair.response(side).bounds[-1] for side in (CHOSEN, REJECTED)] for pair in pairs])
     lengths = np.array([[pair.chosen_bytes, pair.rejected_bytes] for pair in pairs])
@@ -180,6 +187,9 @@ def of_held_out(job: Job, before: np.ndarray, own: np.ndarray) -> dict[str, floa
         "accuracy_matched": share(margins[matched]),
         "accuracy_per_byte": share(difference(own / covered)[short]),
         "accuracy_per_byte_matched": share(difference(own / covered)[matched]),
+        # What was distilled is the teacher's preference, whether the label says so or not.
+        "follows": correlation(margins[short], teachers[short]),
+        "follows_matched": correlation(margins[matched], teachers[matched]),
         "margin": float(margins[short].mean()),
         "margin_matched": float(margins[matched].mean()),
         "loss": float(np.logaddexp(0, -BETA * margins[short]).mean()),
@@ -192,6 +202,11 @@ def of_held_out(job: Job, before: np.ndarray, own: np.ndarray) -> dict[str, floa
     return found | {"accuracy_matched_low": interval_of.low, "accuracy_matched_high": interval_of.high}
 
 
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Pearson's correlation, 0 where one of them does not vary: a model against itself has no margins."""
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else 0.0
+
+
 def run(arguments: argparse.Namespace, names: Sequence[str]) -> None:
     arguments.dir.mkdir(parents=True, exist_ok=True)
     config = base_config(arguments)
@@ -200,7 +215,7 @@ def run(arguments: argparse.Namespace, names: Sequence[str]) -> None:
         # 1. The teacher's stages, each once.
         for stage in ("teacher_sft", "positive", "negative", "annotate"):
             run_stage(job, stage)
-        base = job.config.copy_and_resolve_references()
+        base, teachers = job.config.copy_and_resolve_references(), teachers_margins(job)
         cells = arguments.dir / "cells.jsonl"
 
         def there(**key: Any) -> bool:
@@ -210,13 +225,13 @@ def run(arguments: argparse.Namespace, names: Sequence[str]) -> None:
         for name, stage in {"before": "student_sft", "teacher": "teacher_sft", "teacher_dpo": "positive"}.items():
             if not there(method=name, seed=0):
                 start = log_probabilities(job, "teacher_sft" if name == "teacher_dpo" else stage)
-                found = of_held_out(job, start, log_probabilities(job, stage))
+                found = of_held_out(job, start, log_probabilities(job, stage), teachers)
                 append(cells, {"key": {"method": name, "seed": 0}, "found": found})
         # 3. Every method, seed by seed.
         for seed in range(arguments.seeds):
             for name in names:
                 if not there(method=name, seed=seed):
-                    found = run_method(job, base, METHODS[name], seed, arguments.updates)
+                    found = run_method(job, base, METHODS[name], seed, arguments.updates, teachers)
                     append(cells, {"key": {"method": name, "seed": seed}, "found": found})
                     print(name, seed, json.dumps(found), flush=True)
             for name in ("dpo", "tis"):
@@ -231,6 +246,8 @@ def report(folder: Path) -> str:
     columns = {
         "accuracy_matched": ("length-matched, %", 1),
         "accuracy": ("all short, %", 1),
+        "follows_matched": ("follows the teacher, matched", 2),
+        "follows": ("all short", 2),
         "margin_matched": ("margin, matched", 2),
         "loss_matched": ("loss, matched", 3),
         "loss": ("loss", 3),

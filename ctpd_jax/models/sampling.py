@@ -27,8 +27,8 @@ from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.layers import Layer
 from ctpd_jax.schema import RowLayout
 
-BUCKET = 64  # lengths are rounded up to a multiple of it
-STOP_BLOCK = 16  # steps between two looks for stop strings
+BUCKET = 64  # lengths that nobody rounds for us are rounded up to a multiple of it
+STOP_BLOCK = 8  # steps between two looks for stop strings
 Decode = Callable[[list[int]], str]
 
 
@@ -97,11 +97,12 @@ def generate(
         stop_ids: an answer ends before the first of these; None means the config's end-of-sequence ids.
         top_k: draw from the top_k likeliest tokens, and those as likely as the last of them; 0: from all. With both,
             top_p is a share of what top_k leaves.
-        stop_strings: an answer ends with the token that completes one of these in its text. Every 16 tokens the answers
+        stop_strings: an answer ends with the token that completes one of these in its text. Every 8 tokens the answers
             so far are decoded on the host; without stop strings the device is left alone until the end.
         decode: token ids -> text; with stop_strings, and only then.
         compute_dtype: the dtype of the activations; None: the parameters' own.
-        prompt_room: the least length, in tokens, that prompts are padded to: calls with the same share their programs.
+        prompt_room: the length, in tokens, that shorter prompts are padded to: calls with the same share their programs.
+            0: that of the longest, rounded up.
 
     Returns:
         The answers' token ids, without prompt and without the stop token, but with all tokens of a stop string:
@@ -118,7 +119,8 @@ def generate(
     batch = 1 << (len(prompts) - 1).bit_length()
     lengths = np.ones(batch, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    tokens = np.zeros((batch, _round_up(max(prompt_room, int(lengths.max())))), np.int32)
+    longest = int(lengths.max())
+    tokens = np.zeros((batch, max(prompt_room, longest) if prompt_room else _round_up(longest)), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     # 2. What is compiled for, and what is handed in.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctpd_jax.annotate.coefficients import Example, span_values
+from ctpd_jax.annotate.coefficients import Example, SpanValues, span_values
 from ctpd_jax.annotate.store import MANIFEST, Store, open_store
 from ctpd_jax.artifacts import write_bytes
 from ctpd_jax.errors import UserError
@@ -54,7 +54,8 @@ def show(
     if known.stats:
         found: dict[str, Any] = {"groups": span_statistics(pairs, raw)}
         if store is not None:
-            found["weights"] = weight_statistics([store[i] for i in range(len(pairs))], config)
+            examples = [store[i] for i in range(len(store))]
+            found["weights"] = weight_statistics(examples, values_of(examples, config)[1])
         say(terminal.statistics_text(found))
         wrong = [f"pair {pair.id}: {each}" for pair in pairs for each in problems(pair, texts, Limits.of(config.data))]
         if wrong:
@@ -62,7 +63,11 @@ def show(
         return
     # 2. One pair.
     place = place_of(pairs, known.pair or "0")
-    shown = record(place, config, pairs, raw, texts, store)
+    annotation, weighed = None, None
+    if store is not None:
+        annotation = store[place]
+        weighed = values_of([annotation], config, first=place)[0][0]
+    shown = record(pairs[place], raw, texts, annotation, weighed)
     full = full_colour(config)
     say(terminal.pair_text(shown, full, colour=sys.stdout.isatty()))
     if known.html:
@@ -91,20 +96,29 @@ def place_of(pairs: Sequence[AlignedPair], wanted: str) -> int:
 
 def shown_by_evaluation(job: Job) -> dict[str, Any]:
     """What the report shows of the training data: a pair, and once they are annotated how all of them are weighed."""
-    config, pairs = job.config, load_pairs(job, "train")
-    store, texts = annotated(job, pairs), texts_of(job)
+    pairs, texts = load_pairs(job, "train"), texts_of(job)
+    store = annotated(job, pairs)
+    if store is None:
+        return {"example": record(pairs.aligned[0], pairs.raw, texts)}
+    # Weighed all at once: each call compiles a program of its own.
+    examples = [store[i] for i in range(len(store))]
+    values, figures = values_of(examples, job.config)
 
     def one(place: int) -> dict[str, Any]:
-        return record(place, config, pairs.aligned, pairs.raw, texts, store)
+        return record(pairs.aligned[place], pairs.raw, texts, examples[place], values[place])
 
-    found: dict[str, Any] = {"example": one(0)}
-    if store is not None:
-        examples = [store[i] for i in range(len(store))]
-        found["weights"] = weight_statistics(examples, config)
-        if all(each[name].keys() >= CONTRAST for _, each in examples for name in SIDES):
-            margins = [teacher_margin(scores) for _, scores in examples]
-            found["examples"] = {"clearest": one(int(np.argmax(margins))), "least clear": one(int(np.argmin(margins)))}
+    found: dict[str, Any] = {"example": one(0), "weights": weight_statistics(examples, figures)}
+    if all(each[name].keys() >= CONTRAST for _, each in examples for name in SIDES):
+        margins = [teacher_margin(scores) for _, scores in examples]
+        found["examples"] = {"clearest": one(int(np.argmax(margins))), "least clear": one(int(np.argmin(margins)))}
     return found
+
+
+def values_of(
+    examples: Sequence[Example], config: ConfigDict, first: int = 0
+) -> tuple[list[tuple[SpanValues, SpanValues]], dict[str, float]]:
+    """How the config weighs the spans of these examples, and the diagnostics of the weights."""
+    return span_values(examples, config.weights, config.train, config.seed, first)
 
 
 def teacher_margin(scores: Mapping[str, Mapping[str, np.ndarray]]) -> float:
@@ -114,20 +128,15 @@ def teacher_margin(scores: Mapping[str, Mapping[str, np.ndarray]]) -> float:
 
 
 def record(
-    place: int,
-    config: ConfigDict,
-    pairs: Sequence[AlignedPair],
+    pair: AlignedPair,
     raw: Mapping[str, PreferencePair],
     texts: Texts,
-    store: Store | None,
+    annotation: Example | None = None,
+    weighed: tuple[SpanValues, SpanValues] | None = None,
 ) -> dict[str, Any]:
-    """One pair with its weights and scores, where they are known."""
-    pair, weights, scores = pairs[place], None, None
-    if store is not None:
-        annotation = store[place]
-        both = span_values([annotation], config.weights, config.train, config.seed, first=place)[0][0]
-        weights, scores = (both[0].weights, both[1].weights), annotation[1]
-    return pair_record(pair, raw[pair.id], texts, weights, scores)
+    """One pair with its scores and weights, where they are known."""
+    weights = None if weighed is None else (weighed[0].weights, weighed[1].weights)
+    return pair_record(pair, raw[pair.id], texts, weights, None if annotation is None else annotation[1])
 
 
 def annotated(job: Job, pairs: Pairs) -> Store | None:
@@ -144,9 +153,8 @@ def texts_of(job: Job) -> Texts:
     return {model: text_of(job, model) for model in MODELS}
 
 
-def weight_statistics(examples: Sequence[Example], config: ConfigDict) -> dict[str, Any]:
+def weight_statistics(examples: Sequence[Example], figures: Mapping[str, float]) -> dict[str, Any]:
     """How the weights are spread over the spans: shares at their bounds, and the histogram of the log-ratio."""
-    _, figures = span_values(examples, config.weights, config.train, config.seed)
     shares = {name: figures[f"weights/{name}"] for name in ("clipped_low", "clipped_high")}
     found: dict[str, Any] = {"shares": {name.replace("_", " "): share for name, share in shares.items()}}
     scores = [each[name] for _, each in examples for name in SIDES]

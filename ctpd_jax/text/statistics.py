@@ -14,7 +14,7 @@ import numpy as np
 
 from ctpd_jax.schema import SIDES, AlignedPair, PreferencePair
 
-LETTERS = 200  # of a response that decide its script
+CHARACTERS = 1000  # of a response that decide its script
 SIZE = 9  # the column of a response's bytes below
 SCRIPTS = 6  # groups of their own; rarer ones are "other scripts"
 
@@ -73,8 +73,10 @@ def _figures(sums: np.ndarray) -> dict[str, float]:
 
 
 def script_of(text: str) -> str:
-    """Return the script of most of a text's first letters: "latin", "cjk", "arabic" ..., or "no letters"."""
-    found = Counter(_script(character) for character in text[: 5 * LETTERS] if character.isalpha())
+    """Return the script of most of the letters that a text begins with: "latin", "cjk", "arabic" ..., or "no letters"."""
+    if text.isascii():  # most are, and counting takes its time
+        return "latin" if any(map(str.isalpha, text)) else "no letters"
+    found = Counter(_script(character) for character in text[:CHARACTERS] if character.isalpha())
     return found.most_common(1)[0][0] if found else "no letters"
 
 

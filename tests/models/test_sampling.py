@@ -79,6 +79,7 @@ def test_an_answer_does_not_depend_on_what_else_is_asked():
     together = generate(config, params, [*PROMPTS, long], 12, stop_ids=())
     assert generate(config, params, PROMPTS, 12, stop_ids=()) == together[:3]
     assert generate(config, params, [PROMPTS[2]], 12, stop_ids=())[0] == together[2]
+    assert generate(config, params, PROMPTS, 12, stop_ids=(), prompt_room=17) == together[:3]
 
 
 def test_an_answer_ends_before_its_stop_token_and_the_others_go_on():
@@ -170,7 +171,7 @@ def test_a_stop_string_may_span_tokens_and_blocks_end_when_all_answers_have(pass
     answers = generate(config, params, PROMPTS, 60, stop_ids=(), stop_strings=stops, decode=_spell)
     assert answers == [answer[:19] for answer in whole]
     jax.effects_barrier()
-    assert len(ran) == 33  # the blocks end with tokens 17, 33, 49
+    assert len(ran) == 25  # the blocks end with tokens 9, 17, 25, 33 ...
     for stop, text, answer in zip(stops, texts, answers):
         assert cut_at_stop(_spell(answer), [stop]) == text[: text.index("17:") + 1]
 
