@@ -2,13 +2,15 @@
 
     python benchmarks/quality.py                                     # everything, an hour and a half on two cores
     python benchmarks/quality.py --worlds nominal --methods dpo,ctpd --seeds 3
+    python benchmarks/quality.py --methods ctpd,random --settings ctpd=0.1:0.001      # nothing is chosen
     python benchmarks/quality.py --report                            # the tables and figures of what is there
     python benchmarks/quality.py --one "world=seed0-noise0.2-word-teacher1,method=ctpd,beta=0.1,lr=0.001"
 
 Every method trains the same student on the same pairs with as many updates of as many pairs. Its one knob and its
 learning rate are chosen on worlds of their own (other seeds: other pairs, noise and models) by the true reward of
-sampled answers; then come the worlds of the tables, where a seed changes pairs, label noise, the models' first weights
-and the order of training. Methods are compared on the same worlds, so differences are paired.
+sampled answers; an ablation takes those of what it is an ablation of. Then come the worlds of the tables, where a seed
+changes pairs, label noise, the models' first weights and the order of training. Methods are compared on the same
+worlds, so differences are paired.
 
 DIR/cells.jsonl gets a line for each cell, and a cell that is there is not run again: kill the command at any moment and
 repeat it. DIR/tables.md and DIR/*.svg are what docs/evidence.md shows.
@@ -48,7 +50,7 @@ METHODS = {
     # The methods.
     "dpo": Method("DPO of the student", stage="student_dpo"),
     "ctpd": Method("CTPD, the paper's"),
-    "ctpd_start": Method("CTPD, the student's start as reference", {"train.reference": "student"}),
+    "ctpd_start": Method("CTPD, the student's start as reference", {"train.reference": "student"}, like="ctpd"),
     # Ours. The regression's loss is small against the SFT term, which gets a tenth of the weight.
     "calibrated": Method("CTPD, the anchor tempered", {"train.objective": "calibrated"}),
     "margin_label": Method("the teacher's margin as soft label", {"train.objective": "margin"}),
@@ -72,22 +74,26 @@ METHODS = {
         {"train.objective": "mixed", "train.margin_as": "none", "train.contrast": "negative", "train.tau": 3.0},
     ),
     # Others', from the same start.
-    "tis": Method("TIS-DPO, the student's own pair", stage="student_tis", needs=("student_dpo", "student_reverse")),
+    "tis": Method(
+        "TIS-DPO, the student's own pair", stage="student_tis", needs=("student_dpo", "student_reverse"), like="dpo"
+    ),
     "uld": Method("ULD", {"student_uld.teacher": PI_PLUS}, "student_uld", "weight", (0.5, 2.0, 8.0)),
     "ot": Method("Multi-Level OT", {"student_ot.teacher": PI_PLUS}, "student_ot", "weight", (0.15, 0.6, 2.4)),
     "dskd": Method("DSKD", {"student_dskd.teacher": PI_PLUS}, "student_dskd", "weight", (0.3, 1.0, 3.0)),
     # Ablations of CTPD: weights, reference, span log-probability, normalisation.
-    "uniform": Method("weights of one", {"weights.source": "uniform"}),
-    "random": Method("random weights", {"weights.source": "random"}),
-    "student_weights": Method("weights scored by the student", prepare=STUDENT),
-    "mixed_weights": Method("pi+ of the teacher, pi- of the student", prepare={"weights.negative_scorer": "student"}),
-    "sft_weights": Method("pi+, pi- by SFT on chosen, on rejected", prepare={"weights.source": "sft"}),
-    "threshold": Method("weights clipped", {"weights.transform": "threshold"}),
-    "scale": Method("weights scaled", {"weights.transform": "scale"}),
-    "rank": Method("weights by rank", {"weights.transform": "rank"}),
-    "binary": Method("weights 0 or 1", {"weights.transform": "binary"}),
-    "mu0": Method("mu = 0", {"weights.mu": 0.0}),
-    "no_reference": Method("no reference", {"train.reference": "none"}),
+    "uniform": Method("weights of one", {"weights.source": "uniform"}, like="ctpd"),
+    "random": Method("random weights", {"weights.source": "random"}, like="ctpd"),
+    "student_weights": Method("weights scored by the student", prepare=STUDENT, like="ctpd"),
+    "mixed_weights": Method(
+        "pi+ of the teacher, pi- of the student", prepare={"weights.negative_scorer": "student"}, like="ctpd"
+    ),
+    "sft_weights": Method("pi+, pi- by SFT on chosen, on rejected", prepare={"weights.source": "sft"}, like="ctpd"),
+    "threshold": Method("weights clipped", {"weights.transform": "threshold"}, like="ctpd"),
+    "scale": Method("weights scaled", {"weights.transform": "scale"}, like="ctpd"),
+    "rank": Method("weights by rank", {"weights.transform": "rank"}, like="ctpd"),
+    "binary": Method("weights 0 or 1", {"weights.transform": "binary"}, like="ctpd"),
+    "mu0": Method("mu = 0", {"weights.mu": 0.0}, like="ctpd"),
+    "no_reference": Method("no reference", {"train.reference": "none"}, like="ctpd"),
     "span_mean": Method("mean over a span's tokens", {"train.span_logprob": "mean"}),
     "per_span": Method("reward per span", {"train.normalize": "span"}, knobs=(3.0, 10.0, 30.0)),
     "per_byte": Method("reward per byte", {"train.normalize": "byte"}, knobs=(10.0, 30.0, 100.0)),
@@ -109,13 +115,16 @@ WORLDS = {
 }
 
 
+Settings = Mapping[str, tuple[float, float]]  # method -> its knob and learning rate
+
 # ------------------------------------------------------------------------------------------------ which cells
 
 
-def choosing_cells(names: Sequence[str]) -> list[Cell]:
-    """The grid of every method, on the worlds where settings are chosen."""
+def choosing_cells(names: Sequence[str], given: Settings) -> list[Cell]:
+    """The grid of every method whose settings are not given, on the worlds where they are chosen."""
     cells = []
-    for name, seed in product(names, CHOOSING_SEEDS):
+    own = dict.fromkeys(METHODS[name].like or name for name in names)
+    for name, seed in product([name for name in own if name not in given], CHOOSING_SEEDS):
         for knob, lr in product(METHODS[name].knobs, LRS):
             cells.append(Cell(replace(World(), seed=seed), name, knob, lr, seed))
     return cells
@@ -135,27 +144,30 @@ def tried_settings(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float,
 
 
 def chosen_settings(
-    lines: Sequence[Mapping[str, Any]], names: Sequence[str], as_fluent: bool = False
+    lines: Sequence[Mapping[str, Any]], names: Sequence[str], given: Settings, as_fluent: bool = False
 ) -> dict[str, tuple[float, float]]:
-    """Each method's knob and learning rate: the best true reward over the worlds where settings are chosen.
+    """Each method's knob and learning rate: given, or the best true reward over the worlds where settings are chosen.
 
     With `as_fluent`, among those settings that cost no more bits per byte than CTPD's do.
     """
     tried = tried_settings(lines)
     most = float("inf")
-    if as_fluent and (base := chosen_settings(lines, ["ctpd"]).get("ctpd")):
-        most = FLUENT * tried["ctpd", *base][0]
+    if as_fluent:
+        if not (base := chosen_settings(lines, ["ctpd"], {})):
+            return {}
+        most = FLUENT * tried["ctpd", *base["ctpd"]][0]
     found = {name: (0.0, 0.0) for name in names if not METHODS[name].knobs}
     for name in names:
-        own = {each[1:]: reward for each, (bits, reward) in tried.items() if each[0] == name and bits <= most}
-        if own:
+        chooser = METHODS[name].like or name
+        own = {each[1:]: reward for each, (bits, reward) in tried.items() if each[0] == chooser and bits <= most}
+        if chooser in given:
+            found[name] = given[chooser]
+        elif own:
             found[name] = max(own, key=lambda setting: own[setting])
     return found
 
 
-def table_cells(
-    worlds: Sequence[str], names: Sequence[str], seeds: int, settings: Mapping[str, tuple[float, float]]
-) -> list[Cell]:
+def table_cells(worlds: Sequence[str], names: Sequence[str], seeds: int, settings: Settings) -> list[Cell]:
     """The cells of the tables, at the chosen settings."""
     cells: dict[Cell, None] = {}
     for kind in worlds:
@@ -216,7 +228,7 @@ def run_one(folder: Path, sizes: Sizes, text: str) -> None:
         raise UserError(f"--one does not know {', '.join(sorted(unknown))}; it takes {', '.join(sorted(allowed))}.")
     world = World.named(parts.get("world", World().name))
     lines = lines_here(folder, sizes)
-    knob, lr = chosen_settings(lines, [name]).get(name, ((*METHODS[name].knobs, 0.0)[0], LRS[0]))
+    knob, lr = chosen_settings(lines, [name], {}).get(name, ((*METHODS[name].knobs, 0.0)[0], LRS[0]))
     knob, lr = float(parts.get(METHODS[name].knob, knob)), float(parts.get("lr", lr))
     cell = Cell(world, name, knob, lr, int(parts.get("seed", world.seed)))
     # 2. The line of before stays, and if there is none, this run leaves it.
@@ -249,6 +261,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="worlds of each kind (default: 5)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
     parser.add_argument("--sizes", default="", help=f"NAME=VALUE,... among {asdict(Sizes())}")
+    parser.add_argument("--settings", default="", help="METHOD=KNOB:LR,...: these are not chosen")
     parser.add_argument("--one", metavar="WHICH", help="run one cell again: world=...,method=...,beta=...,lr=...")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and figures of what is there")
     known = parser.parse_args()
@@ -261,29 +274,43 @@ def main() -> int:
         if known.one:
             run_one(known.dir, sizes, known.one)
             return 0
+        given = given_settings(known.settings)
         if not known.report:
-            run_missing(known.dir, sizes, choosing_cells(names), known.jobs)
+            run_missing(known.dir, sizes, choosing_cells(names, given), known.jobs)
             lines = lines_here(known.dir, sizes)
-            cells = table_cells(worlds, names, known.seeds, chosen_settings(lines, names))
-            fluent = chosen_settings(lines, [name for name in names if name in MAIN], as_fluent=True)
+            cells = table_cells(worlds, names, known.seeds, chosen_settings(lines, names, given))
+            fluent = chosen_settings(lines, [name for name in names if name in MAIN], {}, as_fluent=True)
             cells += table_cells(["nominal"], list(fluent), known.seeds, fluent)
             run_missing(known.dir, sizes, list(dict.fromkeys(cells)), known.jobs)
-        print(tables(known.dir, sizes))
+        print(tables(known.dir, sizes, given))
     except UserError as error:
         print(f"quality.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def tables(folder: Path, sizes: Sizes) -> str:
+def given_settings(text: str) -> dict[str, tuple[float, float]]:
+    """Read "ctpd=0.1:0.001,dpo=0.3:0.002". Raises UserError for what is not of that form."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, values = part.partition("=")
+        try:
+            knob, lr = map(float, values.split(":"))
+        except ValueError:
+            raise UserError(f"--settings takes METHOD=KNOB:LR with commas, not {part!r}.") from None
+        found[named_methods(name)[0]] = knob, lr
+    return found
+
+
+def tables(folder: Path, sizes: Sizes, given: Settings) -> str:
     """The tables and figures of the cells that are there, at the settings that are chosen now."""
     lines = lines_here(folder, sizes)
-    settings, fluent = (chosen_settings(lines, list(METHODS), as_fluent) for as_fluent in (False, True))
+    settings, fluent = chosen_settings(lines, list(METHODS), given), chosen_settings(lines, MAIN, {}, as_fluent=True)
     says = {name: method.says for name, method in METHODS.items()}
     # What varies within a kind of worlds is the field of that name; the nominal one has none.
     kinds = {kind: {world.name: str(getattr(world, kind, kind)) for world in own} for kind, own in WORLDS.items()}
     text = report(folder, results_of(lines, settings), settings, says, kinds)
-    if at_ctpd := results_of(lines, {name: fluent[name] for name in fluent if name in MAIN}):
+    if at_ctpd := results_of(lines, fluent):
         text += "\n" + fluent_table(at_ctpd, World().name, fluent, says)
     points = {name: [] for name in (*MAIN, "sft")}
     for (name, *_), point in tried_settings(lines).items():
@@ -296,7 +323,7 @@ def tables(folder: Path, sizes: Sizes) -> str:
 
 
 def results_of(
-    lines: Sequence[Mapping[str, Any]], settings: Mapping[str, tuple[float, float]]
+    lines: Sequence[Mapping[str, Any]], settings: Settings
 ) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
     """(world without its seed, method) -> seed -> what was found at these settings."""
     results: dict[tuple[str, str], dict[int, dict[str, float]]] = {}

@@ -95,6 +95,7 @@ class Method:
     knobs: tuple[float, ...] = (0.1, 0.3, 1.0)  # (): nothing is trained
     prepare: Mapping[str, Any] = field(default_factory=dict)  # settings of the contrastive pair of its own
     needs: tuple[str, ...] = ()  # stages of the student that it starts with, trained as it is itself
+    like: str = ""  # the method whose knob and learning rate it takes, instead of a choice of its own
 
 
 @dataclass(frozen=True)

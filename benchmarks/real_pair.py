@@ -170,7 +170,7 @@ def teachers_margins(job: Job) -> np.ndarray:
 
 
 def of_held_out(job: Job, before: np.ndarray, own: np.ndarray, teachers: np.ndarray) -> dict[str, float]:
-    """Accuracies, agreement, loss and fluency on the held-out pairs, every token counting one: for all methods alike."""
+    """Accuracies, agreement, loss and fluency on the held-out pairs, every token counting one; all methods alike."""
     pairs, raw = load_pairs(job, "test").aligned, load_pairs(job, "test").raw
     covered = np.array([[pair.response(side).bounds[-1] for side in (CHOSEN, REJECTED)] for pair in pairs])
     lengths = np.array([[pair.chosen_bytes, pair.rejected_bytes] for pair in pairs])

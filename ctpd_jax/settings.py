@@ -20,14 +20,14 @@ def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 1
         {
             "lr": lr,  # peak learning rate of AdamW
             "steps": steps,  # updates; 0: as many as `epochs` gives, -1: leave the stage out
-            "epochs": epochs,
+            "epochs": epochs,  # passes over the data, where `steps` is 0
             "batch_size": batch_size,  # pairs per update (SFT: responses)
             "micro_batch": 4,  # pairs per forward and backward pass; updates sum over micro-batches
             "warmup": 0.1,  # share of the steps with rising learning rate; then cosine to zero
             "weight_decay": 0.01,  # not on norms and biases
             "clip": 1.0,  # global gradient norm
-            "adam_b1": 0.9,
-            "adam_b2": 0.999,
+            "adam_b1": 0.9,  # decay of the mean of gradients
+            "adam_b2": 0.999,  # of the mean of their squares
             "moments": "float32",  # "bfloat16": Adam's first moment, kept in two bytes a parameter instead of four
             "save_every": 100,  # updates between checkpoints
             "lora": {  # adapters instead of all parameters; the result is relative to what the stage started from
@@ -103,10 +103,10 @@ def default_config() -> ConfigDict:
             "data": {
                 "train": "",  # FILE.jsonl, .json, .csv, .parquet, a folder, tfds:NAME, hf:NAME
                 "test": "",  # held-out pairs, likewise
-                "train_split": "train",
-                "test_split": "test",
+                "train_split": "train",  # of a data set that has several: tfds:NAME, hf:NAME
+                "test_split": "test",  # likewise
                 "limit": 0,  # first N pairs; 0: all
-                "test_limit": 0,
+                "test_limit": 0,  # first N held-out pairs; 0: all
                 "max_prompt_tokens": 128,  # on both sides
                 "max_response_tokens": 384,  # on both sides, end-of-turn included
                 "unit": "character",  # span boundaries at characters or, where both tokenizers allow it, at bytes
@@ -140,11 +140,11 @@ def default_config() -> ConfigDict:
                 "positive_scorer": "teacher",  # whose tokens the positive model reads: "teacher" or "student"
                 "negative_scorer": "teacher",  # teacher+teacher: the paper; teacher+student: mixed
                 "good_prompt": "Answer helpfully, correctly and politely.",  # for source = "prompts"
-                "bad_prompt": "Answer unhelpfully, wrongly and rudely.",
+                "bad_prompt": "Answer unhelpfully, wrongly and rudely.",  # likewise
                 "mu": 1.0,  # sign for the chosen response; the rejected one gets the opposite
                 "k": 1.0,  # a weight is k exp(mu clip(log pi+ / pi-, lower, upper))
                 "lower": -0.5,  # bounds of the log-ratio of a span, nats
-                "upper": 1.5,
+                "upper": 1.5,  # likewise
                 "transform": "none",  # "threshold", "scale", "rank", "binary", "mean_one", "agree"
                 "top_share": 0.5,  # for transform = "binary"
             },
@@ -189,7 +189,7 @@ def default_config() -> ConfigDict:
                 "limit": 0,  # first N distinct prompts; 0: all
                 "answers": 4,  # to each prompt; the best and the worst of them become a pair
                 "pairs": 1,  # of each prompt; 2: and the second best with the second worst
-                "temperature": 1.0,
+                "temperature": 1.0,  # of the answers
                 "batch": 64,  # answers that are drawn together, and kept on disk from then on
                 # What ranks, per byte: "weights", the two models whose log-ratio the weights of spans are made of; or
                 # "start", the positive one against what it was trained from.
@@ -198,8 +198,8 @@ def default_config() -> ConfigDict:
             },
             "evaluate": {
                 "samples": 2,  # answers to draw from every model, from one held-out prompt after the other
-                "temperature": 0.7,
-                "max_new_tokens": 128,
+                "temperature": 0.7,  # of these; 0: the likeliest token
+                "max_new_tokens": 128,  # of these
                 "length_tolerance": 0.2,  # the length-matched subset: lengths differ by at most this share
             },
             "export": {

@@ -63,7 +63,9 @@ def rows(node: ast.Dict, prefix: str, values: ConfigDict | dict, told: dict[int,
             lines += rows(value, f"{name}.", values[key.value], told)
         elif not (isinstance(value, ast.Call) and getattr(value.func, "id", "") in SHARED):
             shown = repr(values[key.value]) if key.value in values else ast.unparse(value)
-            lines.append(f"| `{name}` | `{shown}` | {meaning(key.lineno, told).replace('|', chr(92) + '|')} |")
+            if not (says := meaning(key.lineno, told)):
+                raise SystemExit(f"{SOURCE.name} does not say what {name} means: add a comment beside it.")
+            lines.append(f"| `{name}` | `{shown}` | {says.replace('|', chr(92) + '|')} |")
     return lines
 
 

@@ -6,7 +6,7 @@
 # TEACHER and STUDENT are folders in Hugging Face format or hub ids. A line of the data looks like
 #     {"prompt": "How do I boil an egg?", "chosen": "Seven minutes in boiling water.", "rejected": "Look it up."}
 # and docs/data.md lists the other layouts. What stands behind the workdir goes to every command that takes settings:
-#     --config.data.limit=64 --config.train.steps=10        a first try
+#     --config.data.limit=64 --config.data.test_limit=32    a first try
 #     --config.train.beta=0.2 --config.train.loss=ipo       another loss; every setting stands in ctpd_jax/settings.py
 #
 # Every stage goes on where it was stopped, and a finished one is not repeated: give the same command again.
