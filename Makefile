@@ -4,10 +4,13 @@
 #   make test        fast and medium tests, and the linters beside them: under six minutes. Before you push.
 #   make test-slow   whole runs killed in every stage, several processes, real tokenizers and models, the TPU compiler
 #   make parity      every family of models against torch
+#   make test-newest make test with the newest Python, and so the newest jax and flax, in an environment of its own;
+#                    NEWEST=python3.14 where python3.13 is not it
 #
 # One file or one test: .venv/bin/python -m pytest tests/text, .venv/bin/python -m pytest tests/text/test_spans.py -k mark
 # Which file is in which tier stands in tests/conftest.py, the fixtures in tests/README.md.
 PYTHON ?= python3
+NEWEST ?= python3.13
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
@@ -16,7 +19,7 @@ WORKDIR ?= runs/demo
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test fast fast-and-medium test-slow parity lint clean
+.PHONY: demo test fast fast-and-medium test-slow test-newest parity lint clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/ctpd run --config configs/demo.py --workdir $(WORKDIR)
@@ -40,6 +43,9 @@ test-slow: $(VENV)/.installed-test
 parity: $(VENV)/.installed-test
 	$(PYTEST) -m parity -s
 
+test-newest:
+	$(MAKE) --no-print-directory PYTHON=$(NEWEST) VENV=.venv-newest test
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +64,4 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-newest build *.egg-info .pytest_cache .ruff_cache .mypy_cache

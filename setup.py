@@ -16,9 +16,10 @@ setup(
     package_data={"ctpd_jax": ["py.typed", "*.pyi", "plan/*.json", "report/templates/*"]},
     entry_points={"console_scripts": ["ctpd = ctpd_jax.cli:main"]},
     install_requires=[
-        # jax and flax are a pair: flax up to 0.12.8 breaks with jax 0.11.1. Both ranges move together, after the tests.
-        "jax>=0.10.2,<0.11",
+        # jax and flax are a pair: flax up to 0.12.8 breaks with jax 0.11.1. Of both the newer ones need Python 3.12.
+        "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
+        "flax>=0.12.12; python_version >= '3.12'",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "transformers>=5.0,<6",
@@ -51,7 +52,8 @@ setup(
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "dev": ["ruff>=0.12", "mypy>=1.15", "ctpd-jax[docs]"],
         "hub": ["datasets>=4", "huggingface_hub>=1.0"],
-        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         "wandb": ["wandb>=0.18"],
         "eval": ["lm-eval==0.4.13"],
         "parity": ["torch==2.13.0", "accelerate", "peft"],  # tests/helpers/real_assets.py installs the same

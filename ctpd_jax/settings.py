@@ -91,7 +91,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,  # of the order of training, adapters, random weights and samples
-            "compute_dtype": "auto",  # "float32", "bfloat16"; auto: bfloat16 on TPU, float32 elsewhere
+            "compute_dtype": "auto",  # "float32", "bfloat16"; auto: bfloat16 on TPUs and GPUs that have it
             "mesh": {  # how many devices to each axis; -1: those that are left
                 "data": -1,  # rows of a batch
                 "fsdp": 1,  # rows too, and parameters, gradients and moments are cut into so many parts

@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ctpd_jax.data import contexts
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.attention_backends import choose_backend, platform_of
+from ctpd_jax.models.attention_backends import choose_backend, platform_of, usual_dtype
 from ctpd_jax.models.compute import Compute, scored_and_likeliest
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
@@ -52,7 +52,7 @@ class DecoderLM(TemplateLM):
     Args:
         folder: in Hugging Face format, or a hub id; its tokenizer is used in any case.
         batch_tokens: tokens of a batch, padding and room for answers included; of those that are scored on a CPU fewer.
-        dtype: of the parameters and the products; None: bfloat16 on a TPU, else float32.
+        dtype: of the parameters and the products; None: bfloat16 on a TPU and a GPU that has it, else float32.
         mesh: of devices of this process, all by default; rows and parameters are spread over it.
         model: config and parameters, on that mesh, instead of those of the folder.
         seed: of drawn answers.
@@ -76,7 +76,7 @@ class DecoderLM(TemplateLM):
         # 1. Where, and how exactly.
         self.mesh = mesh or make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
         self.platform = platform_of(self.mesh.devices.flat[0])
-        dtype = dtype or ("bfloat16" if self.platform == "tpu" else "float32")
+        dtype = dtype or usual_dtype(self.platform)
         self.batch_tokens, self.seed = batch_tokens, seed
         # 2. The model. Its tokenizer is opened by the class that lm-eval's `hf` opens it with.
         path = model_directory(folder)

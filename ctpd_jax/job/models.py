@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ctpd_jax.artifacts import read_json, sha256_file, write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
-from ctpd_jax.models.attention_backends import choose_backend, platform_of
+from ctpd_jax.models.attention_backends import choose_backend, platform_of, usual_dtype
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
@@ -86,7 +86,7 @@ def dtype_of(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> str
     """The dtype of the products of every model on a mesh."""
     if config.compute_dtype != "auto":
         return config.compute_dtype
-    return "bfloat16" if (platform or platform_of(mesh.devices.flat[0])) == "tpu" else "float32"
+    return usual_dtype(platform or platform_of(mesh.devices.flat[0]))
 
 
 def compute_on(

@@ -68,6 +68,11 @@ def platform_of(device: Any) -> str:
     return "gpu" if capability and int(capability[1]) >= 8 else "other gpu"
 
 
+def usual_dtype(platform: str) -> str:
+    """Return the dtype of a run's products where nothing else is asked for: what the platform multiplies fastest."""
+    return "bfloat16" if platform in ("tpu", "gpu") else "float32"
+
+
 def check_backend(
     backend: Backend,
     config: DecoderConfig,

@@ -101,7 +101,7 @@ def generate(
             so far are decoded on the host; without stop strings the device is left alone until the end.
         decode: token ids -> text; with stop_strings, and only then.
         compute_dtype: the dtype of the activations; None: the parameters' own.
-        prompt_room: the length, in tokens, that shorter prompts are padded to: calls with the same share their programs.
+        prompt_room: the length, in tokens, that shorter prompts are padded to: calls of the same share their programs.
             0: that of the longest, rounded up.
 
     Returns:

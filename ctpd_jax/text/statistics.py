@@ -73,7 +73,7 @@ def _figures(sums: np.ndarray) -> dict[str, float]:
 
 
 def script_of(text: str) -> str:
-    """Return the script of most of the letters that a text begins with: "latin", "cjk", "arabic" ..., or "no letters"."""
+    """Return the script of most letters at a text's beginning: "latin", "cjk", "arabic" ..., or "no letters"."""
     if text.isascii():  # most are, and counting takes its time
         return "latin" if any(map(str.isalpha, text)) else "no letters"
     found = Counter(_script(character) for character in text[:CHARACTERS] if character.isalpha())

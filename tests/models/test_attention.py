@@ -323,6 +323,8 @@ def test_platforms():
     for old in ("7.5", "gfx90a"):  # a T4, and AMD's
         assert device("gpu", compute_capability=old) == "other gpu"
     assert device("gpu") == "other gpu"
+    dtypes = [attention_backends.usual_dtype(platform) for platform in ("cpu", "tpu", "gpu", "other gpu")]
+    assert dtypes == ["float32", "bfloat16", "bfloat16", "float32"]
 
 
 # ------------------------------------------------------------------------------------------------ on a TPU

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,7 +287,8 @@ def test_a_strange_row_is_told_on_one_line_and_ends_nothing(tmp_path):
     deep = '{"prompt": "Q", "chosen": "A", "rejected": "B", "x": ' + "[" * 800 + '"y"' + "]" * 800 + "}\n"
     path.write_text(json.dumps(GOOD) + "\n" + strange + deep)
     pairs, report = load_preferences(str(path))
-    assert len(pairs) == 1 and report["left out: values nested too deeply"] == 1
+    # How deep is too deep is for Python to say: where it reads on, the column is one that nobody knows.
+    assert len(pairs) == 1 and report["left out: values nested too deeply"] == (sys.version_info < (3, 12))
     assert 'column "x\\x1b[2J\\n\\ud83d" is not understood' in report.reasons().split("\n")[0]
     assert all(line.isprintable() for line in json.dumps(report.notes).split("\n"))
 
