@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from ctpd_jax.data.loader import batch_indices, plan_shapes, update_batches
+from ctpd_jax.data.loader import plan_updates
 from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 
@@ -37,14 +37,12 @@ def main() -> None:
     for pairs in parser.parse_args().pairs:
         items = made_up(UPDATES * pairs, np.random.default_rng(0))
         rows = PackingConfig("shared", packed=True, buckets=4, multiple=128, length=1024, row_multiple=pairs)
-        updates = [batch_indices(0, step, len(items), pairs) for step in range(UPDATES)]
         began = time.perf_counter()
-        shapes = plan_shapes(items, updates, pairs, rows)
-        planned = time.perf_counter() - began
-        batches, times = update_batches(items, 0, pairs, pairs, rows, shapes), []
+        updates = plan_updates(items, 0, UPDATES, pairs, pairs, rows)
+        planned, times = time.perf_counter() - began, []
         for step in range(UPDATES):
             began = time.perf_counter()
-            batches(step)
+            updates.batches(step)
             times.append(time.perf_counter() - began)
         print(f"{pairs:5,} pairs an update: {1000 * min(times):7.1f} ms; shapes planned in {planned:.2f} s")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ctpd_jax.annotate.teacher import plain_item
 
-from ctpd_jax.data.loader import batch_indices, plan_shapes, steps_per_epoch, update_batches
+from ctpd_jax.annotate.scorer import plain_item
+from ctpd_jax.data.loader import plan_updates, steps_per_epoch
 from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem
 from ctpd_jax.errors import UserError
@@ -37,13 +37,11 @@ def measure(
     """The batches of `epochs` passes over the items, counted."""
     steps = epochs * steps_per_epoch(len(items), batch_size)
     began = time.perf_counter()
-    updates = [batch_indices(0, step, len(items), batch_size) for step in range(steps)]
-    shapes = plan_shapes(items, updates, micro_batch, rows)
+    updates = plan_updates(items, 0, steps, batch_size, micro_batch, rows)
     seconds = time.perf_counter() - began
-    batches = update_batches(items, 0, batch_size, micro_batch, rows, shapes)
     tokens = size = scored = slots = 0
     for step in range(steps):
-        for batch in batches(step):
+        for batch in updates.batches(step):
             tokens, size = tokens + int((batch.layout.segment > 0).sum()), size + batch.tokens.size
             scored, slots = scored + int((batch.pair >= 0).sum()), slots + batch.pair.size
     return {
@@ -56,7 +54,7 @@ def measure(
         "size_per_pair": size / (steps * batch_size),
         "padding": 1 - tokens / size,
         "padding_of_scored": 1 - scored / slots,
-        "shapes": [[shape.rows, shape.length, shape.scored] for shape in shapes],
+        "shapes": [[shape.rows, shape.length, shape.scored] for shape in updates.shapes],
         "plan_seconds": seconds,
     }
 

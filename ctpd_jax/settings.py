@@ -122,7 +122,7 @@ def default_config() -> ConfigDict:
             "teacher": model(),
             "student": model(),
             "rows": {
-                "layout": "response",  # "response": one response a row; "pair": both; "shared": both after one prompt
+                "layout": "response",  # "response": one response a row; "shared": both of a pair after one prompt
                 "packed": "auto",  # several of them in a row: "yes", "no"; auto: no on a CPU, yes elsewhere
                 "length": 0,  # of a row, in tokens; 0: chosen from the data
                 "buckets": 4,  # shapes of a batch to compile for, at most

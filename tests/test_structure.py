@@ -84,3 +84,24 @@ def test_steps_and_reasons_are_told_in_comments():
     lines = [line.strip() for path in FILES for line in path.read_text().splitlines()]
     comments = [line for line in lines if line.startswith("#") and not line.startswith("# ---")]
     assert len(comments) >= 0.04 * len(lines), f"{len(comments)} of {len(lines)} lines"
+
+
+# What runs or rebuilds whatever a file says. Names of calls, as they are written; a keyword with the value that asks.
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "torch.load"}
+FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+FORBIDDEN_ARGUMENTS = {"trust_remote_code": True, "allow_pickle": True, "shell": True, "weights_only": False}
+
+
+def test_what_a_file_says_is_never_run():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import):
+                assert not {alias.name.split(".")[0] for alias in node.names} & FORBIDDEN_IMPORTS, where
+            elif isinstance(node, ast.ImportFrom):
+                assert str(node.module).split(".")[0] not in FORBIDDEN_IMPORTS, where
+            elif isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in FORBIDDEN_CALLS, where
+                for one in node.keywords:
+                    value = getattr(one.value, "value", None)
+                    assert one.arg not in FORBIDDEN_ARGUMENTS or value != FORBIDDEN_ARGUMENTS[one.arg], where

@@ -2,10 +2,9 @@
 
 Letters: P pairs, R rows, L row length, K scored tokens of a row.
 
-Three layouts, exact to rounding for one another. Each says what a unit is, the piece that lies in one row:
+Two layouts, exact to rounding for one another. Each says what a unit is, the piece that lies in one row:
   response  one response with its own copy of the prompt
-  pair      chosen and rejected side by side, each with its own copy of the prompt
-  shared    one copy of the prompt, read by both responses
+  shared    a pair: one copy of the prompt, read by both responses
 A row holds one unit, or several that do not see one another.
 """
 
@@ -20,7 +19,7 @@ import numpy as np
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Batch, RowLayout, SpanSlots
 
-LAYOUTS = ("response", "pair", "shared")
+LAYOUTS = ("response", "shared")
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ def unit_needs(item: PairItem, layout: str) -> list[tuple[int, int]]:
     prompt, sizes = len(item.prompt), [len(r.tokens) for r in item.responses]
     if layout == "response":
         return [(prompt + n, n) for n in sizes]
-    copies = 1 if layout == "shared" else len(sizes)
-    return [(prompt * copies + sum(sizes), sum(sizes))]
+    return [(prompt + sum(sizes), sum(sizes))]
 
 
 def build_batch(
@@ -124,7 +122,6 @@ def build_batch(
         for side, response in zip((CHOSEN, REJECTED), item.responses):
             if side == CHOSEN or layout == "response":
                 row = next(numbers)
-            if side == CHOSEN or layout != "shared":
                 segments[row] += 1
                 write(row, item.prompt, 0, 0)
                 last = used[row] - 1  # it predicts the first token of the response

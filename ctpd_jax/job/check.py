@@ -24,7 +24,7 @@ CHOICES = {
     "student.remat": ("full", "dots", "none"),
     "data.unit": ("character", "byte"),
     "data.ranked": ("best_worst", "all"),
-    "rows.layout": ("response", "pair", "shared"),
+    "rows.layout": ("response", "shared"),
     "rows.packed": ("auto", "yes", "no"),
     "weights.source": ("dpo", "sft", "prompts", "uniform", "random", "dpo_reference"),
     "weights.transform": ("none", "threshold", "scale", "rank", "binary", "mean_one", "agree"),

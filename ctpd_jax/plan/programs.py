@@ -130,9 +130,8 @@ def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) 
     # 1. The tokens of one unit, all as long as they may be.
     prompt, response, rows = config.data.max_prompt_tokens, config.data.max_response_tokens, config.rows
     together = rows.layout != "response"
-    prompts = responses if rows.layout == "pair" else 1
-    tokens = prompts * prompt + responses * response if together else prompt + response
     scored = responses * response if together else response
+    tokens = prompt + scored
     # 2. The row that takes it.
     length = rows.length or int(round_up(tokens, rows.multiple))
     if tokens > length:

@@ -185,10 +185,10 @@ def test_a_late_long_pair_is_planned_for():
 def test_a_length_that_is_given_is_kept():
     items = make_items(np.random.default_rng(0), 20)
     for packed in (False, True):
-        shapes = plan_shapes(items, [range(20)], 5, PackingConfig("pair", packed, length=200))
+        shapes = plan_shapes(items, [range(20)], 5, PackingConfig("shared", packed, length=200))
         assert {shape.length for shape in shapes} == {200}
     with pytest.raises(UserError, match=r"config\.rows\.length is 30, but a row has to take \d+ tokens at once"):
-        plan_shapes(items, [range(20)], 5, PackingConfig("pair", length=30))
+        plan_shapes(items, [range(20)], 5, PackingConfig("shared", length=30))
 
 
 def test_much_padding_is_told_with_what_lowers_it():

@@ -88,7 +88,7 @@ def test_a_segment_is_one_piece_whose_positions_rise_by_one(layout):
 
 def test_without_places_every_unit_has_a_row_of_its_own():
     items = [random_item(np.random.default_rng(seed)) for seed in range(3)]
-    for layout, each in (("response", 2), ("pair", 1), ("shared", 1)):
+    for layout, each in (("response", 2), ("shared", 1)):
         batch = build_batch(items, layout, BatchShape(8, 64, 32), 4)
         for number in range(3):
             found = np.unique(np.nonzero(batch.pair == number)[0])
@@ -98,7 +98,7 @@ def test_without_places_every_unit_has_a_row_of_its_own():
 def test_shared_prompts_save_a_copy():
     item = random_item(np.random.default_rng(0))
     lengths = {layout: sum(tokens for tokens, _ in unit_needs(item, layout)) for layout in LAYOUTS}
-    assert lengths["response"] == lengths["pair"] == lengths["shared"] + len(item.prompt)
+    assert lengths["response"] == lengths["shared"] + len(item.prompt)
 
 
 def test_unknown_layout_and_impossible_row_are_named():
@@ -108,7 +108,7 @@ def test_unknown_layout_and_impossible_row_are_named():
     with pytest.raises(UserError, match="There is no pair left"):
         plan_shapes([], [[]], 1, PackingConfig())
     with pytest.raises(UserError, match="fits none of the shapes"):
-        list(micro_batches([item], 1, PackingConfig("pair"), [BatchShape(1, 2, 2)]))
+        list(micro_batches([item], 1, PackingConfig("shared"), [BatchShape(1, 2, 2)]))
 
 
 @given(st.integers(0, 1000), st.integers(1, 60), st.integers(1, 8))
@@ -132,7 +132,7 @@ def test_an_epoch_visits_every_example_at_most_once(seed, examples, batch_size):
 def test_unpacked_micro_batches_are_sorted_by_length_and_tell_where_pairs_went():
     rng = np.random.default_rng(1)
     items = [random_item(rng) for _ in range(7)]
-    rows = PackingConfig("pair", buckets=3, multiple=4)
+    rows = PackingConfig("shared", buckets=3, multiple=4)
     seen, lengths = [], []
     for batch, places in micro_batches(items, 2, rows, plan_shapes(items, [range(7)], 2, rows)):
         lengths.append(batch.tokens.shape[1])

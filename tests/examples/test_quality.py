@@ -1,5 +1,6 @@
 """benchmarks/quality.py: its statistics by hand, and a cell that gives the same numbers again."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -20,6 +21,12 @@ def report(monkeypatch):
     import quality_report
 
     return quality_report
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_a_benchmark_imports_what_there_is(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    importlib.import_module(name)
 
 
 def test_an_interval_is_students(report):

@@ -42,7 +42,7 @@ def test_on_a_cpu():
 
 
 def test_the_layout_of_the_rows_decides_between_the_two_of_splash():
-    for layout, backend in (("response", "splash_segments"), ("pair", "splash_segments"), ("shared", "splash")):
+    for layout, backend in (("response", "splash_segments"), ("shared", "splash")):
         for attention in ("auto", "splash"):
             assert compute("teacher", attention, layout, "bfloat16", "tpu").attention == backend
     assert compute("teacher", "auto", "shared", "float32", "tpu").attention == "plain"
