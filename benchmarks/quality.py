@@ -69,6 +69,12 @@ METHODS = {
         knob="tau",
         knobs=(2.0, 4.0, 8.0),
     ),
+    "contrast_sft": Method(
+        "the same, held closer to the chosen responses",
+        {"train.objective": "regression", "train.contrast": "negative", "train.sft_weight": 1.0},
+        knob="tau",
+        knobs=(4.0, 8.0, 16.0),
+    ),
     "mixed": Method(
         "weights, start as reference, and that regression",
         {"train.objective": "mixed", "train.margin_as": "none", "train.contrast": "negative", "train.tau": 3.0},
@@ -100,7 +106,7 @@ METHODS = {
 }
 ROWS = ("sft", "teacher", "teacher_dpo")
 MAIN = ("dpo", "tis", "uld", "ot", "dskd", "ctpd", "ctpd_start", "calibrated", "margin_label", "margin_weight")
-MAIN += ("regression", "contrast", "mixed")
+MAIN += ("regression", "contrast", "contrast_sft", "mixed")
 ABLATIONS = tuple(name for name in METHODS if name not in (*ROWS, *MAIN))
 # Measured in all worlds, the others in the nominal one.
 CURVES = ("dpo", "ctpd", "ctpd_start", "regression", "contrast")

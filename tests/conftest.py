@@ -61,11 +61,10 @@ TESTS = Path(__file__).parent
 
 def pytest_configure(config: pytest.Config) -> None:
     """The fast and medium tests compile quickly, the slow and parity tests as users do. Before JAX is there."""
-    if "not slow" not in config.option.markexpr:
-        return
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist inherits the environment
         return
-    os.environ["XLA_FLAGS"] = f"{QUICK_COMPILER} {os.environ.get('XLA_FLAGS', '')}"
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] = f"{QUICK_COMPILER} {os.environ.get('XLA_FLAGS', '')}"
     # Many tests run the same stages: a program that took long is compiled once for all workers and their processes.
     programs = tempfile.mkdtemp(prefix="ctpd-programs-")
     config.add_cleanup(lambda: shutil.rmtree(programs, ignore_errors=True))
