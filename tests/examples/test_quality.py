@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ctpd_jax.errors import UserError
+
 CTPD = {"ctpd": (0.3, 2e-3)}
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = "pairs=48,test_pairs=16,batch=8,sft_updates=4,updates=3,samples=8,max_new_tokens=16"
@@ -71,6 +73,27 @@ def test_the_frontier_has_a_point_for_every_setting(report):
     assert (
         len(places) == 3 and places[0][0] < places[2][0] < places[1][0] and places[1][1] < places[0][1] < places[2][1]
     )
+
+
+def test_settings_are_given_chosen_or_another_methods(report):
+    import quality
+
+    grid = [
+        {"key": {"world": f"seed{seed}-noise0.2-word-teacher1", "method": "ctpd", "knob": knob, "lr": 1e-3}}
+        | {"found": {"reward": knob, "bits_per_byte": 1 + knob}}
+        for seed in quality.CHOOSING_SEEDS
+        for knob in (0.1, 0.3)
+    ]
+    names = ["sft", "ctpd", "random", "dpo", "tis"]
+    # An ablation takes what was chosen for CTPD, TIS-DPO what was for DPO; who was not tried has nothing.
+    assert quality.chosen_settings(grid, names, {}) == {"sft": (0, 0), "ctpd": (0.3, 1e-3), "random": (0.3, 1e-3)}
+    given = quality.given_settings("ctpd=0.1:0.002,dpo=1:0.001")
+    own = {"sft": (0, 0), "ctpd": (0.1, 2e-3), "random": (0.1, 2e-3), "dpo": (1, 1e-3), "tis": (1, 1e-3)}
+    assert quality.chosen_settings(grid, names, given) == own
+    assert not quality.choosing_cells(names, given)
+    assert {cell.method for cell in quality.choosing_cells(names, {})} == {"ctpd", "dpo"}
+    with pytest.raises(UserError, match="METHOD=KNOB:LR"):
+        quality.given_settings("ctpd=0.1")
 
 
 @pytest.mark.slow
