@@ -63,8 +63,8 @@ def preference(lr: float, beta: float, **changes) -> ConfigDict:
 def distilling(ce_weight: float = 1.0, weight: float = 1.0, **changes) -> ConfigDict:
     """Settings of a stage that learns the teacher's distributions.
 
-    `top_k`: how many of its probabilities are kept, the largest ones. `projector_lr`: peak learning rate of the
-    matrices between the two models' spaces.
+    `top_k`: how many of its probabilities are kept, the largest ones. `temperature`: at which both divergences are
+    taken. `projector_lr`: peak learning rate of the matrices between the two models' spaces.
     """
     shared: dict[str, Any] = {
         "teacher": "teacher_sft",  # whose distributions: "teacher_sft", or "positive", the teacher's DPO
@@ -75,6 +75,7 @@ def distilling(ce_weight: float = 1.0, weight: float = 1.0, **changes) -> Config
 
 
 def model() -> ConfigDict:
+    """Which model, how it is asked, and what of it is kept for the gradient."""
     return ConfigDict(
         {
             "path": "",  # folder in Hugging Face format, or a hub id

@@ -79,22 +79,34 @@ def sections(node: ast.Dict) -> list[str]:
     return lines
 
 
+def said_of(function: ast.FunctionDef) -> str:
+    """Return what a function's docstring says, and which settings of `training` it takes other defaults for."""
+    says = " ".join((ast.get_docstring(function) or "").split())
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "training":
+            own = [("lr", one) for one in node.args] + [(one.arg, one.value) for one in node.keywords]
+            other = [f"`{name}={ast.unparse(one)}`" for name, one in own if name and not isinstance(one, ast.Name)]
+            says += "\nIt has all keys of a stage that trains" + (f", with {', '.join(other)}." if other else ".")
+    return says
+
+
 def page() -> str:
     """Return the whole page."""
     tree, told, config = ast.parse(SOURCE.read_text("utf-8")), comments(), settings.default_config()
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     dicts = {
-        node.name: max((d for d in ast.walk(node) if isinstance(d, ast.Dict)), key=lambda d: len(ast.dump(d)))
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
+        name: max((d for d in ast.walk(node) if isinstance(d, ast.Dict)), key=lambda d: len(ast.dump(d)))
+        for name, node in functions.items()
     }
-    examples = {"training": "train", "preference": "train", "distilling": "student_uld", "model": "teacher"}
+    examples = {"training": "train", "preference": "train", "distilling": "student_dskd", "model": "teacher"}
     table = ["| key | default | meaning |", "|---|---|---|"]
     parts = [HEAD, "## The run, and its sections", "", *table, *rows(dicts["default_config"], "", config, told)]
     for name, title in SHARED.items():
         own = rows(dicts[name], "STAGE." if name != "model" else "MODEL.", config[examples[name]], told)
-        parts += ["", f"## {title}", "", *table, *own]
+        parts += ["", f"## {title}", "", said_of(functions[name]), "", *table, *own]
     # What differs between stages: the arguments of the calls.
     parts += ["", "## Stages", "", "| section | keys of | here |", "|---|---|---|", *sections(dicts["default_config"])]
+    parts.append("| `student_proposed` | as `train` | `steps=-1` |")
     own = next(
         value
         for key, value in zip(dicts["default_config"].keys, dicts["default_config"].values)

@@ -84,7 +84,7 @@ install() {
   # uv brings a Python of its own: the VM's may be older than ctpd needs.
   on_workers all "set -e; mkdir -p ctpd && tar -xzf $archive -C ctpd && python3 -m pip install --quiet --user uv &&
 python3 -m uv venv --quiet --allow-existing --python ${PYTHON:-3.12} ctpd/.venv &&
-python3 -m uv pip install --quiet --python ctpd/.venv/bin/python -e 'ctpd[tpu]'"
+python3 -m uv pip install --quiet --python ctpd/.venv/bin/python -e 'ctpd[tpu,hub]'"
   if [[ ${SHARE-} ]]; then
     # lookupcache=positive: that a file is not there is asked again, not remembered.
     on_workers all "set -e; sudo apt-get install -y -qq nfs-common >/dev/null; sudo mkdir -p /mnt/ctpd

@@ -79,7 +79,7 @@ def test_tpu_vm_installs_on_all_workers_what_this_folder_holds():
     for name in tar[3:]:
         assert (LAUNCH.parent / name).exists(), name
     assert all("--worker=all" in command for command in (copy, install, mount))
-    assert "-e 'ctpd[tpu]'" in install[-1]
+    assert "-e 'ctpd[tpu,hub]'" in install[-1]
     assert "mount -t nfs -o hard,lookupcache=positive 10.0.0.2:/ctpd /mnt/ctpd" in mount[-1]
     assert len(dry_run("tpu_vm.sh", "install")) == 3  # no share, no mount
 
