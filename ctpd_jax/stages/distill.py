@@ -19,7 +19,6 @@ from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import packing, recipe
-from ctpd_jax.job.table import left_out
 from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.schema import CHOSEN, Batch
@@ -31,9 +30,6 @@ from ctpd_jax.train.loop import train
 
 def run(job: Job, stage: str) -> None:
     config, settings = job.config, job.config[stage]
-    if left_out(config, stage):
-        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
-        return
 
     # 1. What is executed.
     pairs, student, teacher = load_pairs(job, "train"), decoder_of(job, "student"), decoder_of(job, "teacher")

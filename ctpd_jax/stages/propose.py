@@ -26,7 +26,7 @@ from ctpd_jax.job.job import Job
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import dtype_of, text_digest, text_of
 from ctpd_jax.job.pairs import PROPOSALS, PROPOSED, load_pairs, prepared, proposed
-from ctpd_jax.job.table import columns, left_out
+from ctpd_jax.job.table import columns
 from ctpd_jax.models.sampling import generate
 from ctpd_jax.processes import preempt
 from ctpd_jax.report import terminal
@@ -46,9 +46,6 @@ Answers = dict[str, bool]  # the distinct answers to a prompt, and whether each 
 
 def run(job: Job, stage: str) -> None:
     config, folder = job.config, job.workdir / PROPOSALS
-    if left_out(config, stage):
-        job.say(f"{stage}: left out (config.student_proposed.steps = -1).")
-        return
 
     # 1. The prompts. Is everything done, or begun from the same things?
     prompts = prompts_of(job)

@@ -11,16 +11,13 @@ from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import recipe
-from ctpd_jax.job.table import left_out, trained_model
+from ctpd_jax.job.table import trained_model
 from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
 from ctpd_jax.schema import CHOSEN, AlignedPair, Model
 
 
 def run(job: Job, stage: str) -> None:
     config = job.config
-    if left_out(config, stage):  # what comes after it starts from the user's checkpoint
-        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
-        return
 
     # 1. What is learnt: the chosen responses.
     model = trained_model(config, stage)
