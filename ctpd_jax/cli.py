@@ -130,8 +130,7 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         elif known.command == "evaluate":
             harness.run(job, known)
         else:
-            sampling, file = generate.sampling_of(known, config.seed), generate.prompt_file(known)
-            generate.answer(job, known.model, known.prompt, sampling, file)
+            generate.answer(job, known)
     return 0
 
 
@@ -265,11 +264,9 @@ def answered_from_folder(known: argparse.Namespace, overrides: Sequence[str]) ->
     if known.config or known.workdir or overrides:
         superfluous = "--config" if known.config else "--workdir" if known.workdir else overrides[0]
         raise UserError(f"--folder answers with that model alone: leave {superfluous} out, or leave --folder out.")
-    from ctpd_jax.stages import generate
+    from ctpd_jax.stages.generate import answer_from_folder
 
-    generate.answer_from_folder(
-        known.folder, known.prompt, generate.sampling_of(known, seed=0), generate.prompt_file(known)
-    )
+    answer_from_folder(known)
     return True
 
 
