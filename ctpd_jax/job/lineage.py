@@ -191,7 +191,7 @@ class Files:
 
     def _load(self, stage: str, shapes: Params) -> Params:
         target = shard_shapes(self.mesh, shapes)
-        return load_params(self.job.workdir / stage / "params", target, alone=self.alone, cast=True)[0]
+        return load_params(self.job.workdir / stage / "params", target, alone=self.alone, cast=True)
 
 
 Source = Shapes | Files  # what gives parameters, or stands for them
