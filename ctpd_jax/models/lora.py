@@ -161,7 +161,7 @@ def save_peft(directory: str | Path, config: DecoderConfig, adapters: Params, ba
         modules.add(entry.rsplit(".", 3)[-3])
         for layer in range(config.num_layers):
             fetch = partial(lambda array, layer: np.asarray(array[layer]), array, layer)
-            tensors.append((entry.format(layer), array.shape[1:], fetch))
+            tensors.append((entry.format(layer), array.shape[1:], np.dtype(np.float32), fetch))
     # 2. What PEFT reads first.
     raw = {
         "peft_type": "LORA",
@@ -178,7 +178,7 @@ def save_peft(directory: str | Path, config: DecoderConfig, adapters: Params, ba
     # 3. Both files beside, then renamed together.
     place, files = local_path(directory), ("adapter_config.json", "adapter_model.safetensors")
     with replacing_folder(place, files[0], "a folder of adapters", files.__contains__) as beside:
-        safetensors.write(beside / files[1], tensors, lambda name: np.dtype(np.float32))
+        safetensors.write(beside / files[1], tensors)
         write_json(beside / files[0], raw)
 
 

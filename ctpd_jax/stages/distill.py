@@ -11,6 +11,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from ctpd_jax.annotate.scorer import response_items
 from ctpd_jax.data.loader import batch_indices, micro_batches, plan_updates
 from ctpd_jax.data.packing import round_up
 from ctpd_jax.job.features import Features, one_response_a_row, teacher_features
@@ -23,7 +24,6 @@ from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.schema import CHOSEN, Batch
 from ctpd_jax.sharding import place_like
-from ctpd_jax.stages.sft import response_items
 from ctpd_jax.train.distill import init_projectors, projector_shapes
 from ctpd_jax.train.loop import train
 

@@ -6,7 +6,7 @@ With weights.source = "sft" the contrastive pair is SFT instead, on the chosen a
 
 from __future__ import annotations
 
-from ctpd_jax.annotate.scorer import dpo_items
+from ctpd_jax.annotate.scorer import dpo_items, response_items
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
@@ -15,7 +15,6 @@ from ctpd_jax.job.score import reference_of
 from ctpd_jax.job.table import REVERSED, is_sft, trained_model
 from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
 from ctpd_jax.schema import CHOSEN, REJECTED
-from ctpd_jax.stages.sft import response_items
 
 
 def run(job: Job, stage: str) -> None:
