@@ -160,11 +160,6 @@ def place_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return _place(array, NamedSharding(mesh, P(ROWS)))
 
 
-def place_like(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Place an array, the same on every process, as its shape says."""
-    return _place(array, shape.sharding)
-
-
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

@@ -23,8 +23,7 @@ from ctpd_jax.job.recipe import packing, recipe
 from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.schema import CHOSEN, Batch
-from ctpd_jax.sharding import place_like
-from ctpd_jax.train.distill import init_projectors, projector_shapes
+from ctpd_jax.train.distill import init_projectors
 from ctpd_jax.train.loop import train
 
 
@@ -63,7 +62,7 @@ def run(job: Job, stage: str) -> None:
     initial, frozen = parameters(job, what)
 
     def begin() -> Params:
-        shapes = projector_shapes(student, teacher) if "projectors" in what.trainable else {}
+        shapes = what.trainable.get("projectors", {})
         drawn = {"projectors": init_projectors(shapes, jax.random.key(config.seed))} if shapes else {}
         return initial() | drawn
 
@@ -80,5 +79,6 @@ def teacher_head(features: Features, frozen: Params) -> Params:
     """The teacher's unembedding on the devices where the recipe wants it; {} for methods that do without."""
     if features.head is None:
         return {}
-    where = frozen["teacher"]["lm_head"]["weight"]
-    return {"teacher": {"lm_head": {"weight": place_like(np.asarray(features.head), where)}}}
+    head, where = np.asarray(features.head), frozen["teacher"]["lm_head"]["weight"].sharding
+    placed = jax.make_array_from_callback(head.shape, where, lambda index: head[index])
+    return {"teacher": {"lm_head": {"weight": placed}}}
