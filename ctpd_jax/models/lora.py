@@ -54,9 +54,9 @@ def with_lora(config: DecoderConfig, rank: int, alpha: float, targets: str = "al
     return replace(config, lora=Lora(rank, float(alpha), tuple(name for name in names if name in chosen)))
 
 
-def adapter_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """Return the adapters as jax.ShapeDtypeStruct."""
-    return split(param_shapes(config, dtype))[0]
+def adapter_shapes(config: DecoderConfig) -> Params:
+    """Return the adapters as jax.ShapeDtypeStruct, float32."""
+    return split(param_shapes(config))[0]
 
 
 def init_adapters(config: DecoderConfig, key: jax.Array) -> Params:
