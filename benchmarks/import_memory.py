@@ -57,14 +57,14 @@ def write_checkpoint(folder: Path, layers: int) -> int:
     from ctpd_jax.models.hf.save import write_weights
 
     config = from_hf(config_of(layers))
-    shapes, tensors = checkpoint_shapes(config), []
+    shapes, tensors, dtype = checkpoint_shapes(config), [], np.dtype(ml_dtypes.bfloat16)
     for path, entry in tensor_table(config).items():
         shape = shapes[path][entry.count("{}") :]
         for name in tensor_names(config, entry):
-            tensors.append((name, shape, lambda name=name, shape=shape: values(name, shape)))
-    write_weights(folder, tensors, lambda _: np.dtype(ml_dtypes.bfloat16), SHARD)
+            tensors.append((name, shape, dtype, lambda name=name, shape=shape: values(name, shape)))
+    write_weights(folder, tensors, SHARD)
     write_json(folder / "config.json", to_hf(config, "bfloat16"))
-    return sum(2 * int(np.prod(shape)) for _, shape, _ in tensors)
+    return sum(2 * int(np.prod(shape)) for _, shape, *_ in tensors)
 
 
 def import_and_measure(folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ctpd_jax.annotate.store import open_store
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.check import check_config
 from ctpd_jax.job.job import Job, open_job
-from ctpd_jax.job.table import STAGES
+from ctpd_jax.job.table import STAGES, left_out
 from ctpd_jax.settings import default_config
 
 FORMAT = 1  # raise it when a change here makes other numbers from the same settings
@@ -188,7 +188,8 @@ def made(folder: Path, world: World, sizes: Sizes, prepare: Mapping[str, Any]) -
 
 
 def run_stage(job: Job, stage: str) -> None:
-    import_module(f"ctpd_jax.stages.{STAGES[stage].kind}").run(job, stage)
+    if not left_out(job.config, stage):
+        import_module(f"ctpd_jax.stages.{STAGES[stage].kind}").run(job, stage)
 
 
 # ------------------------------------------------------------------------------------------------ a cell

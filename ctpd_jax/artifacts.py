@@ -77,6 +77,14 @@ def read_json(path: Path, advice: str = "remove that folder and run the stage ag
         raise Broken(f"{path} is damaged ({error}); {advice}.") from None
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file of a model folder, None where there is none. Raises UserError where it is no object."""
+    value = read_json(path, "mend it, or fetch the model again")
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object; mend it, or fetch the model again.")
+    return value
+
+
 def canonical_json(value: Any) -> bytes:
     """Spell equal values alike: what the hash of a JSON value is taken over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

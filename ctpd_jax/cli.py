@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.arguments import parser
 from ctpd_jax.job.check import check_config
-from ctpd_jax.job.table import STAGES
+from ctpd_jax.job.table import STAGES, why_left_out
 from ctpd_jax.processes import preempt
 from ctpd_jax.settings import default_config
 
@@ -52,14 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # 2. All of the code: a long run must not meet a file that was changed or is missing meanwhile.
             stages = {name: import_module(f"ctpd_jax.stages.{STAGES[name].kind}") for name in chosen_stages(known)}
 
-            # 3. Each stage knows whether it is finished, goes on or is left out.
+            # 3. Each stage that is not left out knows whether it is finished or goes on.
             with distributed.joined(), open_job(config, known.workdir) as job:
                 preflight(job, known.command)
                 if first_process():
                     write_json(job.workdir / "config.json", config.to_dict())
                 for name, module in stages.items():
                     with preempt.during(name):
-                        module.run(job, name)
+                        if why := why_left_out(config, name):
+                            job.say(f"{name}: left out ({why}).")
+                        else:
+                            module.run(job, name)
                     if first_process() and name not in ("evaluate", "export"):  # which writes it itself; adds nothing
                         write_report(job.workdir)
                 if known.command == "export" and known.push and first_process():
@@ -127,8 +130,7 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         elif known.command == "evaluate":
             harness.run(job, known)
         else:
-            sampling, file = generate.sampling_of(known, config.seed), generate.prompt_file(known)
-            generate.answer(job, known.model, known.prompt, sampling, file)
+            generate.answer(job, known)
     return 0
 
 
@@ -203,8 +205,6 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ConfigDict:
         if left[1:]:
             raise UserError(f"What does {left[1]!r} mean? Settings are written --config.key=value.")
         return values["config"].value
-    except UserError:
-        raise
     except (AttributeError, KeyError) as error:
         raise UserError(f"{path}: {str(error).strip(chr(34))} All keys stand in ctpd_jax/settings.py.") from error
     except Exception as error:  # a config file is code: whatever it raises is told, not traced
@@ -264,11 +264,9 @@ def answered_from_folder(known: argparse.Namespace, overrides: Sequence[str]) ->
     if known.config or known.workdir or overrides:
         superfluous = "--config" if known.config else "--workdir" if known.workdir else overrides[0]
         raise UserError(f"--folder answers with that model alone: leave {superfluous} out, or leave --folder out.")
-    from ctpd_jax.stages import generate
+    from ctpd_jax.stages.generate import answer_from_folder
 
-    generate.answer_from_folder(
-        known.folder, known.prompt, generate.sampling_of(known, seed=0), generate.prompt_file(known)
-    )
+    answer_from_folder(known)
     return True
 
 

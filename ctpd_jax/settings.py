@@ -13,15 +13,15 @@ LESS_IS_BETTER = ("loss",)
 MEASURES = ("rewards/accuracies", "rewards/margins", *LESS_IS_BETTER)  # by which the best update of a stage is chosen
 
 
-def training(lr: float, steps: int = 0, epochs: float = 1.0, batch_size: int = 16, **changes) -> ConfigDict:
+def training(lr: float, **changes) -> ConfigDict:
     """Settings that every stage which trains shares."""
     # Optimizer first, then how long, how much at once, and what is trained at all.
     settings = ConfigDict(
         {
             "lr": lr,  # peak learning rate of AdamW
-            "steps": steps,  # updates; 0: as many as `epochs` gives, -1: leave the stage out
-            "epochs": epochs,  # passes over the data, where `steps` is 0
-            "batch_size": batch_size,  # pairs per update (SFT: responses)
+            "steps": 0,  # updates; 0: as many as `epochs` gives, -1: leave the stage out
+            "epochs": 1.0,  # passes over the data, where `steps` is 0
+            "batch_size": 16,  # pairs per update (SFT: responses)
             "micro_batch": 4,  # pairs per forward and backward pass; updates sum over micro-batches
             "warmup": 0.1,  # share of the steps with rising learning rate; then cosine to zero
             "weight_decay": 0.01,  # not on norms and biases

@@ -160,11 +160,6 @@ def place_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return _place(array, NamedSharding(mesh, P(ROWS)))
 
 
-def place_like(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Place an array, the same on every process, as its shape says."""
-    return _place(array, shape.sharding)
-
-
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
@@ -249,16 +244,16 @@ def patiently(look: Callable[[], T | None], seconds: float = 60.0) -> T | None:
     return found
 
 
-def pieces_on_host(leaf: jax.Array | np.ndarray, most: int = 2**28) -> Iterator[np.ndarray]:
+def pieces_on_host(leaf: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
     """Yield an array on the host, along its first axis, wherever it lies; every process calls it.
 
-    An array of several processes comes in pieces of about `most` bytes: whole, a piece lies on every device, and all
+    An array of several processes comes in pieces of about 256 MB: whole, a piece lies on every device, and all
     layers' matrices of a large model would not fit there.
     """
     if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
         yield np.asarray(leaf)
     else:
-        yield from _pieces(leaf, most)
+        yield from _pieces(leaf, most=2**28)
 
 
 def _pieces(leaf: jax.Array, most: int) -> Iterator[np.ndarray]:

@@ -23,12 +23,18 @@ from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
 
 def plain_item(pair: AlignedPair, model: Model, prompt: np.ndarray | None = None) -> PairItem:
     """Returns one model's view of a pair, every token counting once. `prompt` replaces the pair's own."""
+    own = pair.prompt(model) if prompt is None else prompt
+    return PairItem(own, _plain_response(pair, model, CHOSEN), _plain_response(pair, model, REJECTED))
 
-    def response(side: int) -> ScoredResponse:
-        ids = pair.tokens(model, side).ids
-        return ScoredResponse(ids, np.ones(len(ids), np.float32))
 
-    return PairItem(pair.prompt(model) if prompt is None else prompt, response(CHOSEN), response(REJECTED))
+def response_items(pairs: Sequence[AlignedPair], model: Model, side: int) -> list[PairItem]:
+    """Returns the responses of one side alone, every token counting once."""
+    return [PairItem(pair.prompt(model), _plain_response(pair, model, side), None) for pair in pairs]
+
+
+def _plain_response(pair: AlignedPair, model: Model, side: int) -> ScoredResponse:
+    ids = pair.tokens(model, side).ids
+    return ScoredResponse(ids, np.ones(len(ids), np.float32))
 
 
 def dpo_items(

@@ -76,13 +76,11 @@ def sinkhorn_distance(
     teacher: Float[ArrayLike, "R U k"],
     student_real: Shaped[ArrayLike, "R T"],
     teacher_real: Shaped[ArrayLike, "R U"],
-    epsilon: Number = 0.1,
-    iterations: int = 10,
 ) -> Float[Array, " R"]:
     """sum_tu P_tu C_tu, C_tu = sum_i |p_t(i) - q_u(i)|: Multi-Level OT's cost of whole responses (arXiv 2412.14528).
 
-    P moves the student's positions to the teacher's: exp(-C / epsilon), its rows scaled to 1 / T each and its columns
-    to 1 / U, `iterations` times in turn (arXiv 1306.0895), so that a longer response does not count more.
+    P moves the student's positions to the teacher's: exp(-C / 0.1), its rows scaled to 1 / T each and its columns to
+    1 / U, ten times in turn (arXiv 1306.0895), so that a longer response does not count more.
     """
     x, y = at_least_float32(student), at_least_float32(teacher)
     rows, columns = jnp.asarray(student_real, bool), jnp.asarray(teacher_real, bool)
@@ -96,7 +94,7 @@ def sinkhorn_distance(
     cost, _ = lax.scan(add, nothing, (jnp.moveaxis(x, 2, 0), jnp.moveaxis(y, 2, 0)))
 
     # 2. Scaling a matrix's rows and columns is scaling two vectors. Costs are at most 2, so nothing underflows.
-    kernel = jnp.where(rows[:, :, None] & columns[:, None, :], jnp.exp(-cost / epsilon), 0)
+    kernel = jnp.where(rows[:, :, None] & columns[:, None, :], jnp.exp(-cost / 0.1), 0)
     counts = (real.sum(axis=1, keepdims=True, dtype=cost.dtype) for real in (rows, columns))
     share = [1 / jnp.maximum(count, 1) for count in counts]
 
@@ -106,7 +104,7 @@ def sinkhorn_distance(
         return (of_rows, share[1] / jnp.where(columns, total, 1)), None
 
     start = jnp.ones_like(cost[:, :, 0]), jnp.ones_like(cost[:, 0, :])
-    (of_rows, of_columns), _ = lax.scan(scale, start, None, length=iterations)
+    (of_rows, of_columns), _ = lax.scan(scale, start, None, length=10)
     return (of_rows[:, :, None] * kernel * of_columns[:, None, :] * cost).sum(axis=(1, 2))
 
 

@@ -23,7 +23,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Real, Shaped
 
 from ctpd_jax.core.arrays import (
-    Number,
     Scalar,
     SumAndCount,
     at_least_float32,
@@ -358,10 +357,8 @@ def reward_metrics(prefix: str, chosen: Array, rejected: Array) -> dict[str, Arr
     }
 
 
-def lambda_diagnostics(
-    lam: PerPair, mask: Shaped[ArrayLike, "*B"] | None = None, low: Number = 0.05, high: Number = 0.95
-) -> dict[str, SumAndCount]:
-    """How the anchor selects pairs: the `mean` of lambda and how many lie `below_low` and `above_high`.
+def lambda_diagnostics(lam: PerPair, mask: Shaped[ArrayLike, "*B"] | None = None) -> dict[str, SumAndCount]:
+    """How the anchor selects pairs: the `mean` of lambda, how many are `below_low`, 0.05, and `above_high`, 0.95.
 
     lambda = sigmoid(beta (r_l - r_w)), LossOutput's `lam`, is the weight with which a pair enters the gradient. Near 0
     the pair is ignored, near 1 it is pulled as hard as possible; where the reference is another model, much of that is
@@ -371,8 +368,8 @@ def lambda_diagnostics(
     real = mask_or_all(mask, values.shape)
     return {
         "mean": masked_sum_and_count(values, real),
-        "below_low": masked_sum_and_count(values < low, real),
-        "above_high": masked_sum_and_count(values > high, real),
+        "below_low": masked_sum_and_count(values < 0.05, real),
+        "above_high": masked_sum_and_count(values > 0.95, real),
     }
 
 

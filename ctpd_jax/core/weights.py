@@ -9,7 +9,7 @@ float32 (float64 for float64). Weights are data: take their gradient only if you
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +91,7 @@ def rank_weights(weights: Spans, lowest: Number = 0.6, highest: Number = 2.0, ma
     values = at_least_float32(weights)
     real = mask_or_all(mask, values.shape)
 
+    @partial(jnp.vectorize, signature="(s),(s)->(s)")
     def mean_rank(row: Array, real_row: Array) -> Array:
         row = jnp.where(real_row, row, jnp.inf)  # padding ranks last, behind every real span
         ordered = jnp.sort(row)
@@ -99,7 +100,7 @@ def rank_weights(weights: Spans, lowest: Number = 0.6, highest: Number = 2.0, ma
         up_to = jnp.searchsorted(ordered, row, side="right")
         return (below + up_to - 1) / 2
 
-    rank = _by_row(mean_rank, values, real).astype(values.dtype)
+    rank = mean_rank(values, real).astype(values.dtype)
     # A single span has rank 0 of 0, hence the maximum.
     spans = real.sum(axis=-1, keepdims=True)
     weight = lowest + (highest - lowest) * rank / jnp.maximum(spans - 1, 1)
@@ -114,6 +115,7 @@ def binary_weights(weights: Spans, percent: Number = 50.0, mask: Mask | None = N
     values = at_least_float32(weights)
     real = mask_or_all(mask, values.shape)
 
+    @partial(jnp.vectorize, signature="(s),(s)->(s)")
     def descending_rank(row: Array, real_row: Array) -> Array:
         # Stable, so that the earlier of two equal spans is kept; padding sorts behind every real span.
         order = jnp.argsort(jnp.where(real_row, -row, jnp.inf), stable=True)
@@ -122,7 +124,7 @@ def binary_weights(weights: Spans, percent: Number = 50.0, mask: Mask | None = N
     spans = real.sum(axis=-1, keepdims=True)
     # The small term keeps float32 rounding of, say, 30 % of 10 from becoming one span more.
     kept = jnp.ceil(percent * spans / 100 - 1e-4)
-    return jnp.where(real & (_by_row(descending_rank, values, real) < kept), 1, 0).astype(values.dtype)
+    return jnp.where(real & (descending_rank(values, real) < kept), 1, 0).astype(values.dtype)
 
 
 def mean_one_weights(weights: Spans, mask: Mask | None = None) -> Weights:
@@ -187,9 +189,3 @@ def weight_diagnostics(
         "weight": masked_sum_and_count(weight, real),
         "weight_square": masked_sum_and_count(jnp.square(weight), real),
     }
-
-
-def _by_row(function: Callable[[Array, Array], Array], values: Array, real: Array) -> Array:
-    """Map a function of one response, ([S], [S]) -> [S], over all leading axes."""
-    size = values.shape[-1]
-    return jax.vmap(function)(values.reshape(-1, size), real.reshape(-1, size)).reshape(values.shape)

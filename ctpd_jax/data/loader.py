@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ctpd_jax.data.packing import PackingConfig, Units, choose_shapes, fit, needs_of, padding_share, split, units_of
+from ctpd_jax.data.packing import PackingConfig, Units, choose_shapes, fit, needs_of, split, units_of
 from ctpd_jax.data.rows import BatchShape, PairItem, build_batch
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch
@@ -53,7 +53,8 @@ def padding(
     items: Items, parts: Parts, micro_batch: int, packing: PackingConfig, shapes: Sequence[BatchShape]
 ) -> float:
     """Return the share of the tokens laid out that is padding, over such parts."""
-    return padding_share(_units(items, parts, micro_batch, packing), shapes, packing)
+    units, sizes = _units(items, parts, micro_batch, packing), np.array([shape.rows * shape.length for shape in shapes])
+    return 1 - float(units.tokens.sum() / sizes[fit(units, shapes, packing)[0]].sum())
 
 
 def _units(items: Items, parts: Parts, micro_batch: int, packing: PackingConfig) -> Units:

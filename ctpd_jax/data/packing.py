@@ -234,12 +234,6 @@ def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchSh
     return [found[i][1] for i in used]
 
 
-def padding_share(units: Units, shapes: Sequence[BatchShape], packing: PackingConfig) -> float:
-    """Return the share of all tokens that is padding where these micro-batches are laid out in these shapes."""
-    sizes = np.array([shape.rows * shape.length for shape in shapes])
-    return 1 - float(units.tokens.sum() / sizes[fit(units, shapes, packing)[0]].sum())
-
-
 def in_words(padding: float) -> str:
     """Say what share of the tokens is padding, and what lowers it where it is large."""
     advice = f"; more than {MUCH_PADDING:.0%} is time lost. Try rows.layout=response or shared with rows.length=0, "

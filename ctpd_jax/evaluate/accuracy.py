@@ -34,8 +34,9 @@ def accuracy(margins: np.ndarray) -> Accuracy | None:
     return Accuracy(share, low, high, count)
 
 
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a binomial share (E. B. Wilson, 1927)."""
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of a binomial share (E. B. Wilson, 1927)."""
+    z = 1.959964  # the normal distribution's quantile of 97.5 %
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))

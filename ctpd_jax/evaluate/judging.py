@@ -44,7 +44,7 @@ def win_rate(scores: np.ndarray) -> Accuracy:
     return Accuracy(share, *wilson_interval(share, len(scores)), len(scores))
 
 
-def length_controlled(scores: np.ndarray, lengths: np.ndarray, steps: int = 50) -> float:
+def length_controlled(scores: np.ndarray, lengths: np.ndarray) -> float:
     """Return the win rate at equal length, by logistic regression on the lengths' difference (arXiv 2404.04475).
 
     P(first wins) = sigmoid(a + b tanh((l1 - l2) / std(l1 - l2))), fitted to the scores; the rate is sigmoid(a). The
@@ -59,7 +59,7 @@ def length_controlled(scores: np.ndarray, lengths: np.ndarray, steps: int = 50) 
     inputs = np.stack([np.ones(len(scores)), np.tanh(differences / spread)], axis=1)  # [N, 2]
     # Newton's method on the concave likelihood; a little ridge keeps it finite where one answer always wins.
     weights, ridge = np.zeros(2), 1e-2 * np.eye(2)
-    for _ in range(steps):
+    for _ in range(50):
         chance = 1 / (1 + np.exp(-inputs @ weights))
         slope = inputs.T @ (scores - chance) - ridge @ weights
         curvature = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + ridge

@@ -29,25 +29,24 @@ All of them, with their meaning: ctpd_jax/settings.py.
 Give the same command again and it goes on where it stopped. SIGTERM saves first and ends with exit code 75.
 """
 
-PLAN_EPILOG = """\
+EPILOGS = {
+    "plan": """\
 Compiles the programs of each stage for the topology, or estimates them where the compiler is not installed. All prompts
 and responses are taken to be as long as config.data allows. Exit code 3 where something does not fit.
 
   ctpd plan --config configs/qwen2.5_14b_to_llama3.1_8b.py --topology v5e:4x4 --stage train
   ctpd plan --config configs/colab_v5e.py --topology v5e:1x1
   ctpd plan --config configs/pair.py --config.student.path=DIR --topology v5p:2x2x1 --stage train --search
-"""
-
-JUDGE_EPILOG = """\
+""",
+    "judge": """\
 Each instruction that both files answer is judged in both orders. The key of the endpoint is read from OPENAI_API_KEY.
 What the judge has said is kept beside --out: give the same command again and it goes on where it stopped.
 
   ctpd generate --folder A --prompts test.jsonl --out a.json
   ctpd generate --folder B --prompts test.jsonl --out b.json
   ctpd judge a.json b.json --url http://localhost:8000/v1/ --model NAME --out a_b.json
-"""
-
-GENERATE_EPILOG = """\
+""",
+    "generate": """\
 The answer goes to stdout, and nothing else does. Several prompts are answered together, each under its prompt. With
 --prompts the answers go to --out.
 
@@ -55,10 +54,8 @@ The answer goes to stdout, and nothing else does. Several prompts are answered t
   ctpd generate --folder runs/demo/export --prompt "Tell me about tea." --prompt "And coffee?"
   ctpd generate --folder runs/demo/export --prompts test.jsonl --out answers.json --max-new-tokens 512
   ctpd generate --folder HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Hi!" --temperature 0.8 --top-k 50 --top-p 0.95
-"""
-
-
-INSPECT_EPILOG = """\
+""",
+    "inspect": """\
 Of a run the weights are shown too, once its pairs were annotated. A pair that must not reach training (a response that
 does not end on its end of turn, a doubled BOS, a span without tokens of one model) ends it with exit code 2.
 
@@ -68,22 +65,14 @@ with two tokenizers, what the limits cut. No model is loaded, and no --config is
   ctpd inspect --config configs/demo.py --workdir runs/demo --pair 3 --html pair.html
   ctpd inspect --data pairs.jsonl
   ctpd inspect --data pairs.jsonl --teacher DIR --student DIR --stats --config.data.max_response_tokens=256
-"""
-
-
-EVALUATE_EPILOG = """\
+""",
+    "evaluate": """\
 With --harness, lm-eval asks the run's models, or a model folder, the questions of its tasks (docs/evaluate.md).
 
   ctpd evaluate --config configs/demo.py --workdir runs/demo
   ctpd evaluate --config configs/demo.py --workdir runs/demo --harness --model ctpd --model student_start
   ctpd evaluate --harness arc_easy:0,gsm8k:5 --folder runs/demo/export --workdir runs/scores --limit 100
-"""
-EPILOGS = {
-    "generate": GENERATE_EPILOG,
-    "plan": PLAN_EPILOG,
-    "inspect": INSPECT_EPILOG,
-    "evaluate": EVALUATE_EPILOG,
-    "judge": JUDGE_EPILOG,
+""",
 }
 # The paper's tasks and shots.
 HARNESS = "hellaswag:10,arc_challenge:25,mmlu:5,truthfulqa_mc2:0,winogrande:5,gsm8k:5"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -92,7 +93,7 @@ def check_config(config: ConfigDict) -> None:
             "model than the reference has to be, and its rounding hides what tells the contrastive pair apart."
         )
     for name, choices in CHOICES.items():
-        _require(config, _value(config, name) in choices, name, f"choose one of {', '.join(choices)}")
+        _require(config, attrgetter(name)(config) in choices, name, f"choose one of {', '.join(choices)}")
     _require_ranges(config, OF_OTHERS)
     for stage in TRAINED:
         _check_stage(config, stage)
@@ -112,22 +113,15 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(str(error).replace("config.train.", "config.student_proposed.")) from None
 
 
-def _value(config: ConfigDict, name: str) -> Any:
-    found: Any = config
-    for part in name.split("."):
-        found = found[part]
-    return found
-
-
 def _require(config: ConfigDict, holds: bool, name: str, what: str) -> None:
     if not holds:
-        raise UserError(f"config.{name} is {_value(config, name)!r}; {what}.")
+        raise UserError(f"config.{name} is {attrgetter(name)(config)!r}; {what}.")
 
 
 def _require_ranges(config: ConfigDict, ranges: tuple[tuple[str, Range], ...], prefix: str = "") -> None:
     for names, (holds, what) in ranges:
         for name in names.split():
-            _require(config, holds(_value(config, prefix + name)), prefix + name, what)
+            _require(config, holds(attrgetter(prefix + name)(config)), prefix + name, what)
 
 
 def _check_keys(config: ConfigDict) -> None:

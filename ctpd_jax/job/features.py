@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctpd_jax.annotate.scorer import response_items
 from ctpd_jax.annotate.store import Column, shard_ranges
 from ctpd_jax.data.loader import micro_batches, plan_shapes
 from ctpd_jax.data.packing import PackingConfig
-from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job
@@ -110,11 +110,7 @@ def _measure(
         return top_probabilities(what.decoder, params, states, k, what.compute) if k else states.astype(jnp.float32)
 
     # 2. The chosen responses, one a row.
-    def item(pair: AlignedPair) -> PairItem:
-        ids = pair.tokens("teacher", CHOSEN).ids
-        return PairItem(pair.teacher_prompt, ScoredResponse(ids, np.ones(len(ids), np.float32)), None)
-
-    items, micro_batch = [item(pair) for pair in pairs.aligned], job.config.annotate.micro_batch
+    items, micro_batch = response_items(pairs.aligned, "teacher", CHOSEN), job.config.annotate.micro_batch
     rows = one_response_a_row(packing(job.config, job.own))
     shapes = plan_shapes(items, ranges, micro_batch, rows)
 

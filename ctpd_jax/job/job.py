@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import STAGES
-from ctpd_jax.processes import distributed
+from ctpd_jax.processes import distributed, preempt
 from ctpd_jax.sharding import first_process, make_mesh, patiently
 from ctpd_jax.train.metrics import MetricLog
 
@@ -91,6 +91,13 @@ def check_platform(config: ConfigDict) -> None:
             "This machine has an accelerator, but JAX found only the CPU: it is busy, or jax was installed without it. "
             "Set --config.platform=cpu to go on without."
         )
+
+
+def by_first(what: str, work: Callable[[], object]) -> None:
+    """Has the first process do what is done once; the others wait, and where it was stopped all of them stop."""
+    with preempt.apart(what):
+        if first_process():
+            work()
 
 
 # ------------------------------------------------------------------------------------------------ finished stages

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,25 +29,6 @@ from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, sp
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import param_sharding, pieces_on_host, shard_shapes
 from ctpd_jax.train.checkpoint import load_params
-
-
-class Source(Protocol):
-    """Gives parameters, or what stands for them."""
-
-    def decoder(self, model: Model) -> DecoderConfig:
-        """The config of the model that the user brought."""
-
-    def checkpoint(self, model: Model, dtype: str) -> Params:
-        """The parameters that the user brought."""
-
-    def trained(self, stage: str, dtype: str) -> Params:
-        """What a stage left that trained all parameters."""
-
-    def adapters(self, stage: str) -> Params:
-        """The adapters that a stage left, float32."""
-
-    def apply(self, function: Callable[..., Params], *trees: Params) -> Params:
-        """`function` of such trees."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +122,15 @@ class Shapes:
     decoders: Mapping[Model, DecoderConfig]
 
     def decoder(self, model: Model) -> DecoderConfig:
+        """The config of the model that the user brought."""
         return self.decoders[model]
 
     def checkpoint(self, model: Model, dtype: str) -> Params:
+        """The parameters that the user brought."""
         return param_shapes(self.decoders[model], jnp.dtype(dtype))
 
     def trained(self, stage: str, dtype: str) -> Params:
-        """All but the norms in `dtype`.
+        """What a stage left that trained all parameters: all but the norms in `dtype`.
 
         Norms are computed in float32, everything else in the compute dtype: where that is bfloat16 too, such
         parameters give the very numbers of float32 ones.
@@ -161,9 +143,11 @@ class Shapes:
         return jax.tree.map_with_path(kept, param_shapes(self.decoders[trained_model(self.config, stage)]))
 
     def adapters(self, stage: str) -> Params:
+        """The adapters that a stage left, float32."""
         return adapter_shapes(with_adapters(self.config, stage, self.decoders[trained_model(self.config, stage)]))
 
     def apply(self, function: Callable[..., Params], *trees: Params) -> Params:
+        """`function` of such trees."""
         return jax.eval_shape(function, *trees)
 
 
@@ -207,7 +191,10 @@ class Files:
 
     def _load(self, stage: str, shapes: Params) -> Params:
         target = shard_shapes(self.mesh, shapes)
-        return load_params(self.job.workdir / stage / "params", target, alone=self.alone, cast=True)[0]
+        return load_params(self.job.workdir / stage / "params", target, alone=self.alone, cast=True)
+
+
+Source = Shapes | Files  # what gives parameters, or stands for them
 
 
 # ------------------------------------------------------------------------------------------------ identities

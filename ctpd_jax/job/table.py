@@ -1,6 +1,6 @@
 """What the stages are. A new stage is one entry here and one file in stages/, with `run(job, stage)` in it.
 
-One that trains also has a section of its name in settings.py.
+One that trains also has a section of its name in settings.py. `run` is called where the stage is not left out.
 
 Nothing heavy is imported: the command line reads this table before JAX is there.
 """
@@ -122,15 +122,20 @@ def starts_from(config: ConfigDict, stage: str) -> str:
     return STAGES[stage].starts_from.format(model=trained_model(config, stage))
 
 
-def left_out(config: ConfigDict, stage: str) -> bool:
-    """Whether the config leaves a stage out; only those that train can be, and proposals that nobody learns from."""
+def why_left_out(config: ConfigDict, stage: str) -> str:
+    """What leaves a stage out, "" where nothing does; only those that train, and proposals that nobody learns from."""
     if stage == "propose":
-        return left_out(config, "student_proposed")
+        return why_left_out(config, "student_proposed")
     if not STAGES[stage].trains:
-        return False
-    if stage in ("positive", "negative") and stage not in CONTRASTIVE.get(config.weights.source, ()):
-        return True
-    return config[stage].steps == -1
+        return ""
+    if config[stage].steps == -1:
+        return f"config.{stage}.steps = -1"
+    unused = stage in ("positive", "negative") and stage not in CONTRASTIVE.get(config.weights.source, ())
+    return "weights.source needs none" if unused else ""
+
+
+def left_out(config: ConfigDict, stage: str) -> bool:
+    return bool(why_left_out(config, stage))
 
 
 def is_sft(config: ConfigDict, stage: str) -> bool:

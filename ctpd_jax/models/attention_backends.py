@@ -26,16 +26,9 @@ from ctpd_jax.schema import RowLayout
 from ctpd_jax.sharding import on_own_rows
 
 Backend = Literal["plain", "xla", "cudnn", "splash", "splash_segments"]
-BACKENDS: tuple[Backend, ...] = ("plain", "xla", "cudnn", "splash", "splash_segments")
 _SPLASH: tuple[Backend, ...] = ("splash_segments", "splash")  # the preferred one first
 
-# What a run may ask of a back end. A "gpu" has cuDNN's flash attention, an "other gpu" has not.
-FEATURES = (
-    "soft cap", "sliding window", "packed segments", "prompt sharing", "head_dim over 128", "head_dim not by 8",
-    "float32", "bfloat16", "cpu", "gpu", "other gpu", "tpu",
-)  # fmt: skip
-
-# Back ends, features, and the reason why these cannot be had of those. Everything that is not here is supported.
+# Back ends, what a run may ask of them, and the reason why these cannot be had of those. All else is supported.
 _REASONS = (
     (("xla", "cudnn"), ("soft cap",), "jax.nn.dot_product_attention has no soft cap of the scores"),
     (("cudnn",), ("head_dim over 128",), "larger heads need a Hopper GPU, which is not tested"),
@@ -61,7 +54,7 @@ _AUTO: Mapping[str, tuple[Backend, ...]] = {"tpu": (*_SPLASH, "plain"), "gpu": (
 
 
 def platform_of(device: Any) -> str:
-    """Return the platform of a jax.Device, as FEATURES names it."""
+    """Return the platform of a jax.Device; a "gpu" has cuDNN's flash attention, an "other gpu" has not."""
     if device.platform not in ("gpu", "cuda", "rocm"):
         return device.platform
     capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))

@@ -54,9 +54,9 @@ def with_lora(config: DecoderConfig, rank: int, alpha: float, targets: str = "al
     return replace(config, lora=Lora(rank, float(alpha), tuple(name for name in names if name in chosen)))
 
 
-def adapter_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """Return the adapters as jax.ShapeDtypeStruct."""
-    return split(param_shapes(config, dtype))[0]
+def adapter_shapes(config: DecoderConfig) -> Params:
+    """Return the adapters as jax.ShapeDtypeStruct, float32."""
+    return split(param_shapes(config))[0]
 
 
 def init_adapters(config: DecoderConfig, key: jax.Array) -> Params:
@@ -161,7 +161,7 @@ def save_peft(directory: str | Path, config: DecoderConfig, adapters: Params, ba
         modules.add(entry.rsplit(".", 3)[-3])
         for layer in range(config.num_layers):
             fetch = partial(lambda array, layer: np.asarray(array[layer]), array, layer)
-            tensors.append((entry.format(layer), array.shape[1:], fetch))
+            tensors.append((entry.format(layer), array.shape[1:], np.dtype(np.float32), fetch))
     # 2. What PEFT reads first.
     raw = {
         "peft_type": "LORA",
@@ -178,7 +178,7 @@ def save_peft(directory: str | Path, config: DecoderConfig, adapters: Params, ba
     # 3. Both files beside, then renamed together.
     place, files = local_path(directory), ("adapter_config.json", "adapter_model.safetensors")
     with replacing_folder(place, files[0], "a folder of adapters", files.__contains__) as beside:
-        safetensors.write(beside / files[1], tensors, lambda name: np.dtype(np.float32))
+        safetensors.write(beside / files[1], tensors)
         write_json(beside / files[0], raw)
 
 

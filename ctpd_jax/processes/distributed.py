@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.processes.preempt import EXIT_CODE, Preempted
+from ctpd_jax.processes.preempt import EXIT_CODE, Preempted, client
 
 HEARTBEAT_TIMEOUT = 30  # seconds after which a process that is silent counts as dead, and the others end; JAX: 100
 START_TIMEOUT = 300  # seconds that a process waits for the others to start
@@ -142,12 +142,9 @@ def _leave_together(seconds: int, code: int) -> None:
     # JAX itself would wait at its own end for 5 minutes and then abort every process, also the one that still writes.
     if not jax.distributed.is_initialized():
         return
-    from jax._src import distributed
-
     # There is no public barrier with a time limit.
     try:
-        client: Any = distributed.global_state.client
-        client.wait_at_barrier("ctpd: the end", seconds * 1000)
+        client().wait_at_barrier("ctpd: the end", seconds * 1000)
     except RuntimeError as error:
         print(f"Not every process came to the end: {str(error).splitlines()[0]}", file=sys.stderr)
         atexit.register(_exit_now, code)

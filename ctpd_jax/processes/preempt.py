@@ -91,12 +91,13 @@ def requested() -> bool:
     _hand_over()
     if not _noticed.is_set() and time.monotonic() - _looked >= _EVERY:
         _looked = time.monotonic()
-        if _has(_client(), _NOTICE):
+        if _has(client(), _NOTICE):
             _noticed.set()
     return _noticed.is_set()
 
 
-def _client() -> Any:
+def client() -> Any:
+    """Return JAX's client of the store that all processes share; there is no public way to it."""
     from jax._src import distributed
 
     return distributed.global_state.client

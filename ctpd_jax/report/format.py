@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,6 @@ TEMPLATES = jinja2.Environment(
 )
 
 # ------------------------------------------------------------------------------------------------ tokens
-
-
-def span_text(span: Mapping[str, Any]) -> str:
-    """Return a span's text, made visible; the end-of-turn span covers no text."""
-    return visible(span["text"]) or "(end of turn)"
-
-
-def tokens_text(pieces: Sequence[str]) -> str:
-    """Return the tokens of a span on one line, made visible, with a bar at their borders."""
-    return " ¦ ".join(map(visible, pieces))
 
 
 def side_title(name: str, side: Mapping[str, Any]) -> str:

@@ -119,7 +119,7 @@ def _drawn(pair: Mapping[str, Any] | None, full: float | None) -> dict[str, Any]
 def _heat(span: Mapping[str, Any], full: float | None) -> dict[str, Any]:
     """Return the colour of a span, from -1 (full cold) to 1 (full hot), and what a pointer over it is told."""
     weight = span.get("weight")
-    told = [f"{model}: {wording.tokens_text(span[model])}" for model in ("teacher", "student")]
+    told = [f"{model}: {' ¦ '.join(map(wording.visible, span[model]))}" for model in ("teacher", "student")]
     told.append(f"weight: {figure(weight, 3)}")
     # A line break inside a span is shown and kept.
     return {

@@ -16,7 +16,7 @@ from ctpd_jax.annotate.scorer import score_pairs
 from ctpd_jax.annotate.store import shard_ranges, to_record, write_store
 from ctpd_jax.artifacts import kept, sha256_file, write_json
 from ctpd_jax.data.loader import plan_shapes
-from ctpd_jax.job.job import Job, result
+from ctpd_jax.job.job import Job, by_first, result
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of, dtype_of, text_digest, weights_digest
 from ctpd_jax.job.pairs import Pairs, load_pairs
@@ -25,7 +25,6 @@ from ctpd_jax.job.score import HOMES, Measured, items_of, reader, score, shard_s
 from ctpd_jax.job.table import Column, columns, left_out
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import SIDES
-from ctpd_jax.sharding import first_process
 from ctpd_jax.text.prepare import RULES
 
 
@@ -34,17 +33,13 @@ def run(job: Job, stage: str) -> None:
     pairs = load_pairs(job, "train")
 
     # 1. Does rounding leave anything of the weights? Before hours of reading, on a few pairs.
-    with preempt.apart("the first pairs are compared"):
-        if first_process():
-            compare_rounded(job, pairs)
+    by_first("the first pairs are compared", lambda: compare_rounded(job, pairs))
 
     # 2. Every column.
     measured = measure(job, pairs, columns(config))
 
     # 3. The store: pairs and columns in one place, in the order of the pairs.
-    with preempt.apart("the store is written"):
-        if first_process():
-            write(job, pairs, measured)
+    by_first("the store is written", lambda: write(job, pairs, measured))
 
 
 def measure(job: Job, pairs: Pairs, asked: Mapping[str, Column]) -> dict[str, Measured]:

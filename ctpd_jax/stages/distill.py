@@ -11,6 +11,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from ctpd_jax.annotate.scorer import response_items
 from ctpd_jax.data.loader import batch_indices, micro_batches, plan_updates
 from ctpd_jax.data.packing import round_up
 from ctpd_jax.job.features import Features, one_response_a_row, teacher_features
@@ -19,21 +20,15 @@ from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import packing, recipe
-from ctpd_jax.job.table import left_out
 from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.schema import CHOSEN, Batch
-from ctpd_jax.sharding import place_like
-from ctpd_jax.stages.sft import response_items
-from ctpd_jax.train.distill import init_projectors, projector_shapes
+from ctpd_jax.train.distill import init_projectors
 from ctpd_jax.train.loop import train
 
 
 def run(job: Job, stage: str) -> None:
     config, settings = job.config, job.config[stage]
-    if left_out(config, stage):
-        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
-        return
 
     # 1. What is executed.
     pairs, student, teacher = load_pairs(job, "train"), decoder_of(job, "student"), decoder_of(job, "teacher")
@@ -67,7 +62,7 @@ def run(job: Job, stage: str) -> None:
     initial, frozen = parameters(job, what)
 
     def begin() -> Params:
-        shapes = projector_shapes(student, teacher) if "projectors" in what.trainable else {}
+        shapes = what.trainable.get("projectors", {})
         drawn = {"projectors": init_projectors(shapes, jax.random.key(config.seed))} if shapes else {}
         return initial() | drawn
 
@@ -84,5 +79,6 @@ def teacher_head(features: Features, frozen: Params) -> Params:
     """The teacher's unembedding on the devices where the recipe wants it; {} for methods that do without."""
     if features.head is None:
         return {}
-    where = frozen["teacher"]["lm_head"]["weight"]
-    return {"teacher": {"lm_head": {"weight": place_like(np.asarray(features.head), where)}}}
+    head, where = np.asarray(features.head), frozen["teacher"]["lm_head"]["weight"].sharding
+    placed = jax.make_array_from_callback(head.shape, where, lambda index: head[index])
+    return {"teacher": {"lm_head": {"weight": placed}}}

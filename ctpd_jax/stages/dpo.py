@@ -6,24 +6,19 @@ With weights.source = "sft" the contrastive pair is SFT instead, on the chosen a
 
 from __future__ import annotations
 
-from ctpd_jax.annotate.scorer import dpo_items
+from ctpd_jax.annotate.scorer import dpo_items, response_items
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import recipe
 from ctpd_jax.job.score import reference_of
-from ctpd_jax.job.table import REVERSED, is_sft, left_out, trained_model
+from ctpd_jax.job.table import REVERSED, is_sft, trained_model
 from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
 from ctpd_jax.schema import CHOSEN, REJECTED
-from ctpd_jax.stages.sft import response_items
 
 
 def run(job: Job, stage: str) -> None:
     config = job.config
-    if left_out(config, stage):
-        why = "weights.source needs none" if config[stage].steps != -1 else f"config.{stage}.steps = -1"
-        job.say(f"{stage}: left out ({why}).")
-        return
 
     # 1. What is executed. Refuses here, before anything is loaded, what cannot be trained.
     model = trained_model(config, stage)

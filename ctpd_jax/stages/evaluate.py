@@ -11,17 +11,15 @@ import numpy as np
 
 from ctpd_jax.artifacts import kept, read_json, write_json
 from ctpd_jax.evaluate.accuracy import compare
-from ctpd_jax.job.job import Job
+from ctpd_jax.job.job import Job, by_first
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import dtype_of, text_of
 from ctpd_jax.job.pairs import Pairs, load_pairs, overlap_of
 from ctpd_jax.job.score import Measured, score
 from ctpd_jax.job.table import TRAINED, reading_dtype, row_starts, rows, trained_model
-from ctpd_jax.processes import preempt
 from ctpd_jax.report import terminal
 from ctpd_jax.report.page import write_report
 from ctpd_jax.schema import CHOSEN, REJECTED, Message
-from ctpd_jax.sharding import first_process
 from ctpd_jax.stages.generate import Sampling, reading_model, sample
 from ctpd_jax.stages.inspect import shown_by_evaluation
 from ctpd_jax.text.prepare import Limits
@@ -39,9 +37,7 @@ def run(job: Job, stage: str) -> None:
         columns |= score(job, pairs, {row: left_by}, reading_dtype(config, trained_model(config, left_by)))
 
     # 2. Answers and numbers; one process.
-    with preempt.apart("the evaluation is written"):
-        if first_process():
-            write(job, pairs, columns)
+    by_first("the evaluation is written", lambda: write(job, pairs, columns))
 
 
 def write(job: Job, pairs: Pairs, columns: Mapping[str, Measured]) -> None:

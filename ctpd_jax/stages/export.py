@@ -14,22 +14,18 @@ from ctpd_jax.annotate.store import MANIFEST
 from ctpd_jax.artifacts import kept, read_json, write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
-from ctpd_jax.job.job import Job, result
+from ctpd_jax.job.job import Job, by_first, result
 from ctpd_jax.job.models import decoder_of, folder, text_of
 from ctpd_jax.job.score import training_data
 from ctpd_jax.job.table import DISTILLED, TRAINED, left_out, rows, trained_model, way_to
 from ctpd_jax.models.hf import save_hf
 from ctpd_jax.models.lora import save_peft
-from ctpd_jax.processes import preempt
 from ctpd_jax.report.card import model_card
-from ctpd_jax.sharding import first_process
 from ctpd_jax.text.templates import told_source
 
 
 def run(job: Job, stage: str) -> None:
-    with preempt.apart("the export is written"):
-        if first_process():
-            write(job)
+    by_first("the export is written", lambda: write(job))
 
 
 def write(job: Job) -> None:

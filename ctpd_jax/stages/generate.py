@@ -45,42 +45,89 @@ class Sampling:
     seed: int = 0
 
 
-def sampling_of(arguments: argparse.Namespace, seed: int) -> Sampling:
-    """What the command line asks for; `seed` where it names none."""
-    seed = seed if arguments.seed is None else arguments.seed
+def answer(job: Job, known: argparse.Namespace) -> None:
+    """Answers with one of the run's models."""
+    # What the command line asks for, and its prompts, before anything large is opened.
+    table, sampling = rows(job.config), sampling_of(known, job.config.seed)
+    if known.model not in table:
+        raise UserError(f"This run has no model {known.model!r}; choose one of {', '.join(table)}.")
+    prompts, stage = prompts_of(known), table[known.model]
+    decoder, params = reading_model(job, stage, job.mesh)
+    text, dtype = text_of(job, trained_model(job.config, stage)), dtype_of(job.config, job.mesh)
+    _answer(known, sampling, prompts, text, decoder, params, f"{job.workdir.name}/{known.model}", dtype)
+
+
+def answer_from_folder(known: argparse.Namespace) -> None:
+    """Answers with a model in Hugging Face format, a folder or a hub id."""
+    sampling, folder = sampling_of(known, seed=0), model_directory(known.folder)
+    read_config(folder)  # says what the folder is, before anything of it is opened
+    prompts, text = prompts_of(known), load_text_model(str(folder))
+    _answer(known, sampling, prompts, text, *load_hf(folder), Path(known.folder).name)
+
+
+def sampling_of(known: argparse.Namespace, seed: int) -> Sampling:
+    """What the command line asks for; `seed` where it names none.
+
+    Raises:
+        UserError: no such seed, both prompts and a file of them, neither, or a file and no place for the answers.
+    """
+    seed = seed if known.seed is None else known.seed
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must lie between 0 and 2^32 - 1, but is {seed}.")
-    return Sampling(
-        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.top_k, tuple(arguments.stop), seed
-    )
+    if (known.prompts is None) == (not known.prompt):
+        raise UserError("give --prompt TEXT, or --prompts with a file of them.")
+    if known.prompts is not None and known.out is None:
+        raise UserError("give --out FILE.json, where the answers to --prompts go.")
+    return Sampling(known.max_new_tokens, known.temperature, known.top_p, known.top_k, tuple(known.stop), seed)
 
 
-def answer(job: Job, row: str, prompts: Sequence[str], sampling: Sampling, file: PromptFile | None) -> None:
-    """Answers with one of the run's models."""
-    table = rows(job.config)
-    if row not in table:
-        raise UserError(f"This run has no model {row!r}; choose one of {', '.join(table)}.")
-    asked = prompts_in(file) if file else []
-    model = trained_model(job.config, table[row])
-    decoder, params = reading_model(job, table[row], job.mesh)
-    text, dtype = text_of(job, model), dtype_of(job.config, job.mesh)
-    if file:
-        write_answers(text, decoder, params, asked, sampling, file, f"{job.workdir.name}/{row}", dtype)
-    else:
-        _print_answers(text, decoder, params, prompts, sampling, dtype)
+def prompts_of(known: argparse.Namespace) -> list[tuple[Message, ...]]:
+    """The prompts of the command line, or the distinct ones of the data set that it names.
+
+    Raises:
+        UserError: the data set holds none.
+    """
+    if known.prompts is None:
+        return [(Message("user", prompt),) for prompt in known.prompt]
+    found, report = load_prompts(known.prompts, known.split, known.limit)
+    if not found:
+        raise UserError(f"{known.prompts} holds no prompt ({report.reasons() or 'it is empty'}).")
+    return found
 
 
-def answer_from_folder(path_or_repo: str, prompts: Sequence[str], sampling: Sampling, file: PromptFile | None) -> None:
-    """Answers with a model in Hugging Face format, a folder or a hub id."""
-    folder = model_directory(path_or_repo)
-    read_config(folder)  # says what the folder is, before anything of it is opened
-    asked = prompts_in(file) if file else []  # and what it is asked, before anything large is
-    text = load_text_model(str(folder))
-    decoder, params = load_hf(folder)
-    if file:
-        write_answers(text, decoder, params, asked, sampling, file, Path(path_or_repo).name)
-    else:
-        _print_answers(text, decoder, params, prompts, sampling)
+def _answer(
+    known: argparse.Namespace,
+    sampling: Sampling,
+    prompts: Sequence[Sequence[Message]],
+    text: TextModel,
+    decoder: DecoderConfig,
+    params: Params,
+    name: str,
+    dtype: str | None = None,
+) -> None:
+    """Prints the answers, or writes those to a data set as AlpacaEval does and tells how long and how many were cut."""
+    # 1. On the screen: the answer alone, or each of several under its prompt.
+    asked = [prompt[-1].content if prompt else "" for prompt in prompts]
+    if known.prompts is None:
+        answers = sample(text, decoder, params, prompts, sampling, dtype)
+        if len(asked) > 1:
+            quoted = [textwrap.indent(said, "> ", lambda line: True) for said in asked]
+            answers = [f"{said}\n{given}" for said, given in zip(quoted, answers)]
+        print("\n\n".join(answers))
+        return
+    # 2. Into a file: a list of records.
+    with Progress(len(prompts), "answers", unit="answer") as progress:
+        answers = sample(text, decoder, params, prompts, sampling, dtype, progress.update)
+    rows = [
+        {"instruction": said, "output": given, "generator": name} for said, given in zip(asked, answers, strict=True)
+    ]
+    known.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(known.out, rows)
+    # One that is as long as it may be was cut, but for the rare one that ends right there.
+    lengths = [len(encode(text.tokenizer, given)) for given in answers]
+    cut = sum(length >= sampling.max_new_tokens - 1 for length in lengths) / len(lengths)
+    characters = sum(map(len, answers)) / len(answers)
+    print(f"{len(rows)} answers of {characters:.0f} characters on average, {100 * cut:.1f} % cut: {known.out}")
 
 
 def reading_model(job: Job, stage: str, mesh: Mesh) -> tuple[DecoderConfig, Params]:
@@ -132,86 +179,3 @@ def sample(
         answers += [cut_at_stop(spell(ids), sampling.stop) for ids in found]
         done(len(found))
     return answers
-
-
-# ------------------------------------------------------------------------------------------------ prompts of a file
-
-
-@dataclass(frozen=True)
-class PromptFile:
-    """A data set of prompts, and where their answers go."""
-
-    spec: str  # as config.data.train
-    split: str
-    limit: int | None
-    out: Path
-
-
-def prompt_file(arguments: argparse.Namespace) -> PromptFile | None:
-    """What the command line names, if it does.
-
-    Raises:
-        UserError: both prompts and a file of them, neither, or a file and no place for the answers.
-    """
-    if (arguments.prompts is None) == (not arguments.prompt):
-        raise UserError("give --prompt TEXT, or --prompts with a file of them.")
-    if arguments.prompts is None:
-        return None
-    if arguments.out is None:
-        raise UserError("give --out FILE.json, where the answers to --prompts go.")
-    return PromptFile(arguments.prompts, arguments.split, arguments.limit, arguments.out)
-
-
-def prompts_in(file: PromptFile) -> list[tuple[Message, ...]]:
-    """The distinct prompts of a data set.
-
-    Raises:
-        UserError: there is none.
-    """
-    found, report = load_prompts(file.spec, file.split, file.limit)
-    if not found:
-        raise UserError(f"{file.spec} holds no prompt ({report.reasons() or 'it is empty'}).")
-    return found
-
-
-def write_answers(
-    text: TextModel,
-    decoder: DecoderConfig,
-    params: Params,
-    prompts: Sequence[Sequence[Message]],
-    sampling: Sampling,
-    file: PromptFile,
-    name: str,
-    dtype: str | None = None,
-) -> None:
-    """Writes the answers as AlpacaEval does, a list of records, and tells how long they are and how many were cut."""
-    with Progress(len(prompts), "answers", unit="answer") as progress:
-        answers = sample(text, decoder, params, prompts, sampling, dtype, progress.update)
-    asked = [prompt[-1].content if prompt else "" for prompt in prompts]
-    rows = [
-        {"instruction": said, "output": given, "generator": name} for said, given in zip(asked, answers, strict=True)
-    ]
-    file.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file.out, rows)
-    # One that is as long as it may be was cut, but for the rare one that ends right there.
-    lengths = [len(encode(text.tokenizer, given)) for given in answers]
-    cut = sum(length >= sampling.max_new_tokens - 1 for length in lengths) / len(lengths)
-    characters = sum(map(len, answers)) / len(answers)
-    print(f"{len(rows)} answers of {characters:.0f} characters on average, {100 * cut:.1f} % cut: {file.out}")
-
-
-def _print_answers(
-    text: TextModel,
-    decoder: DecoderConfig,
-    params: Params,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    dtype: str | None = None,
-) -> None:
-    """The answer alone, or each of several under its prompt."""
-    answers = sample(text, decoder, params, [[Message("user", prompt)] for prompt in prompts], sampling, dtype)
-    if len(prompts) == 1:
-        print(answers[0])
-        return
-    asked = [textwrap.indent(prompt, "> ", lambda line: True) for prompt in prompts]
-    print("\n\n".join(f"{prompt}\n{answer}" for prompt, answer in zip(asked, answers)))

@@ -55,7 +55,8 @@ def show(
         found: dict[str, Any] = {"groups": span_statistics(pairs, raw)}
         if store is not None:
             examples = [store[i] for i in range(len(store))]
-            found["weights"] = weight_statistics(examples, values_of(examples, config)[1])
+            _, figures = span_values(examples, config.weights, config.train, config.seed)
+            found["weights"] = weight_statistics(examples, figures)
         say(terminal.statistics_text(found))
         wrong = [f"pair {pair.id}: {each}" for pair in pairs for each in problems(pair, texts, Limits.of(config.data))]
         if wrong:
@@ -66,7 +67,7 @@ def show(
     annotation, weighed = None, None
     if store is not None:
         annotation = store[place]
-        weighed = values_of([annotation], config, first=place)[0][0]
+        weighed = span_values([annotation], config.weights, config.train, config.seed, place)[0][0]
     shown = record(pairs[place], raw, texts, annotation, weighed)
     full = full_colour(config)
     say(terminal.pair_text(shown, full, colour=sys.stdout.isatty()))
@@ -101,8 +102,8 @@ def shown_by_evaluation(job: Job) -> dict[str, Any]:
     if store is None:
         return {"example": record(pairs.aligned[0], pairs.raw, texts)}
     # Weighed all at once: each call compiles a program of its own.
-    examples = [store[i] for i in range(len(store))]
-    values, figures = values_of(examples, job.config)
+    examples, config = [store[i] for i in range(len(store))], job.config
+    values, figures = span_values(examples, config.weights, config.train, config.seed)
 
     def one(place: int) -> dict[str, Any]:
         return record(pairs.aligned[place], pairs.raw, texts, examples[place], values[place])
@@ -112,13 +113,6 @@ def shown_by_evaluation(job: Job) -> dict[str, Any]:
         margins = [teacher_margin(scores) for _, scores in examples]
         found["examples"] = {"clearest": one(int(np.argmax(margins))), "least clear": one(int(np.argmin(margins)))}
     return found
-
-
-def values_of(
-    examples: Sequence[Example], config: ConfigDict, first: int = 0
-) -> tuple[list[tuple[SpanValues, SpanValues]], dict[str, float]]:
-    """How the config weighs the spans of these examples, and the diagnostics of the weights."""
-    return span_values(examples, config.weights, config.train, config.seed, first)
 
 
 def teacher_margin(scores: Mapping[str, Mapping[str, np.ndarray]]) -> float:

@@ -51,9 +51,7 @@ def judge(known: argparse.Namespace) -> None:
     replies = ask_all(list(questions.values()), known)
     # 3. What the first file wins of each instruction: the mean of both orders. No clear reply is a tie.
     told = {key: verdict(replies[question]) for key, question in questions.items()}
-    wins = np.array(
-        [[told[i, 0], None if told[i, 1] is None else 1 - told[i, 1]] for i in asked], float
-    )  # NaN: unclear
+    wins = np.array([[told[i, 0], 1 - told[i, 1]] for i in asked])  # NaN: unclear
     scores = np.nan_to_num(wins, nan=0.5).mean(axis=1)
     lengths = np.array([[len(first[i]), len(second[i])] for i in asked])
     rate = win_rate(scores)

@@ -22,16 +22,16 @@ from ml_collections import ConfigDict
 from ctpd_jax.annotate.store import shard_ranges
 from ctpd_jax.artifacts import begin, canonical_json, finish, read_json, write_bytes, write_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.job.job import Job
+from ctpd_jax.job.job import Job, by_first
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import dtype_of, text_digest, text_of
 from ctpd_jax.job.pairs import PROPOSALS, PROPOSED, load_pairs, prepared, proposed
-from ctpd_jax.job.table import columns, left_out
+from ctpd_jax.job.table import columns
 from ctpd_jax.models.sampling import generate
 from ctpd_jax.processes import preempt
 from ctpd_jax.report import terminal
 from ctpd_jax.schema import CHOSEN, REJECTED, Counters, Message, PreferencePair
-from ctpd_jax.sharding import first_process, patiently, told_by_first
+from ctpd_jax.sharding import patiently, told_by_first
 from ctpd_jax.stages.annotate import measure, write
 from ctpd_jax.stages.generate import reading_model
 from ctpd_jax.text.columns import Reading
@@ -46,9 +46,6 @@ Answers = dict[str, bool]  # the distinct answers to a prompt, and whether each 
 
 def run(job: Job, stage: str) -> None:
     config, folder = job.config, job.workdir / PROPOSALS
-    if left_out(config, stage):
-        job.say(f"{stage}: left out (config.student_proposed.steps = -1).")
-        return
 
     # 1. The prompts. Is everything done, or begun from the same things?
     prompts = prompts_of(job)
@@ -69,20 +66,15 @@ def run(job: Job, stage: str) -> None:
             f"{stage}: no prompt has two answers that the contrast tells apart by more than propose.min_contrast="
             f"{config.propose.min_contrast:g}; raise propose.temperature or propose.answers, or lower that bound."
         )
-    with preempt.apart("the pairs are written"):
-        if first_process():
-            write_bytes(
-                folder / PROPOSED, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-            )
+    lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    by_first("the pairs are written", lambda: write_bytes(folder / PROPOSED, b"".join(lines)))
 
     # 4. Their store, for which every column reads them.
     own = proposed(job)
     pairs = load_pairs(own, "proposed")
     measured = measure(own, pairs, columns(own.config))
-    with preempt.apart("the store of the proposals is written"):
-        if first_process():
-            write(own, pairs, measured)
-            finish(folder, counts)
+    by_first("the store of the proposals is written", lambda: write(own, pairs, measured))
+    by_first("the proposals are finished", lambda: finish(folder, counts))
 
 
 def prompts_of(job: Job) -> list[Prompt]:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
-from ctpd_jax.data.rows import PairItem, ScoredResponse
+from ctpd_jax.annotate.scorer import response_items
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import recipe
-from ctpd_jax.job.table import left_out, trained_model
+from ctpd_jax.job.table import trained_model
 from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
-from ctpd_jax.schema import CHOSEN, AlignedPair, Model
+from ctpd_jax.schema import CHOSEN
 
 
 def run(job: Job, stage: str) -> None:
     config = job.config
-    if left_out(config, stage):  # what comes after it starts from the user's checkpoint
-        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
-        return
 
     # 1. What is learnt: the chosen responses.
     model = trained_model(config, stage)
@@ -37,12 +30,3 @@ def run(job: Job, stage: str) -> None:
 
     # 4. The loop, and what later stages need.
     train_and_leave(job, what, items, {})
-
-
-def response_items(pairs: Sequence[AlignedPair], model: Model, side: int) -> list[PairItem]:
-    """The responses of one side, every token counting once."""
-    items = []
-    for pair in pairs:
-        ids = pair.tokens(model, side).ids
-        items.append(PairItem(pair.prompt(model), ScoredResponse(ids, np.ones(len(ids), np.float32)), None))
-    return items

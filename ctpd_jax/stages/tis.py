@@ -19,7 +19,7 @@ from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import recipe
 from ctpd_jax.job.score import Measured, score
-from ctpd_jax.job.table import base_dtype, left_out, reading_dtype
+from ctpd_jax.job.table import base_dtype, reading_dtype
 from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair
 
@@ -28,9 +28,6 @@ POSITIVE, NEGATIVE = "student_dpo", "student_reverse"
 
 def run(job: Job, stage: str) -> None:
     config = job.config
-    if left_out(config, stage):
-        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
-        return
 
     # 1. What is executed.
     pairs = load_pairs(job, "train")

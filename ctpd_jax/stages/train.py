@@ -16,7 +16,6 @@ from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.recipe import recipe
 from ctpd_jax.job.score import training_data
-from ctpd_jax.job.table import left_out
 from ctpd_jax.job.training import finished_before, steps_of, train_and_leave
 from ctpd_jax.sharding import patiently
 from ctpd_jax.stages.annotate import compared, known_without_teacher, teacher_identity, teacher_is_here
@@ -24,9 +23,6 @@ from ctpd_jax.stages.annotate import compared, known_without_teacher, teacher_id
 
 def run(job: Job, stage: str) -> None:
     config, settings = job.config, job.config[stage]
-    if left_out(config, stage):
-        job.say(f"{stage}: left out (config.{stage}.steps = -1).")
-        return
 
     # 1. The store, held against everything that this machine knows of what it should have been made from.
     own, folder = training_data(job, stage)

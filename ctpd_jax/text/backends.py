@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
-from ctpd_jax.artifacts import read_json, refuse_impostor
+from ctpd_jax.artifacts import read_object, refuse_impostor
 from ctpd_jax.errors import UserError
 
 _FETCHED = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
@@ -33,13 +33,7 @@ def open_tokenizer(source: str) -> tuple[Any, str]:
         folder = _fetched(source)
     file = folder / "tokenizer.json"
     content = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
-    settings = read_json(folder / "tokenizer_config.json", "mend it, or fetch the model again") or {}
-    if not isinstance(settings, dict):
-        raise UserError(
-            f"{folder / 'tokenizer_config.json'} must hold a JSON object; mend it, or fetch the model again."
-        )
-    code = settings.get("auto_map")
-    if code:
+    if code := (read_object(folder / "tokenizer_config.json") or {}).get("auto_map"):
         raise UserError(
             f"The tokenizer {source!r} needs code of its own (auto_map in tokenizer_config.json: {json.dumps(code)}), "
             "and code that comes with a model is not run here. If its tokenizer.json is complete, remove auto_map."

@@ -12,7 +12,7 @@ from ctpd_jax.schema import CHOSEN, REJECTED, Aligned, AlignedPair, Counters, Me
 from ctpd_jax.text.columns import LeftOut
 from ctpd_jax.text.prompts import FittedPrompt, PromptTooLong, TextModel, fit_prompt, last_user, opened_block
 from ctpd_jax.text.spans import align_batch, truncate, with_end_of_turn
-from ctpd_jax.text.tokens import can_spell, merges_across, special_literals
+from ctpd_jax.text.tokens import can_spell, merges_across
 
 ONE_SIDE_CUT = "pairs without end of turn, one side cut"
 RULES = 2  # raise it when this room makes other tokens or spans of the same pairs; tests/text/test_rules.py tells
@@ -183,7 +183,8 @@ def _count_texts(
     responses = [text for pair, _ in kept for text in (pair.chosen, pair.rejected)]
     texts = [*responses, *(message.content for pair, _ in kept for message in pair.prompt)]
     ends = [getattr(prompt, f"{name}_end") for _, prompt in kept for _ in (CHOSEN, REJECTED)]
-    escaped = sum(special_literals(model.tokenizer, text) for text in texts)
+    # The names of control tokens, which as somebody's words are encoded as ordinary text.
+    escaped = sum(len(model.tokenizer.control_pattern.findall(text)) for text in texts)
     counters.add(f"{name} tokens that would merge across the prompt's border", _merges(model, ends, responses))
     counters.add(f"{name} literal special tokens escaped", escaped)
     # A prompt may open a thought that the answer is to close.

@@ -168,12 +168,11 @@ def truncate(aligned: Aligned, max_teacher_tokens: int, max_student_tokens: int)
 def with_end_of_turn(aligned: Aligned, teacher_token: int, student_token: int) -> Aligned:
     """Pair the two end-of-turn tokens by role, as one last span of no bytes (bounds repeats its last value).
 
-    Only for a response that was not truncated: one that was must not teach the student to stop in mid-sentence.
+    Only for a response of which `truncate` has dropped nothing: one that was cut must not teach the student to stop in
+    mid-sentence.
     """
     sides = []
     for side, token in ((aligned.teacher, teacher_token), (aligned.student, student_token)):
-        if (side.span_ids < 0).any():
-            raise UserError("A response that was cut has no end of turn: truncate it and leave the token out.")
         ids = np.append(side.ids, np.int32(token))
         sides.append(TokenSide(ids, np.append(side.span_ids, np.int32(aligned.num_spans))))
     return Aligned(np.append(aligned.bounds, aligned.bounds[-1]), sides[0], sides[1])

@@ -30,7 +30,7 @@ from ctpd_jax.text.tokens import TextTokenizer
 # Templates that print today's date would make another prompt of the same messages tomorrow; this is the date that
 # Llama 3's own template falls back to.
 TEMPLATE_DATE = datetime(2024, 7, 26)
-DEFAULT_SEPARATOR = "\n\n"
+PLAIN_SEPARATOR = "\n\n"
 _OURS = {"messages", "add_generation_prompt"}
 _OPEN, _CLOSE = "\ue0f5", "\ue0f6"  # around the words of a message
 _STOP = "\ue0f3\ue0f4 "  # marks where a prefilled answer stops; its space shows whether the template trims
@@ -65,19 +65,13 @@ class PromptTemplate:
         return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
 
 
-def load_template(
-    tokenizer: TextTokenizer,
-    choice: str = "auto",
-    separator: str = DEFAULT_SEPARATOR,
-    template_variables: str = "",
-) -> PromptTemplate:
+def load_template(tokenizer: TextTokenizer, choice: str = "auto", template_variables: str = "") -> PromptTemplate:
     """Load the template of a model.
 
     Args:
       tokenizer: the model's tokenizer; it brings the chat templates and the names of the special tokens.
       choice: "auto" (the tokenizer's chat template if it has one, else plain), "chat", "chat:NAME" where it brings
         several, "plain", or a .jinja file.
-      separator: ends the prompt and the turns of a plain template.
       template_variables: a JSON object of variables that the chat template knows, such as {"enable_thinking": false}.
 
     Raises:
@@ -91,7 +85,7 @@ def load_template(
     if choice == "plain" or (choice == "auto" and not named):
         if template_variables:
             raise UserError(f'The template of "{name}" is plain and takes no variables; template_variables has some.')
-        return PromptTemplate("plain", separator)
+        return PromptTemplate("plain", PLAIN_SEPARATOR)
     source = _own_template(named, wanted, name) if kind in ("auto", "chat") else _template_of_file(choice)
     source = source.removeprefix("\ufeff")  # of some editors, and it would stand in every prompt
     # 2. Whether it is a template.
@@ -199,11 +193,6 @@ def _partings(template: PromptTemplate, messages: Sequence[Message]) -> Iterator
     # 3. With one message at a time rendered for real, where the template edits them.
     contents = _edited(template, messages)
     yield frame, [contents[index] for index in order]
-
-
-def render_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
-    """Return the prompt as one text."""
-    return "".join(piece.text for piece in render_prompt(template, messages))
 
 
 def _plain_pieces(separator: str, messages: Sequence[Message]) -> list[Piece]:

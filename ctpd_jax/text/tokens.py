@@ -368,11 +368,6 @@ def cut_offsets(tok: TextTokenizer, text: str, normalized: str) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
 
-def special_literals(tok: TextTokenizer, text: str) -> int:
-    """Count the control tokens' names in a text; as somebody's words they are encoded as ordinary text."""
-    return sum(1 for _ in tok.control_pattern.finditer(text))
-
-
 def merges_across(tok: TextTokenizer, contexts: Sequence[str], responses: Sequence[str]) -> int:
     """Count in how many places encoding context + response at once would give a token that reaches over their border.
 

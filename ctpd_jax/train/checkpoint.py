@@ -161,8 +161,6 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
-        if keep < 1:
-            raise UserError(f"keep is {keep}; at least one checkpoint has to stay.")
         self.directory = local_path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.keep = keep
@@ -170,15 +168,14 @@ class Checkpoints:
         self._background = ThreadPoolExecutor(1)  # seals a step as soon as Orbax has committed it
         self._sealing: Future[None] | None = None
 
-    def save(self, step: int, tree: PyTree, meta: Mapping[str, Any] | None = None) -> None:
-        """Start saving `tree` as `step`; return once its values are safe from donation. `meta` is plain JSON.
+    def save(self, step: int, tree: PyTree) -> None:
+        """Start saving `tree` as `step`; return once its values are safe from donation.
 
         Waits for the save before it, and raises what went wrong there. A step that exists already is replaced.
         """
         # 1. What cannot be saved fails here, not in the background.
         leaves = _named_leaves(tree)
-        content = {"meta": dict(meta or {}), "leaves": _shapes(leaves)}
-        canonical_json(content)
+        content = {"meta": {}, "leaves": _shapes(leaves)}
         # 2. The place must be free.
         self.wait()
         folder = self._folder(step)
@@ -199,8 +196,8 @@ class Checkpoints:
         """Return the steps that carry checksums, oldest first; only `restore_latest` checks their files."""
         return [step for step, folder in self._step_folders() if (folder / CHECKSUMS).is_file()]
 
-    def restore_latest(self, target: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """Return (step, tree, meta) of the newest whole step, or None. Remove newer ones, with a warning each.
+    def restore_latest(self, target: PyTree) -> PyTree | None:
+        """Return the tree of the newest whole step, or None. Remove newer ones, with a warning each.
 
         `target` gives the structure, and per leaf shape, dtype and sharding: jax.ShapeDtypeStruct (see `abstract`) or
         arrays. Raises UserError naming the leaf that differs.
@@ -212,8 +209,7 @@ class Checkpoints:
             return None
         # It has read the files, too; here they are not read a second time.
         record = _unseal_patiently(self._folder(step), read=False)
-        tree = _restore(self._checkpointer, self._folder(step), record["leaves"], target)
-        return step, tree, record["meta"]
+        return _restore(self._checkpointer, self._folder(step), record["leaves"], target)
 
     def close(self) -> None:
         """Wait, then free Orbax's threads."""
@@ -308,15 +304,13 @@ def read_meta(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     return told_by_first(look)
 
 
-def load_params(
-    directory: str | os.PathLike[str], target: PyTree | None = None, alone: bool = False, cast: bool = False
-) -> tuple[PyTree, dict[str, Any]]:
-    """Return (params, meta) from `save_params`, every file checked against its checksum.
+def load_params(directory: str | os.PathLike[str], target: PyTree, alone: bool = False, cast: bool = False) -> PyTree:
+    """Return the parameters of `save_params`, every file checked against its checksum.
 
-    `target` gives structure, shapes, dtypes and shardings as in `Checkpoints.restore_latest`; without it the nested
-    dict comes back as it was saved, as NumPy arrays. With `cast`, float32 parameters fit a bfloat16 target and are
-    rounded. Raises UserError if the folder is not there, is not whole, or does not fit `target` (naming the leaf). Of
-    several processes all load together, unless `alone` says that this one loads for itself, onto its own devices.
+    `target` gives structure, shapes, dtypes and shardings as in `Checkpoints.restore_latest`. With `cast`, float32
+    parameters fit a bfloat16 target and are rounded. Raises UserError if the folder is not there, is not whole, or does
+    not fit `target` (naming the leaf). Of several processes all load together, unless `alone` says that this one loads
+    for itself, onto its own devices.
     """
     folder = local_path(directory)
     if not patiently(lambda: folder.is_dir() or None):
@@ -326,9 +320,6 @@ def load_params(
     except Broken as reason:
         message = f"The parameters at {folder} are not whole: {reason}. Remove the folder and run its stage again."
         raise UserError(message) from None
-    if target is None:
-        empty = {name: np.empty(shape, np.dtype(dtype)) for name, (shape, dtype) in record["leaves"].items()}
-        target = ocp.tree.from_flat_dict(empty, sep="/")
     # Orbax waits for all processes unless it is told who takes part.
     options = {}
     if alone and jax.process_count() > 1:
@@ -337,4 +328,4 @@ def load_params(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
         )
     with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **options) as checkpointer:
-        return _restore(checkpointer, folder, record["leaves"], target, cast), record["meta"]
+        return _restore(checkpointer, folder, record["leaves"], target, cast)

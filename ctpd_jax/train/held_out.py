@@ -79,7 +79,7 @@ class Looks:
         if not self._best:
             return params, ""
         barrier("the best update is kept")
-        best, _ = load_params(self._folder, abstract(params))
+        best = load_params(self._folder, abstract(params))
         measure = self._of.keep_best if self._of else ""
         value = abs(self._best["value"]) if measure in LESS_IS_BETTER else self._best["value"]
         update = self._best["step"] + 1

@@ -122,8 +122,9 @@ def train(
 
     with Checkpoints(directory, keep=2) as checkpoints:
         # The newest checkpoint, or the beginning; lines of updates that a killed run had not saved are taken back.
-        restored = checkpoints.restore_latest(placed)
-        state: TrainState = restored[1] if restored else begin(require_shapes(name, recipe.trainable, initial()))
+        state: TrainState | None = checkpoints.restore_latest(placed)
+        if state is None:
+            state = begin(require_shapes(name, recipe.trainable, initial()))
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
         prepared = ahead(updates.batches, first, steps)
@@ -133,7 +134,7 @@ def train(
             for step in range(first, steps):
                 if preempt.stop_now():
                     if step > first and step % settings.save_every:  # else it is there already
-                        checkpoints.save(step, state, {"stage": name})
+                        checkpoints.save(step, state)
                     checkpoints.wait()
                     raise preempt.Preempted(f"saved after update {step} of {steps}" if step else "nothing to save yet")
 
@@ -143,7 +144,7 @@ def train(
                 sums: dict = {}
                 for batch in next(prepared):
                     gradient, new = accumulate(state.params, frozen, gradient, place_batch(mesh, batch))
-                    sums = add_sums(sums, new)
+                    sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
                 state, norm = update(state, gradient, sums["loss"][1])
 
                 # What it did. Fetching the sums waits for the devices, so the seconds are those of the whole update.
@@ -169,7 +170,7 @@ def train(
                     log.log(name, step, metrics | dict(figures or {}))
                 progress.update(1, loss=metrics["loss"])
                 if (step + 1) % settings.save_every == 0 and step + 1 < steps:
-                    checkpoints.save(step + 1, state, {"stage": name})
+                    checkpoints.save(step + 1, state)
                 if looks.over(step):
                     progress.write(f"{name}: ends after update {step + 1}, no look was better for so long.")
                     break
@@ -305,10 +306,6 @@ def token_sums(batch: Batch) -> Sums:
     }
 
 
-def add_sums(total: dict[str, Any], new: Sums) -> dict[str, Any]:
-    return {name: value + total.get(name, 0.0) for name, value in new.items()}
-
-
 def mean_of(sums: dict[str, Any]) -> dict[str, float]:
     """Divides once, at the very end; a count of zero marks a total."""
     return {name: float(part if count == 0 else part / count) for name, (part, count) in sums.items()}
@@ -350,7 +347,7 @@ def state_shapes(mesh: Mesh, optimizer: optax.GradientTransformation, params: Pa
 def make_steps(
     loss: Callable[[Params, Batch], tuple[Array, Sums]],
     optimizer: optax.GradientTransformation,
-    placed: TrainState | None = None,
+    placed: TrainState,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Returns (accumulate, update). `placed`, from `state_shapes`, says where the state lies, and gradients with it.
 
@@ -360,11 +357,10 @@ def make_steps(
     """
 
     # Where results lie is said for both programs: left to the compiler, the state could wander between updates.
-    of_state = None if placed is None else jax.tree.map(lambda leaf: leaf.sharding, placed)
-    of_params = None if of_state is None else of_state.params
-    of_sums = None if placed is None else placed.step.sharding  # whole everywhere
+    of_state = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    of_sums = placed.step.sharding  # whole everywhere
 
-    @partial(jax.jit, donate_argnums=(2,), out_shardings=(of_params, of_sums))
+    @partial(jax.jit, donate_argnums=(2,), out_shardings=(of_state.params, of_sums))
     def accumulate(params: Params, frozen: Params, gradient: Params, batch: Batch) -> tuple[Params, Sums]:
         of_trainable = jax.value_and_grad(lambda params: loss(join(frozen, params), batch), has_aux=True)
         (_, sums), new = of_trainable(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,14 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.schema import Message
+from ctpd_jax.text.templates import PromptTemplate, render_prompt
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
+
+
+def render_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
+    """A prompt as one text."""
+    return "".join(piece.text for piece in render_prompt(template, messages))
 
 
 @dataclass(frozen=True)

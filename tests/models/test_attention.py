@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from helpers.tiny import CONFIGS, random_model
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import check
 from ctpd_jax.models import attention_backends
-from ctpd_jax.models.attention_backends import BACKENDS, FEATURES, REFUSED, check_backend, choose_backend
+from ctpd_jax.models.attention_backends import REFUSED, Backend, check_backend, choose_backend
 from ctpd_jax.models.config import DecoderConfig, LayerKind
 from ctpd_jax.models.decoder import hidden_states
 from ctpd_jax.schema import RowLayout
@@ -253,6 +254,14 @@ def asking(feature: str) -> dict:
         case "float32" | "bfloat16":
             return {**asked, "dtype": feature}
     return {**asked, "platform": feature}
+
+
+BACKENDS = get_args(Backend)
+# What a run may ask of a back end.
+FEATURES = (
+    "soft cap", "sliding window", "packed segments", "prompt sharing", "head_dim over 128", "head_dim not by 8",
+    "float32", "bfloat16", "cpu", "gpu", "other gpu", "tpu",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

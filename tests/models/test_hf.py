@@ -27,8 +27,8 @@ def _same(first, second):
 
 
 def _write(file, tensors):
-    entries = [(name, array.shape, lambda array=array: array) for name, array in tensors.items()]
-    safetensors.write(file, entries, lambda name: tensors[name].dtype)
+    entries = [(name, array.shape, array.dtype, lambda array=array: array) for name, array in tensors.items()]
+    safetensors.write(file, entries)
 
 
 def _tensors(folder):

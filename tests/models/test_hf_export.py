@@ -89,8 +89,8 @@ def test_one_wrong_byte_on_the_disk_is_noticed(tmp_path, monkeypatch, sharded):
     earlier = (tmp_path / "m" / "model.safetensors").read_bytes()
     real, written = safetensors.write, []
 
-    def faulty(file, tensors, dtype_of):
-        real(file, tensors, dtype_of)
+    def faulty(file, tensors):
+        real(file, tensors)
         written.append(file)
         if not sharded or len(written) == 4:
             data = bytearray(file.read_bytes())
@@ -108,10 +108,10 @@ def test_tensors_that_changed_places_are_noticed(tmp_path, monkeypatch):
     config, params = random_model("llama")
     real = safetensors.write
 
-    def faulty(file, tensors, dtype_of):
+    def faulty(file, tensors):
         keys, values = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
-        fetch, swap = {name: fetch for name, _, fetch in tensors}, {keys: values, values: keys}
-        real(file, [(name, shape, fetch[swap.get(name, name)]) for name, shape, _ in tensors], dtype_of)
+        fetch, swap = {name: fetch for name, *_, fetch in tensors}, {keys: values, values: keys}
+        real(file, [(name, *what, fetch[swap.get(name, name)]) for name, *what, _ in tensors])
 
     monkeypatch.setattr(safetensors, "write", faulty)
     with pytest.raises(UserError, match=r"tensor model\.layers\.\d\.self_attn\.\w_proj\.weight is not what was meant"):
@@ -123,9 +123,9 @@ def test_a_shard_that_is_gone_is_noticed(tmp_path, monkeypatch):
     config, params = random_model("llama")
     real = safetensors.write
 
-    def forgetful(file, tensors, dtype_of):
+    def forgetful(file, tensors):
         if "00002" not in file.name:
-            real(file, tensors, dtype_of)
+            real(file, tensors)
 
     monkeypatch.setattr(safetensors, "write", forgetful)
     with pytest.raises(UserError, match=r"not read back .*model-00002-of"):

@@ -240,8 +240,8 @@ def test_a_number_that_is_not_finite_is_refused_by_tensor(tmp_path, monkeypatch,
     values[3, 3], values[4, 4] = largest, -largest  # the nearest of what is finite
 
     def write():
-        entry = [("x", values.shape, lambda: values)]
-        safetensors.write(tmp_path / "x.safetensors", entry, lambda name: np.dtype(dtype))
+        entry = [("x", values.shape, np.dtype(dtype), lambda: values)]
+        safetensors.write(tmp_path / "x.safetensors", entry)
         return safetensors.read_header(tmp_path / "x.safetensors")["x"]
 
     tensor, out = write(), np.empty((12, 8), dtype)

@@ -94,6 +94,6 @@ def test_buffers_of_old_checkpoints_are_passed_over(tmp_path):
     for layer in range(config.num_layers):
         for buffer in ("bias", "masked_bias", "rotary_emb.inv_freq"):
             tensors[f"gpt_neox.layers.{layer}.attention.{buffer}"] = np.zeros(4, np.float32)
-    entries = [(name, array.shape, lambda array=array: array) for name, array in tensors.items()]
-    safetensors.write(file, entries, lambda name: tensors[name].dtype)
+    entries = [(name, array.shape, array.dtype, lambda array=array: array) for name, array in tensors.items()]
+    safetensors.write(file, entries)
     jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "model")[1], params)

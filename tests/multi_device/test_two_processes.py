@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from helpers import MICRO, ROOT
 from helpers.harness_tasks import write_tasks
+from helpers.jobs import stored_params
 from toy import world_on_disk
 
 from ctpd_jax.job.lineage import params_digest
-from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc")]
@@ -155,7 +155,7 @@ def test_two_processes_train_as_one_device_does(annotated, undisturbed):
     assert found[0] <= FIRST and found.max() <= LATER
     assert losses(one)[-1] < 0.9 * losses(one)[0]  # something was learned meanwhile
     assert digest(one) != digest(undisturbed)  # the digest sees rounding
-    stored, _ = load_params(undisturbed / "train" / "params")
+    stored = stored_params(undisturbed / "train" / "params")
     assert params_digest(stored) == digest(undisturbed)  # gathered from both, it is that of the whole arrays
 
 

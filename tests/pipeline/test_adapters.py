@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import ADAPTED, MICRO
+from helpers.jobs import stored_params
 from helpers.peft_folder import load_peft
 from toy import world_on_disk
 
@@ -18,7 +19,6 @@ from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.models.lora import merge, with_lora
 from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
-from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 
 
@@ -38,12 +38,12 @@ def load_base(workdir, stage):
 def load_merged(workdir, stage):
     """The config without adapters, and the parameters that a stage left with its adapters merged."""
     config, base = load_base(workdir, stage)
-    return config, merge(with_lora(config, 4, 16.0), base, load_params(workdir / stage / "params")[0])
+    return config, merge(with_lora(config, 4, 16.0), base, stored_params(workdir / stage / "params"))
 
 
 @pytest.mark.parametrize("stage", ["teacher_sft", "positive", "train"])
 def test_only_adapters_are_trained_and_kept(workdir, stage):
-    stored, _ = load_params(workdir / stage / "params")
+    stored = stored_params(workdir / stage / "params")
     names = {path[-1].key for path, _ in jax.tree.leaves_with_path(stored)}
     assert names == {"lora_a", "lora_b"}
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(stored))  # B has left zero
@@ -93,7 +93,7 @@ def test_adapters_are_exported_for_peft(workdir):
     plain = load_base(workdir, "train")[0]
     config, adapters = load_peft(workdir / "adapters", plain)
     assert config.lora == with_lora(plain, 4, 16.0).lora
-    jax.tree.map(np.testing.assert_array_equal, adapters, load_params(workdir / "train" / "params")[0])
+    jax.tree.map(np.testing.assert_array_equal, adapters, stored_params(workdir / "train" / "params"))
 
 
 def test_other_settings_than_the_adapters_were_trained_with_are_refused(workdir, capsys):

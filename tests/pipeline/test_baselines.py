@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 from helpers import MICRO
-from helpers.jobs import job_in
+from helpers.jobs import job_in, stored_params
 
 from ctpd_jax.annotate.coefficients import padded
 from ctpd_jax.annotate.store import Column
@@ -22,7 +22,6 @@ from ctpd_jax.job.check import check_config
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.plan.command import chosen
 from ctpd_jax.stages.tis import tis_items
-from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 
 STUDENTS = ("student_reverse", "student_tis", "student_uld", "student_ot", "student_dskd")
@@ -79,7 +78,7 @@ def test_a_run_with_baselines(finished_micro, tmp_path):
         assert (np.diff(probabilities) <= 0).all() and (probabilities.sum(axis=1) <= 1 + 1e-5).all()
         assert (probabilities.sum(axis=1) > 0.2).all()
     assert read_metrics(run, "student_dskd")[0]["distill/t2s"] > 0
-    assert set(load_params(run / "student_dskd" / "params")[0]) == set(load_params(run / "train" / "params")[0])
+    assert set(stored_params(run / "student_dskd" / "params")) == set(stored_params(run / "train" / "params"))
     digests = {stage: (run / stage / "done.json").read_bytes() for stage in STUDENTS}
     assert len(set(digests.values())) == len(STUDENTS)
     written = {file: file.stat().st_mtime_ns for file in run.rglob("*.f32")}

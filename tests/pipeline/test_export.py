@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import MICRO
+from helpers.jobs import stored_params
 from toy import world_on_disk
 from toy.models import STUDENT_TEMPLATE
 from transformers import AutoTokenizer
@@ -16,7 +17,6 @@ from ctpd_jax.cli import main
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.schema import Message
 from ctpd_jax.text.prompts import load_text_model
-from ctpd_jax.train.checkpoint import load_params
 
 SHORT = [
     "--config.weights.source=uniform",
@@ -49,7 +49,7 @@ def test_the_template_file_is_exported_and_the_tokenizer_is_the_source(trained):
         assert (workdir / "export" / name).read_bytes() == (source / name).read_bytes()
     config, exported = load_hf(workdir / "export")
     assert load_text_model(str(source), str(template)).end_of_turn in config.eos_ids
-    jax.tree.map(np.testing.assert_array_equal, exported, load_params(workdir / "train" / "params")[0])
+    jax.tree.map(np.testing.assert_array_equal, exported, stored_params(workdir / "train" / "params"))
 
 
 def test_the_card_tells_this_run(trained):

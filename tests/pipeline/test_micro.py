@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 from helpers import MICRO
+from helpers.jobs import stored_params
 from toy import world_on_disk
 
 from ctpd_jax.cli import main
 from ctpd_jax.job.lineage import params_digest
 from ctpd_jax.models.hf import load_hf
-from ctpd_jax.train.checkpoint import load_params
 from ctpd_jax.train.metrics import read_metrics
 
 
@@ -71,7 +71,7 @@ def test_the_truth_is_told_beside_the_run(finished):
 
 def test_export_is_the_trained_student(finished):
     _, exported = load_hf(finished / "export")
-    trained, _ = load_params(finished / "train" / "params")
+    trained = stored_params(finished / "train" / "params")
     assert jax.tree.structure(exported) == jax.tree.structure(trained)
     jax.tree.map(np.testing.assert_array_equal, exported, trained)
     assert params_digest(trained) == json.loads((finished / "train" / "done.json").read_text())["params"]

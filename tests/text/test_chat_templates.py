@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
-from helpers.chat_collection import CASES, TEMPLATES, Case, added, conversations, with_typed
+from helpers.chat_collection import CASES, TEMPLATES, Case, added, conversations, render_text, with_typed
 from helpers.small_tokenizers import KINDS, core, fast, small
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message
 from ctpd_jax.text.prompts import TextModel, load_text_model
-from ctpd_jax.text.templates import TEMPLATE_DATE, load_template, render_prompt, render_text
+from ctpd_jax.text.templates import TEMPLATE_DATE, load_template, render_prompt
 from ctpd_jax.text.tokens import byte_ends, encode, normalize
 
 OPEN, CLOSE = "\ue100", "\ue101"

@@ -302,11 +302,6 @@ def test_end_of_turn_of_an_empty_response():
     assert with_end_of_turn(empty, 1, 2).bounds.tolist() == [0, 0]
 
 
-def test_a_cut_response_gets_no_end_of_turn():
-    with pytest.raises(UserError, match="truncate"):
-        with_end_of_turn(two_sides([0, -1], [0]), 1, 2)
-
-
 def test_batch_equals_one_by_one():
     texts = list(HARD_TEXTS.values())
     tok = small("bpe-first")

@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
+from helpers.chat_collection import render_text
 from tokenizers import Tokenizer
 from toy.models import student_tokenizer, teacher_tokenizer
 from toy.world import corpus
@@ -13,7 +14,7 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
 from ctpd_jax.text import templates
 from ctpd_jax.text.prompts import PromptTooLong, TextModel, end_of_turn_id, fit_prompt
-from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_prompt, render_text, told_source
+from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, render_prompt, told_source
 from ctpd_jax.text.tokens import encode, load_tokenizer
 
 ASK = (Message("user", "Tell me about tea."),)
@@ -180,7 +181,7 @@ def test_plain_prompts():
 
 def test_choices_of_template(student, tmp_path):
     assert load_template(student).kind == load_template(student, "chat").kind == "chat"
-    assert load_template(student, "plain", separator="\n") == PromptTemplate("plain", "\n")
+    assert load_template(student, "plain") == PromptTemplate("plain", "\n\n")
     (tmp_path / "mine.jinja").write_text("{{ messages[0]['content'] }}{{ eos_token }}")
     own = load_template(student, str(tmp_path / "mine.jinja"))
     assert render_text(own, ASK) == "Tell me about tea.<|im_end|>"

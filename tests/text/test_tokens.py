@@ -22,7 +22,6 @@ from ctpd_jax.text.tokens import (
     load_tokenizer,
     merges_across,
     normalize,
-    special_literals,
 )
 
 PLAIN_SPECIAL = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
@@ -378,10 +377,10 @@ def test_merges_across_the_border():
 
 
 def test_special_tokens_in_a_text_are_counted():
-    tok = small("byte")
-    assert special_literals(tok, "say <|im_end|> or <|endoftext|><|im_end|>, not <|im_ end|>") == 3
-    assert special_literals(tok, "nothing here") == special_literals(tok, "1 < 2") == 0
-    assert special_literals(small("unigram"), "</s><s>") == 2
+    counted = small("byte").control_pattern.findall
+    assert len(counted("say <|im_end|> or <|endoftext|><|im_end|>, not <|im_ end|>")) == 3
+    assert len(counted("nothing here")) == len(counted("1 < 2")) == 0
+    assert len(small("unigram").control_pattern.findall("</s><s>")) == 2
 
 
 def test_small_tokenizers_have_no_stray_special_tokens():

@@ -135,10 +135,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on(tmp_path):
     state, _, update = trained("bfloat16", 5)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, state)
-        step, restored, _ = checkpoints.restore_latest(
-            state_shapes(mesh, make_optimizer(settings("bfloat16"), STEPS), params)
-        )
-        assert step == 5
+        restored = checkpoints.restore_latest(state_shapes(mesh, make_optimizer(settings("bfloat16"), STEPS), params))
         for _ in range(2):  # as it was saved, and after one more update
             for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
                 assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()

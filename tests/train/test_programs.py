@@ -10,6 +10,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.recipes import recipe_of
 
 from ctpd_jax.annotate.scorer import make_scorer
 from ctpd_jax.core import logprobs
@@ -19,8 +20,7 @@ from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import preference
-from ctpd_jax.train.loop import Objective, init_state, make_steps, preference_sums
-from ctpd_jax.train.optimizer import make_optimizer
+from ctpd_jax.train.loop import Objective, init_state, preference_sums
 
 SMOLLM2 = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -65,9 +65,10 @@ def forbidden(text: str, config: DecoderConfig) -> set[tuple[int, ...]]:
 def test_no_logits_in_the_compiled_step(raw):
     config = from_hf(raw)
     params = param_shapes(config)
-    optimizer = make_optimizer(preference(1e-5, 0.1), 60)
-    accumulate, update = make_steps(partial(preference_sums, config, Objective(0.1), Compute()), optimizer)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    loss = partial(preference_sums, config, Objective(0.1), Compute())
+    recipe = recipe_of(loss, params, preference(1e-5, 0.1), 60)
+    accumulate, update = recipe.programs()
+    state = jax.eval_shape(lambda p: init_state(p, recipe.optimizer), params)
     programs = {
         "accumulate": accumulate.lower(params, {}, params, abstract_batch()),
         "update": update.lower(state, params, jax.ShapeDtypeStruct((), jnp.float32)),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.recipes import recipe_of
 from toy.models import student_config, teacher_config
 
 from ctpd_jax.core.losses import ctpd_loss
@@ -15,19 +16,17 @@ from ctpd_jax.data.loader import micro_batches, plan_shapes
 from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import LAYOUTS, BatchShape, PairItem, ScoredResponse, build_batch
 from ctpd_jax.models.compute import Compute
-from ctpd_jax.models.decoder import apply, init_params
+from ctpd_jax.models.decoder import apply, init_params, param_shapes
 from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.settings import preference
 from ctpd_jax.train.loop import (
     Objective,
-    add_sums,
     init_state,
-    make_steps,
     mean_of,
     preference_sums,
     sft_sums,
 )
-from ctpd_jax.train.optimizer import decay_mask, learning_rate, make_optimizer
+from ctpd_jax.train.optimizer import decay_mask, learning_rate
 
 VOCABULARY = 512
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -75,12 +74,12 @@ def update(config, layout, micro=4, remat="dots", beyond=False):
     items, params = random_items(4, beyond=beyond), start(config)
     objective = Objective(0.1, label_smoothing=0.1, sft_weight=0.3, regression=0.5 if beyond else 0.0)
     sums_in = partial(preference_sums, config, objective, Compute(remat=remat))
-    accumulate, _ = make_steps(sums_in, make_optimizer(preference(1e-3, 0.1), 10))
+    accumulate, _ = recipe_of(sums_in, param_shapes(config), preference(1e-3, 0.1), 10).programs()
     gradient, sums = jax.tree.map(jnp.zeros_like, params), {}
     rows = PackingConfig(layout, buckets=1, multiple=8)
     for batch, _ in micro_batches(items, micro, rows, plan_shapes(items, [range(4)], micro, rows)):
         gradient, new = accumulate(params, {}, gradient, batch)
-        sums = add_sums(sums, new)
+        sums = {name: value + sums.get(name, 0.0) for name, value in new.items()}
     return gradient, mean_of(sums)
 
 
@@ -251,12 +250,12 @@ def test_sft_counts_tokens_and_update_moves_every_matrix():
     items = [PairItem(i.prompt, ScoredResponse(i.chosen.tokens, np.ones(len(i.chosen.tokens), np.float32)), None)
              for i in random_items(3)]  # fmt: skip
     batch = build_batch(items, "response", BatchShape(3, 32, 24), 3)
-    optimizer = make_optimizer(preference(1e-3, 0.1), 10)
-    accumulate, update = make_steps(partial(sft_sums, config, Compute()), optimizer)
+    recipe = recipe_of(partial(sft_sums, config, Compute()), param_shapes(config), preference(1e-3, 0.1), 10)
+    accumulate, update = recipe.programs()
     before = jax.tree.map(np.asarray, params)
     gradient, sums = accumulate(params, {}, jax.tree.map(jnp.zeros_like, params), batch)
     assert float(sums["loss"][1]) == sum(len(i.chosen.tokens) for i in items)
-    state, norm = update(init_state(jax.tree.map(jnp.array, before), optimizer), gradient, sums["loss"][1])
+    state, norm = update(init_state(jax.tree.map(jnp.array, before), recipe.optimizer), gradient, sums["loss"][1])
     assert int(state.step) == 1 and float(norm) > 0
     for path, value in jax.tree_util.tree_leaves_with_path(state.params):
         old = before

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ctpd_jax.artifacts import read_json
+from ctpd_jax.artifacts import read_object
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.hf.families import DEFAULTS, FAMILIES, written_fields
@@ -49,14 +49,6 @@ def read_config(directory: str | Path) -> DecoderConfig:
     generation = path.with_name("generation_config.json")
     more_eos = _token_ids(Fields(read_object(generation) or {}, str(generation)), "eos_token_id", config.vocab_size)
     return replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + more_eos)))
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file of a model folder, None where there is none. Raises UserError where it is no object."""
-    value = read_json(path, "mend it, or fetch the model again")
-    if value is not None and not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object.")
-    return value
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:

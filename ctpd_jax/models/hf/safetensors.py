@@ -30,8 +30,8 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PIECE = 1 << 20  # bytes read, checked and converted at a time: they stay in the processor's cache
 _MAX_HEADER = 100_000_000  # the format's own limit
-# What `write` takes: a tensor's name, its shape, and a function that gives the array.
-TensorToWrite = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
+# What `write` takes: a tensor's name, its shape, its dtype in the file, and a function that gives the array.
+TensorToWrite = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -208,24 +208,24 @@ def _read_bytes(fd: int, file: Path, out: np.ndarray, offset: int) -> None:
         done += count
 
 
-def write(file: Path, tensors: Iterable[TensorToWrite], dtype_of: Callable[[str], np.dtype]) -> None:
+def write(file: Path, tensors: Iterable[TensorToWrite]) -> None:
     """Write tensors in the order given; each is asked for its array when its turn comes."""
     # 1. The header. Without `format: pt` transformers refuses the file.
     entries = list(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape, _ in entries:
-        end = offset + math.prod(shape) * dtype_of(name).itemsize
-        header[name] = {"dtype": _CODES[dtype_of(name)], "shape": list(shape), "data_offsets": [offset, end]}
+    for name, shape, dtype, _ in entries:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes
     # 2. The data, of which one tensor at a time is in memory.
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name, shape, fetch in entries:
+        for name, shape, dtype, fetch in entries:
             preempt.check("the model that was being written is written anew")
-            array = np.asarray(fetch(), dtype=dtype_of(name), order="C")
+            array = np.asarray(fetch(), dtype=dtype, order="C")
             if array.shape != shape:
                 raise ValueError(f"tensor {name} has shape {array.shape}, announced was {shape}")
             stream.write(_bytes(array).data)

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import re
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ctpd_jax.artifacts import local_path, read_json, refuse_impostor, replacing_folder, write_json
+from ctpd_jax.artifacts import local_path, read_json, read_object, refuse_impostor, replacing_folder, write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, leaves
 from ctpd_jax.models.hf import load, safetensors
-from ctpd_jax.models.hf.config import ADAPTERS, read_config, read_object, to_hf, written_token_ids
+from ctpd_jax.models.hf.config import ADAPTERS, read_config, to_hf, written_token_ids
 from ctpd_jax.models.hf.safetensors import TensorToWrite
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -81,7 +80,7 @@ def save_hf(
     with replacing_folder(place, "config.json", "a model folder", ours) as beside:
         # 2. The small files.
         _check_params(config, params)
-        tensors, dtypes = _tensors(config, params, dtype)
+        tensors = _tensors(config, params, dtype)
         source = load.model_directory(tokenizer) if isinstance(tokenizer, str | Path) else None
         main_dtype = jnp.dtype(dtype or params["model"]["embed_tokens"]["weight"].dtype)
         _write_configs(beside, config, str(main_dtype), source or place)
@@ -96,8 +95,8 @@ def save_hf(
         if card is not None:
             (beside / "README.md").write_bytes(card.encode("utf-8", errors="replace"))
         # 3. The weights, and then all of it read back, before the folder takes its place.
-        write_weights(beside, tensors, dtypes.__getitem__, max_shard_bytes)
-        _read_back(beside, config, tensors, dtypes)
+        write_weights(beside, tensors, max_shard_bytes)
+        _read_back(beside, config, tensors)
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -120,11 +119,9 @@ def _check_params(config: DecoderConfig, params: Params) -> None:
             raise UserError(f"{'.'.join(path)} has shape {leaf.shape}, but the config implies {expected[path]}.")
 
 
-def _tensors(
-    config: DecoderConfig, params: Params, dtype: str | None
-) -> tuple[list[TensorToWrite], dict[str, np.dtype]]:
-    """Return the checkpoint's tensors in the order of the table, and their dtypes by name."""
-    found, dtypes = dict(leaves(params)), {}
+def _tensors(config: DecoderConfig, params: Params, dtype: str | None) -> list[TensorToWrite]:
+    """Return the checkpoint's tensors in the order of the table."""
+    found = dict(leaves(params))
     # A stacked parameter is as many tensors as it has layers; none is fetched before it is written.
     tensors: list[TensorToWrite] = []
     for path, entry in load.tensor_table(config).items():
@@ -132,9 +129,9 @@ def _tensors(
         if kind not in safetensors.DTYPES.values():
             raise UserError(f"{'.'.join(path)} has dtype {kind}; give dtype, one of {', '.join(load.LOAD_DTYPES)}.")
         for name, place in load.tensor_names(config, entry).items():
-            dtypes[name] = kind
-            tensors.append((name, found[path].shape[len(place) :], partial(_fetch, found[path], place, name, kind)))
-    return tensors, dtypes
+            fetch = partial(_fetch, found[path], place, name, kind)
+            tensors.append((name, found[path].shape[len(place) :], kind, fetch))
+    return tensors
 
 
 def _fetch(array: Any, place: tuple[int, ...], name: str, kind: np.dtype) -> np.ndarray:
@@ -143,12 +140,7 @@ def _fetch(array: Any, place: tuple[int, ...], name: str, kind: np.dtype) -> np.
     return safetensors.converted(host, kind, f"Nothing was exported: tensor {name}")
 
 
-def write_weights(
-    directory: Path,
-    tensors: list[TensorToWrite],
-    dtype_of: Callable[[str], np.dtype],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+def write_weights(directory: Path, tensors: list[TensorToWrite], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write model.safetensors, or, where that would be larger than `max_shard_bytes`, shards and their index.
 
     A shard has at most that size, but at least one tensor.
@@ -157,28 +149,26 @@ def write_weights(
     shards: list[list[TensorToWrite]] = [[]]
     total = filled = 0
     for tensor in tensors:
-        size = math.prod(tensor[1]) * dtype_of(tensor[0]).itemsize
+        size = math.prod(tensor[1]) * tensor[2].itemsize
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
         filled, total = filled + size, total + size
     if len(shards) == 1:
-        safetensors.write(directory / load.WEIGHTS, shards[0], dtype_of)
+        safetensors.write(directory / load.WEIGHTS, shards[0])
         return
     # 2. Each file, and the index last: without it nobody looks for shards.
     stem, suffix = load.WEIGHTS.split(".")
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
-        safetensors.write(directory / file, shard, dtype_of)
-        weight_map |= {name: file for name, _, _ in shard}
+        safetensors.write(directory / file, shard)
+        weight_map |= {name: file for name, *_ in shard}
     write_json(directory / load.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _read_back(
-    directory: Path, config: DecoderConfig, tensors: list[TensorToWrite], dtypes: dict[str, np.dtype]
-) -> None:
+def _read_back(directory: Path, config: DecoderConfig, tensors: list[TensorToWrite]) -> None:
     """Hold the written folder against what was meant: the config, and every byte of every tensor."""
     try:
         # The config, field by field, then as many tensors as were meant, then every byte of them.
@@ -190,8 +180,8 @@ def _read_back(
         stored = load.check_weights(directory, config)
         if len(stored) != len(tensors):
             raise UserError("tensors were written that were not meant")
-        for name, _, fetch in tensors:
-            if not safetensors.holds(stored[name], name, np.asarray(fetch(), dtypes[name])):
+        for name, _, kind, fetch in tensors:
+            if not safetensors.holds(stored[name], name, np.asarray(fetch(), kind)):
                 raise UserError(f"tensor {name} is not what was meant")
     except UserError as error:
         raise UserError(f"The export does not read back as it was written ({error}); nothing was exported.") from error
@@ -224,10 +214,8 @@ def _copy_tokenizer(directory: Path, source: Path) -> None:
 
 def _suit_both_versions(directory: Path) -> None:
     """Mend tokenizer_config.json so that AutoTokenizer of transformers 4 and 5 takes tokenizer.json as it is."""
-    path, advice = directory / _TOKENIZER_CONFIG, "mend it, or fetch the model again"
-    stored, core = (read_json(file, advice) for file in (path, directory / "tokenizer.json"))
-    if not all(isinstance(content, dict | None) for content in (stored, core)):
-        raise UserError(f"{path.name} and tokenizer.json of the tokenizer must hold a JSON object.")
+    path = directory / _TOKENIZER_CONFIG
+    stored, core = read_object(path), read_object(directory / "tokenizer.json")
     # Code is not exported, so that nothing may ask for it.
     settings = {name: value for name, value in (stored or {}).items() if name != "auto_map"}
     if core is not None:
