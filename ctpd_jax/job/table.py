@@ -129,7 +129,7 @@ def why_left_out(config: ConfigDict, stage: str) -> str:
     if not STAGES[stage].trains:
         return ""
     if config[stage].steps == -1:
-        return f"config.{stage}.steps = -1"
+        return f"config.{stage}.steps = -1; 0 is an epoch"
     unused = stage in ("positive", "negative") and stage not in CONTRASTIVE.get(config.weights.source, ())
     return "weights.source needs none" if unused else ""
 
