@@ -248,9 +248,9 @@ def pair_values(
     if train.objective in ("margin", "mixed") and train.margin_as != "none":
         if train.margin_from == "data":
             margins = np.array([np.nan if pair.margin is None else pair.margin for pair in pairs], np.float32)
-            if np.isnan(margins).any():
+            if (missing := np.isnan(margins)).any():
                 raise UserError(
-                    f"Pair {pairs[int(np.isnan(margins).argmax())].id} has no margin: config.train.margin_from 'data' "
+                    f"Pair {pairs[int(np.argmax(missing))].id} has no margin: config.train.margin_from 'data' "
                     'needs a column "margin", or "score_chosen" and "score_rejected", in every row.'
                 )
         else:

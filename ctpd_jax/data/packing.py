@@ -155,7 +155,7 @@ def choose_shapes(units: Units, packing: PackingConfig) -> tuple[BatchShape, ...
     """
     # 1. Kinds of rows are compared on the beginning of the stage, and on the longest unit.
     kinds = _kinds(units, packing)
-    longest = units.tokens[:, 0].argmax()
+    longest = np.argmax(units.tokens[:, 0])
     some = np.unique(np.append(np.arange(min(len(units.tokens), -(-SAMPLE // units.tokens.shape[1]))), longest))
     few = _cheapest(place(units.part(some), kinds, packing)[1], kinds, packing.buckets)
     # 2. How many rows of those kinds are needed is counted on all of it.
@@ -185,7 +185,7 @@ def _kinds(units: Units, packing: PackingConfig) -> np.ndarray:
         lengths = np.unique(round_up(lengths, packing.multiple))
     # 2. Scored tokens: of packed rows about their share in all tokens, of others what their units need.
     if packing.packed:
-        share = units.scored.sum() / units.tokens.sum()
+        share = int(units.scored.sum()) / int(units.tokens.sum())
         slots = np.maximum(lengths[:, None] * share * np.array(SLACK), scored.max())
     else:
         slots = np.array([[scored[tokens <= length].max()] for length in lengths])
@@ -220,7 +220,7 @@ def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchSh
     # 2. The cheapest one that takes all; then what saves most.
     chosen: list[int] = []
     for _ in range(count):
-        chosen.append(int(totals(chosen).argmin()))
+        chosen.append(int(np.argmin(totals(chosen))))
     # 3. One is exchanged for another as long as that saves.
     best, improved = costs[chosen].min(axis=0).sum(), True
     while improved:
@@ -229,7 +229,7 @@ def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchSh
             rest = chosen[:other] + chosen[other + 1 :]
             sums = totals(rest)
             if sums.min() < best * (1 - 1e-9):
-                chosen, best, improved = [*rest, int(sums.argmin())], sums.min(), True
+                chosen, best, improved = [*rest, int(np.argmin(sums))], sums.min(), True
     used = np.unique(np.array(sorted(chosen))[costs[sorted(chosen)].argmin(axis=0)])
     return [found[i][1] for i in used]
 

@@ -97,7 +97,7 @@ def compare(
         # 3. Figures that are no share.
         row["margin_vs_start"] = None if vs_start is None else float(betas[name] * vs_start.mean())
         row["lambda"] = None if vs_teacher is None else lambda_shares(vs_teacher, betas[name])
-        row["bits_per_byte"] = float(-values[:, CHOSEN].sum() / covered[:, CHOSEN].sum() / np.log(2))
+        row["bits_per_byte"] = -float(values[:, CHOSEN].sum()) / float(covered[:, CHOSEN].sum()) / float(np.log(2))
         rows[name] = row
     longer = {subset: accuracy(difference(lengths)[keep].astype(float)) for subset, keep in subsets.items()}
     return {"models": rows, "longer_is_better": longer}

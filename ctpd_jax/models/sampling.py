@@ -119,7 +119,7 @@ def generate(
     batch = 1 << (len(prompts) - 1).bit_length()
     lengths = np.ones(batch, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    longest = int(lengths.max())
+    longest = max(map(len, prompts))
     tokens = np.zeros((batch, max(prompt_room, longest) if prompt_room else _round_up(longest)), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
