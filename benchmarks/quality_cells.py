@@ -123,7 +123,6 @@ def base_config(world: World, sizes: Sizes) -> ConfigDict:
     files = toy.world_on_disk(sizes.pairs, sizes.test_pairs, noise=world.noise, seed=world.seed, **named)
     config.seed = world.seed
     config.teacher.path, config.student.path = files.teacher, files.student
-    config.teacher.remat = config.student.remat = "dots"  # on a CPU faster than "none"
     config.data.update({"train": files.train, "test": files.test, "max_prompt_tokens": 64, "max_response_tokens": 96})
     config.rows.update(ROWS)
     config.annotate.micro_batch = 16

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from timing import ROUNDS, alternate, medians, write
 
-from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.loader import plan_updates
+from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.job.recipe import recipe
 from ctpd_jax.models.config import DecoderConfig, LayerKind

@@ -9,6 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,10 +54,8 @@ def machine() -> dict[str, Any]:
     named = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
     versions = {"python": platform.python_version()}
     for name in ("jax", "flax", "numpy", "torch", "transformers"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return {
         "processor": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -117,14 +117,13 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         config.data.train = "none.jsonl"  # no data are read
     check_config(config)
     choose_platform(config)
-    config.wandb = ""  # who looks tells nobody
     from ctpd_jax.job.job import open_job
     from ctpd_jax.processes import distributed
     from ctpd_jax.stages import generate, harness, inspect
 
     # The answers of `generate` may go into a file, where nothing else belongs.
     say = partial(print, file=sys.stderr) if known.command == "generate" else print
-    with distributed.joined(), open_job(config, known.workdir, say) as job:
+    with distributed.joined(), open_job(config, known.workdir, say, looks_only=True) as job:
         if known.command == "inspect":
             inspect.inspect(job, known)
         elif known.command == "evaluate":

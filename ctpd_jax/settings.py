@@ -82,7 +82,9 @@ def model() -> ConfigDict:
             # "chat", "chat:NAME", "plain", FILE.jinja, or "auto": chat where the tokenizer brings a template.
             "template": "auto",
             "template_variables": "",  # what it is told, as JSON: '{"enable_thinking": false}'
-            "remat": "full",  # what is recomputed for the gradient: "full" all, "dots" no matrix products, "none"
+            # What is recomputed for the gradient: "full" all, "dots" no matrix products, "none"; auto: dots on a CPU,
+            # full elsewhere, where memory is dearer than arithmetic.
+            "remat": "auto",
         }
     )
 
@@ -123,7 +125,8 @@ def default_config() -> ConfigDict:
             "teacher": model(),
             "student": model(),
             "rows": {
-                "layout": "response",  # "response": one response a row; "shared": both of a pair after one prompt
+                # "response": one response a row; "shared": both of a pair after one prompt; auto: shared on a CPU.
+                "layout": "auto",
                 "packed": "auto",  # several of them in a row: "yes", "no"; auto: no on a CPU, yes elsewhere
                 "length": 0,  # of a row, in tokens; 0: chosen from the data
                 "buckets": 4,  # shapes of a batch to compile for, at most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -106,3 +107,14 @@ def plan_updates(
         return [batch for batch, _ in micro_batches(own, micro_batch, packing, shapes)]
 
     return Updates(batches, shapes, padding(items, parts(min(steps, 64)), micro_batch, packing, shapes))
+
+
+def ahead(batches: Callable[[int], list[Batch]], first: int, steps: int) -> Iterator[list[Batch]]:
+    """batches(first), ..., batches(steps - 1), each laid out while the devices are busy with the one before."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(batches, first)
+        for step in range(first, steps):
+            now = coming.result()
+            if step + 1 < steps:
+                coming = worker.submit(batches, step + 1)
+            yield now

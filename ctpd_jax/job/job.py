@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
+import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import STAGES
 from ctpd_jax.processes import distributed, preempt
-from ctpd_jax.sharding import first_process, make_mesh, patiently
+from ctpd_jax.sharding import first_process, make_mesh, patiently, told_by_first
 from ctpd_jax.train.metrics import MetricLog
 
 # Of the devices of one process: a model that only reads is divided among them.
@@ -38,11 +40,14 @@ class Job:
 
 
 @contextmanager
-def open_job(config: ConfigDict, workdir: Path, say: Callable[[str], None] = print) -> Iterator[Job]:
+def open_job(
+    config: ConfigDict, workdir: Path, say: Callable[[str], None] = print, looks_only: bool = False
+) -> Iterator[Job]:
     """Makes the folder, the mesh and the log of a command.
 
     Raises:
-        UserError: the platform is not the one that was asked for, or the folder or the mesh cannot be made.
+        UserError: the platform is not the one that was asked for, the folder or the mesh cannot be made, or another
+            command is at work in the folder, unless this one only looks at what is there.
     """
     # Before anything is written: the devices that were asked for, and processes that know of each other.
     check_platform(config)
@@ -55,12 +60,39 @@ def open_job(config: ConfigDict, workdir: Path, say: Callable[[str], None] = pri
     if config.compile_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own setting goes first
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    with MetricLog(workdir, first_process(), wandb=config.wandb, config=config.to_dict()) as log:
+    with (
+        nullcontext() if looks_only else alone_in(workdir),
+        MetricLog(workdir, first_process(), wandb=config.wandb, config=config.to_dict()) as log,
+    ):
         job = Job(config, workdir, log, say if first_process() else lambda text: None, *meshes(config))
         job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
         if job.mesh.devices.size > 1:
             job.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items()))
         yield job
+
+
+@contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Refuses a folder in which another command is at work. The lock goes with its process, however that ends."""
+
+    def lock() -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another command is at work in {workdir}, process {file.read().strip() or 'unknown'}: two would spoil "
+                "each other's files. Wait for it, stop it, or give another --workdir."
+            ) from error
+        except OSError:
+            return  # a file system without locks
+        file.truncate()
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+
+    with open(workdir / "lock", "a+", encoding="utf-8") as file:
+        file.seek(0)
+        told_by_first(lock)
+        yield
 
 
 def meshes(config: ConfigDict) -> tuple[Mesh, Mesh]:

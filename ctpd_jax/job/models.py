@@ -89,6 +89,11 @@ def dtype_of(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> str
     return usual_dtype(platform or platform_of(mesh.devices.flat[0]))
 
 
+def layout_of(config: ConfigDict, platform: str) -> str:
+    """How the responses of a pair lie in rows: a CPU reads a prompt once, the kernels of others like short units."""
+    return config.rows.layout if config.rows.layout != "auto" else "shared" if platform == "cpu" else "response"
+
+
 def compute_on(
     mesh: Mesh, config: ConfigDict, model: Model, decoder: DecoderConfig, platform: str | None = None
 ) -> Compute:
@@ -100,8 +105,10 @@ def compute_on(
     dtype, platform = dtype_of(config, mesh, platform), platform or platform_of(mesh.devices.flat[0])
     # A "shared" row lets two responses see one prompt, which not every attention back end can do.
     try:
-        backend = choose_backend(config.attention, decoder, dtype, config.rows.layout == "shared", platform)
+        shared = layout_of(config, platform) == "shared"
+        backend = choose_backend(config.attention, decoder, dtype, shared, platform)
     except UserError as error:
         raise UserError(f"The {model}: {error}") from error
     check_heads(mesh, decoder.num_heads, decoder.num_kv_heads, f"The {model}")
-    return Compute(dtype, config[model].remat, backend, mesh)
+    remat = config[model].remat
+    return Compute(dtype, remat if remat != "auto" else "dots" if platform == "cpu" else "full", backend, mesh)

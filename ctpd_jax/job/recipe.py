@@ -18,8 +18,9 @@ from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.lineage import Shapes
-from ctpd_jax.job.models import compute_on
+from ctpd_jax.job.models import compute_on, layout_of
 from ctpd_jax.job.table import STAGES, base_dtype, columns, is_sft, left_out, trained_model
+from ctpd_jax.models.attention_backends import platform_of
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
@@ -184,6 +185,7 @@ def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[
 
 def packing(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> PackingConfig:
     """How responses are laid out in rows. Not packed on a CPU: its attention costs the square of a row's length."""
-    rows = config.rows
-    packed = rows.packed == "yes" or (rows.packed == "auto" and (platform or jax.default_backend()) != "cpu")
-    return PackingConfig(rows.layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh))
+    rows, platform = config.rows, platform or platform_of(mesh.devices.flat[0])
+    packed = rows.packed == "yes" or (rows.packed == "auto" and platform != "cpu")
+    layout = layout_of(config, platform)
+    return PackingConfig(layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh))

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from ctpd_jax.data.loader import padding, plan_shapes
-from ctpd_jax.data.packing import round_up
+from ctpd_jax.data.packing import PackingConfig, round_up
 from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.recipe import packing, passes, reading, recipe
@@ -29,7 +29,7 @@ from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf.config import from_hf, read_config
 from ctpd_jax.schema import Batch, Model, RowLayout, SpanSlots
-from ctpd_jax.sharding import ROWS, replicated, row_devices
+from ctpd_jax.sharding import ROWS, replicated
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 
@@ -122,13 +122,13 @@ def share(decoder: DecoderConfig, tensor: int) -> DecoderConfig:
 # ------------------------------------------------------------------------------------------------ shapes
 
 
-def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) -> BatchShape:
+def largest_shape(config: ConfigDict, pairs: int, responses: int, rows: PackingConfig) -> BatchShape:
     """The shape that takes any micro-batch of `pairs`, all prompts and responses being as long as they may be.
 
     Packed rows of real data are fewer: few responses are of full length.
     """
     # 1. The tokens of one unit, all as long as they may be.
-    prompt, response, rows = config.data.max_prompt_tokens, config.data.max_response_tokens, config.rows
+    prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
     together = rows.layout != "response"
     scored = responses * response if together else response
     tokens = prompt + scored
@@ -140,11 +140,11 @@ def largest_shape(config: ConfigDict, pairs: int, responses: int, devices: int) 
             "0, or lower config.data.max_prompt_tokens or config.data.max_response_tokens."
         )
     # 3. How many such rows a micro-batch fills, and how many slots of a row are scored.
-    room = length // tokens if rows.packed != "no" else 1  # units of a row
+    room = length // tokens if rows.packed else 1  # units of a row
     units = pairs if together else pairs * responses
     # Of packed rows, several units with short prompts may fill one.
-    slots = length if rows.packed != "no" else min(length, int(round_up(scored, rows.multiple)))
-    return BatchShape(int(round_up(-(-units // room), devices)), length, slots)
+    slots = length if rows.packed else min(length, int(round_up(scored, rows.multiple)))
+    return BatchShape(int(round_up(-(-units // room), rows.row_multiple)), length, slots)
 
 
 def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
@@ -224,7 +224,8 @@ def training(
 
     # A micro-batch and its memory, what lies beside it included.
     micro_batch = min(settings.micro_batch, settings.batch_size)
-    shape = shape or largest_shape(config, micro_batch, 1 if is_sft(config, name) else 2, row_devices(mesh))
+    rows = packing(config, mesh, platform)
+    shape = shape or largest_shape(config, micro_batch, 1 if is_sft(config, name) else 2, rows)
     batch = abstract_batch(mesh, shape, micro_batch, what.extra)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     memory = {
@@ -249,7 +250,7 @@ def training(
 def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None) -> Programs:
     """A program for everything that is read in one pass."""
     settings, asked = config.annotate, columns(config)
-    shape = shape or largest_shape(config, settings.micro_batch, 2, row_devices(mesh))
+    shape = shape or largest_shape(config, settings.micro_batch, 2, packing(config, mesh, platform))
     batch = abstract_batch(mesh, shape, settings.micro_batch)
     programs = []
     for names in passes(config, bases):

@@ -13,8 +13,7 @@ Letters: R rows, K scored tokens of a row, P pairs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from ctpd_jax.core.losses import (
 )
 from ctpd_jax.core.objectives import response_errors
 from ctpd_jax.core.projection import response_sums
-from ctpd_jax.data.loader import Updates
+from ctpd_jax.data.loader import Updates, ahead
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.compute import Compute, scored_logprobs
 from ctpd_jax.models.config import DecoderConfig
@@ -122,32 +121,16 @@ def train(
 
     with Checkpoints(directory, keep=2) as checkpoints:
         # The newest checkpoint, or the beginning; lines of updates that a killed run had not saved are taken back.
-        state: TrainState | None = checkpoints.restore_latest(placed)
-        if state is None:
-            state = begin(require_shapes(name, recipe.trainable, initial()))
+        state: TrainState = checkpoints.restore_latest(placed) or begin(
+            require_shapes(name, recipe.trainable, initial())
+        )
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
         prepared = ahead(updates.batches, first, steps)
         with Progress(steps, name, first, unit="update") as progress:
-            if first < steps:
-                progress.write(f"{name}: compiling, which can take minutes for a large model ...")
-            for step in range(first, steps):
-                if preempt.stop_now():
-                    if step > first and step % settings.save_every:  # else it is there already
-                        checkpoints.save(step, state)
-                    checkpoints.wait()
-                    raise preempt.Preempted(f"saved after update {step} of {steps}" if step else "nothing to save yet")
 
-                # One update: sums over micro-batches, divided once, so that their number changes nothing.
-                began = time.perf_counter()
-                gradient = zeros(state.params)
-                sums: dict = {}
-                for batch in next(prepared):
-                    gradient, new = accumulate(state.params, frozen, gradient, place_batch(mesh, batch))
-                    sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
-                state, norm = update(state, gradient, sums["loss"][1])
-
-                # What it did. Fetching the sums waits for the devices, so the seconds are those of the whole update.
+            def tell(step: int, sums: Sums, norm: Array, began: float) -> None:
+                """Log what an update did, which waits for it; where a look is due, `state` is still that update's."""
                 metrics = mean_of(jax.device_get(sums))
                 seconds = time.perf_counter() - began
                 metrics |= {
@@ -169,8 +152,38 @@ def train(
                 if step % log_every == 0 or step == steps - 1 or looks.due(step):
                     log.log(name, step, metrics | dict(figures or {}))
                 progress.update(1, loss=metrics["loss"])
-                if (step + 1) % settings.save_every == 0 and step + 1 < steps:
-                    checkpoints.save(step + 1, state)
+
+            if first < steps:
+                progress.write(f"{name}: compiling, which can take minutes for a large model ...")
+            gradient, untold, began = zeros(state.params), None, time.perf_counter()
+            for step in range(first, steps):
+                if preempt.stop_now():
+                    if untold:
+                        tell(*untold)
+                    if step > first and step % settings.save_every:  # else it is there already
+                        checkpoints.save(step, state)
+                    checkpoints.wait()
+                    raise preempt.Preempted(f"saved after update {step} of {steps}" if step else "nothing to save yet")
+
+                # One update: sums over micro-batches, divided once, so that their number changes nothing.
+                sums: Sums = {}
+                for batch in next(prepared):
+                    gradient, new = accumulate(state.params, frozen, gradient, place_batch(mesh, batch))
+                    sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
+                state, gradient, norm = update(state, gradient, sums["loss"][1])
+
+                # It is told of while the next one runs, so that the devices do not wait for the host; but at once where
+                # something is made of its parameters, which a loss that is not finite has to prevent.
+                if untold:
+                    tell(*untold)
+                    began = time.perf_counter()
+                untold = step, sums, norm, began
+                saves = (step + 1) % settings.save_every == 0
+                if saves or looks.due(step) or step + 1 == steps:
+                    tell(*untold)
+                    if saves and step + 1 < steps:
+                        checkpoints.save(step + 1, state)
+                    untold, began = None, time.perf_counter()
                 if looks.over(step):
                     progress.write(f"{name}: ends after update {step + 1}, no look was better for so long.")
                     break
@@ -201,17 +214,6 @@ def peak_memory() -> dict[str, float]:
     """The most that the first device of this process has held so far, GB; {} where it does not say, as a CPU."""
     found = jax.local_devices()[0].memory_stats() or {}
     return {"peak_memory_gb": found["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in found else {}
-
-
-def ahead(batches: Callable[[int], list[Batch]], first: int, steps: int) -> Iterator[list[Batch]]:
-    """batches(first), ..., batches(steps - 1), each laid out while the devices are busy with the one before."""
-    with ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(batches, first)
-        for step in range(first, steps):
-            now = coming.result()
-            if step + 1 < steps:
-                coming = worker.submit(batches, step + 1)
-            yield now
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -353,7 +355,8 @@ def make_steps(
 
     accumulate(params, frozen, gradient, batch) -> (gradient + this batch's, sums); the gradient's buffer is reused.
     `frozen` are parameters that are not trained: the base under adapters, or {}.
-    update(state, gradient, count) -> (state, norm of gradient / count before clipping); the state's buffers are reused.
+    update(state, gradient, count) -> (state, a gradient of zeros, norm of gradient / count before clipping). The
+    buffers of state and gradient are reused: an update that is enqueued behind another one takes no more memory.
     """
 
     # Where results lie is said for both programs: left to the compiler, the state could wander between updates.
@@ -366,12 +369,13 @@ def make_steps(
         (_, sums), new = of_trainable(params)
         return jax.tree.map(jnp.add, gradient, new), sums
 
-    @partial(jax.jit, donate_argnums=(0,), out_shardings=(of_state, of_sums))
-    def update(state: TrainState, gradient: Params, count: Array) -> tuple[TrainState, Array]:
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_state, of_state.params, of_sums))
+    def update(state: TrainState, gradient: Params, count: Array) -> tuple[TrainState, Params, Array]:
         mean = jax.tree.map(lambda g: g / count, gradient)
         changes, opt_state = optimizer.update(mean, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
-        return TrainState(state.step + 1, params, opt_state), optax.global_norm(mean)
+        cleared = jax.tree.map(jnp.zeros_like, gradient)
+        return TrainState(state.step + 1, params, opt_state), cleared, optax.global_norm(mean)
 
     return accumulate, update
 

@@ -118,7 +118,7 @@ def test_no_real_batch_is_larger_than_the_largest_shape(seed, layout, packed, de
     ]
     rows = PackingConfig(layout, packed == "yes", buckets=2, multiple=16, row_multiple=devices)
     updates = [batch_indices(seed, step, len(items), 8) for step in range(3)]
-    largest = largest_shape(config, micro_batch, 1 if sft else 2, devices)
+    largest = largest_shape(config, micro_batch, 1 if sft else 2, rows)
     for shape in plan_shapes(items, updates, micro_batch, rows):
         # Packed rows may be longer and fewer; what a device holds is at most one row more.
         slack = devices * shape.length if packed == "yes" else 0
@@ -130,15 +130,13 @@ def test_no_real_batch_is_larger_than_the_largest_shape(seed, layout, packed, de
 def test_the_largest_pair_fits_its_row_or_is_refused():
     config = default_config()
     config.data.update({"max_prompt_tokens": 128, "max_response_tokens": 384})
-    config.rows.update({"layout": "shared", "length": 1024, "multiple": 128})
-    found = largest_shape(config, 16, 2, 16)
+    rows = PackingConfig("shared", True, multiple=128, length=1024)
+    found = largest_shape(config, 16, 2, replace(rows, row_multiple=16))
     assert (found.rows, found.length, found.scored) == (16, 1024, 1024)
-    config.rows.length = 2048  # two pairs in a row
-    found = largest_shape(config, 16, 2, 1)
+    found = largest_shape(config, 16, 2, replace(rows, length=2048))  # two pairs in a row
     assert (found.rows, found.length, found.scored) == (8, 2048, 2048)
-    config.rows.length = 512
     with pytest.raises(UserError, match=r"rows.length is 512, .* up to 896 tokens"):
-        largest_shape(config, 16, 2, 16)
+        largest_shape(config, 16, 2, replace(rows, length=512))
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
