@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import random
 import time
 import unicodedata
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from timing import write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ctpd_jax.errors import UserError
@@ -138,15 +138,7 @@ def main() -> None:
     records = list(measure(pair[0], pair[1], arguments.repeats))
     print(f"teacher: {pair[0].name}; student: {pair[1].name}")
     print(table(records))
-    if arguments.json:
-        result = {
-            "teacher": pair[0].name,
-            "student": pair[1].name,
-            "machine": f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}",
-            "repeats": arguments.repeats,
-            "records": records,
-        }
-        arguments.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(arguments.json, "alignment", teacher=pair[0].name, student=pair[1].name, records=records)
 
 
 if __name__ == "__main__":

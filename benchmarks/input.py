@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
+from timing import write
 
 from ctpd_jax.data.loader import plan_updates
 from ctpd_jax.data.packing import PackingConfig
@@ -34,7 +36,9 @@ def made_up(count: int, random: np.random.Generator) -> list[PairItem]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[16, 256, 4096], help="of an update")
-    for pairs in parser.parse_args().pairs:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args, records = parser.parse_args(), []
+    for pairs in args.pairs:
         items = made_up(UPDATES * pairs, np.random.default_rng(0))
         rows = PackingConfig("shared", packed=True, buckets=4, multiple=128, length=1024, row_multiple=pairs)
         began = time.perf_counter()
@@ -44,7 +48,9 @@ def main() -> None:
             began = time.perf_counter()
             updates.batches(step)
             times.append(time.perf_counter() - began)
+        records.append({"pairs": pairs, "seconds": min(times), "planned": planned})
         print(f"{pairs:5,} pairs an update: {1000 * min(times):7.1f} ms; shapes planned in {planned:.2f} s")
+    write(args.json, "input", records=records)
 
 
 if __name__ == "__main__":
