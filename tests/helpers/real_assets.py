@@ -96,6 +96,15 @@ def run_in_assets_venv(script: str | Path, *arguments: str | Path, transformers4
     return done.stdout
 
 
+def start_in_assets_venv(script: str | Path, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Start a Python file where torch and transformers are installed, to be talked with over its input and output."""
+    root = assets_folder()
+    with _lock(root):
+        python = _ensure_venv(root, ())
+    command = [str(python), str(script), *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_quiet_environment())
+
+
 def run_with_libtpu(script: str | Path, *arguments: str | Path) -> str:
     """Run a Python file with this Python and TPUs' compiler, no TPU being there; return what it printed.
 
