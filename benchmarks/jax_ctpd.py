@@ -142,17 +142,17 @@ def update_of(job: Job) -> Callable[[], dict[str, Any]]:
     initial, frozen = parameters(job, what)
     where = jax.tree.map(lambda leaf: leaf.sharding, what.state)
     begin = jax.jit(lambda params: init_state(params, what.optimizer), out_shardings=where)
-    zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=where.params)
     accumulate, update = what.programs()
     state = begin(initial())
+    gradient = jax.tree.map(jnp.zeros_like, state.params)
 
     def run() -> dict[str, Any]:
-        nonlocal state
-        gradient, sums = zeros(state.params), {}
+        nonlocal state, gradient
+        sums: dict[str, jax.Array] = {}
         for batch in batches:
             gradient, new = accumulate(state.params, frozen, gradient, place_batch(job.mesh, batch))
             sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
-        state, norm = update(state, gradient, sums["loss"][1])
+        state, gradient, norm = update(state, gradient, sums["loss"][1])
         jax.block_until_ready(state)
         means = mean_of(jax.device_get(sums))
         return {"loss": means["loss"], "padding": means["padding"], "grad_norm": float(norm)}
