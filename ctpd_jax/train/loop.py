@@ -129,7 +129,7 @@ def train(
         prepared = ahead(updates.batches, first, steps)
         with Progress(steps, name, first, unit="update") as progress:
 
-            def tell(step: int, sums: Sums, norm: Array, began: float) -> None:
+            def tell(step: int, sums: Sums, norm: Array, programs: int, began: float) -> None:
                 """Log what an update did, which waits for it; where a look is due, `state` is still that update's."""
                 metrics = mean_of(jax.device_get(sums))
                 seconds = time.perf_counter() - began
@@ -138,7 +138,7 @@ def train(
                     "lr": float(schedule(step)),
                     "seconds": seconds,
                     "tokens_per_second": metrics["num_tokens"] / seconds,
-                    "compiled_programs": compiled_programs(name, accumulate, len(updates.shapes)),
+                    "compiled_programs": programs,
                     **peak_memory(),
                 }
                 if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
@@ -177,7 +177,7 @@ def train(
                 if untold:
                     tell(*untold)
                     began = time.perf_counter()
-                untold = step, sums, norm, began
+                untold = step, sums, norm, compiled_programs(name, accumulate, len(updates.shapes)), began
                 saves = (step + 1) % settings.save_every == 0
                 if saves or looks.due(step) or step + 1 == steps:
                     tell(*untold)

@@ -32,7 +32,8 @@ def compute(
 
 def test_on_a_cpu():
     found = compute("teacher", "auto")
-    assert found == Compute("float32", "full", "plain", found.mesh)
+    assert found == Compute("float32", "dots", "plain", found.mesh)
+    assert compute("student", "auto", platform="tpu").remat == "full"
     assert compute("student", "xla").attention == "xla"
     with pytest.raises(UserError, match=r"^The teacher: .*'xla' cannot be used with soft cap"):
         compute("teacher", "xla")
@@ -42,7 +43,7 @@ def test_on_a_cpu():
 
 
 def test_the_layout_of_the_rows_decides_between_the_two_of_splash():
-    for layout, backend in (("response", "splash_segments"), ("shared", "splash")):
+    for layout, backend in (("response", "splash_segments"), ("auto", "splash_segments"), ("shared", "splash")):
         for attention in ("auto", "splash"):
             assert compute("teacher", attention, layout, "bfloat16", "tpu").attention == backend
     assert compute("teacher", "auto", "shared", "float32", "tpu").attention == "plain"
