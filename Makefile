@@ -4,6 +4,8 @@
 #   make test        fast and medium tests, and the linters beside them: under six minutes. Before you push.
 #   make test-slow   whole runs killed in every stage, several processes, real tokenizers and models, the TPU compiler
 #   make parity      every family of models against torch
+#   make bench       every benchmark in turn, tables on the screen and JSON in build/bench; with DATA=pairs.jsonl
+#                    TEACHER=DIR STUDENT=DIR also the train step against PyTorch (docs/performance.md)
 #   make test-newest make test with the newest Python, and so the newest jax and flax, in an environment of its own;
 #                    NEWEST=python3.14 where python3.13 is not it
 #
@@ -19,7 +21,9 @@ WORKDIR ?= runs/demo
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test fast fast-and-medium test-slow test-newest parity lint clean
+BENCHMARKS := alignment input logprobs scaling startup generate tpu_cost
+
+.PHONY: bench demo test fast fast-and-medium test-slow test-newest parity lint clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/ctpd run --config configs/demo.py --workdir $(WORKDIR)
@@ -42,6 +46,14 @@ test-slow: $(VENV)/.installed-test
 # torch comes into an environment of its own the first time.
 parity: $(VENV)/.installed-test
 	$(PYTEST) -m parity -s
+
+# One after the other: they share the cores that they measure.
+bench: $(VENV)/.installed-test
+	for name in $(BENCHMARKS); do \
+		echo "== $$name"; JAX_PLATFORMS=cpu $(BIN)/python benchmarks/$$name.py --json build/bench/$$name.json || exit 1; \
+	done
+	test -z "$(DATA)" || JAX_PLATFORMS=cpu $(BIN)/python benchmarks/train_step.py --data "$(DATA)" \
+		--teacher "$(TEACHER)" --student "$(STUDENT)" --json build/bench/train_step.json
 
 test-newest:
 	$(MAKE) --no-print-directory PYTHON=$(NEWEST) VENV=.venv-newest test
