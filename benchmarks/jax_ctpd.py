@@ -133,7 +133,7 @@ def update_of(job: Job) -> Callable[[], dict[str, Any]]:
     steps, size = steps_of(config, "train", len(views)), settings.batch_size
     shapes = plan_updates(views, config.seed, steps, size, settings.micro_batch, rows).shapes
     examples = examples_of(job, pairs)
-    items, _ = training_items(examples, config.weights, settings, config.seed, config.positive.beta)
+    items, _ = training_items(examples, config.weights, settings, config.seed)
     batches = [batch for batch, _ in micro_batches(items, min(settings.micro_batch, size), rows, shapes)]
     print("rows, length:", *(batch.tokens.shape for batch in batches), file=sys.stderr)
 

@@ -52,11 +52,6 @@ METHODS = {
     "ctpd": Method("CTPD, the paper's"),
     "ctpd_start": Method("CTPD, the student's start as reference", {"train.reference": "student"}, like="ctpd"),
     # Ours. The regression's loss is small against the SFT term, which gets a tenth of the weight.
-    "calibrated": Method("CTPD, the anchor tempered", {"train.objective": "calibrated"}),
-    "margin_label": Method("the teacher's margin as soft label", {"train.objective": "margin"}),
-    "margin_weight": Method(
-        "the teacher's margin as the pair's weight", {"train.objective": "margin", "train.margin_as": "weight"}
-    ),
     "regression": Method(
         "span regression",
         {"train.objective": "regression", "train.sft_weight": 0.2},
@@ -77,7 +72,7 @@ METHODS = {
     ),
     "mixed": Method(
         "weights, start as reference, and that regression",
-        {"train.objective": "mixed", "train.margin_as": "none", "train.contrast": "negative", "train.tau": 3.0},
+        {"train.objective": "mixed", "train.contrast": "negative", "train.tau": 3.0},
     ),
     # Others', from the same start.
     "tis": Method(
@@ -105,8 +100,7 @@ METHODS = {
     "per_byte": Method("reward per byte", {"train.normalize": "byte"}, knobs=(10.0, 30.0, 100.0)),
 }
 ROWS = ("sft", "teacher", "teacher_dpo")
-MAIN = ("dpo", "tis", "uld", "ot", "dskd", "ctpd", "ctpd_start", "calibrated", "margin_label", "margin_weight")
-MAIN += ("regression", "contrast", "contrast_sft", "mixed")
+MAIN = ("dpo", "tis", "uld", "ot", "dskd", "ctpd", "ctpd_start", "regression", "contrast", "contrast_sft", "mixed")
 ABLATIONS = tuple(name for name in METHODS if name not in (*ROWS, *MAIN))
 # Measured in all worlds, the others in the nominal one.
 CURVES = ("dpo", "ctpd", "ctpd_start", "regression", "contrast")

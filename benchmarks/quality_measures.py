@@ -124,7 +124,7 @@ def of_weights(examples: Sequence[Example], config: ConfigDict) -> dict[str, flo
 
 def lambda_at_start(examples: Sequence[Example], config: ConfigDict) -> dict[str, float]:
     """How lambda is spread over the pairs before the first update: the untouched student's scores are in the store."""
-    items, _ = training_items(examples, config.weights, config.train, config.seed, config.positive.beta)
+    items, _ = training_items(examples, config.weights, config.train, config.seed)
     margins = []
     for item, (pair, scores) in zip(items, examples):
         returns = []

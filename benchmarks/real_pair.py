@@ -58,7 +58,7 @@ METHODS = {
     "contrast": Method("span regression on the contrastive pair", OURS),
     "mixed": Method(
         "weights, start as reference, and that regression",
-        {**OURS, "train.objective": "mixed", "train.margin_as": "none"},
+        {**OURS, "train.objective": "mixed"},
     ),
 }
 

@@ -165,16 +165,15 @@ def default_config() -> ConfigDict:
             "train": preference(
                 lr=1e-6,
                 beta=0.1,
-                # "ctpd" (the paper), "calibrated", "margin", "regression", "mixed": docs/method.md, Objectives.
-                objective="ctpd",
+                objective="ctpd",  # "ctpd" (the paper), "regression", "mixed": docs/method.md, Objectives
                 contrast="start",  # the teacher's log-ratio: pi+ to what it was trained from, or to "negative"
                 tau=1.0,  # how far the student goes where the teacher went one nat
                 target_clip=2.0,  # bound of the teacher's log-ratio of a span, both ways, in nats
-                margin_as="label",  # "label", "offset", "weight", "none": how its margin enters margin and mixed
+                # How the rows' own margins enter, "margin" or "score_chosen" less "score_rejected": as a soft "label",
+                # an "offset", the pair's "weight", or "none".
+                margin_as="none",
                 trust=1.0,  # of label and weight the share that the margin has beside the label alone; offset: a factor
-                margin_from="teacher",  # "data": the rows' own "margin", or "score_chosen" less "score_rejected"
                 regression=1.0,  # weight of the spans' regression in mixed
-                spread=1.0,  # of calibrated: root mean square of beta times the margin at step 0
                 offset=0.0,  # by which the chosen response's reward has to lead (SimPO's gamma)
                 reference="teacher",  # "teacher", "student" (its own start), "none"
                 span_logprob="sum",  # "mean": over the span's own tokens, each side over its own

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.core.arrays import masked_sum_and_count
 from ctpd_jax.core.losses import Normalize, reward_coefficients
-from ctpd_jax.core.objectives import pair_labels, span_targets, sure_weights, teacher_margins, tempered_constants
+from ctpd_jax.core.objectives import pair_labels, span_targets, sure_weights
 from ctpd_jax.core.projection import project_to_tokens
 from ctpd_jax.core.weights import (
     agreeing_weights,
@@ -100,11 +99,7 @@ class SpanValues:
     constant: float  # c
     start: float  # log pi_start of the response, every span counting one; NaN where the start was not measured
     reference: float  # log pi_ref, likewise; 0 without a reference
-    # What some objectives need besides.
-    targets: np.ndarray | None = None  # float32 [S], core.objectives.span_targets
-    anchor: float = 0.0  # c with the student's start for reference
-    positive: float = 0.0  # log pi+ of the response, and of what it is held against
-    other: float = 0.0
+    targets: np.ndarray | None = None  # float32 [S], core.objectives.span_targets, where the objective has them
 
 
 def span_values(
@@ -117,8 +112,8 @@ def span_values(
     `train.normalize = "start"` (margin relative to the student's start) is the student's start as reference: the other
     reference cancels from that margin.
     """
-    # Where the teacher is followed span by span or by its margin, it is not the reference besides.
-    objective, followed = train.objective, train.objective in ("margin", "regression", "mixed")
+    # Where the teacher is followed span by span, it is not the reference besides.
+    followed = train.objective in ("regression", "mixed")
     reference = "start" if followed or train.normalize == "start" else REFERENCES[train.reference]
     normalize: Normalize = "none" if train.normalize == "start" else train.normalize
 
@@ -139,23 +134,17 @@ def span_values(
         summed, counts = scores[reference] if reference else None, teacher if reference == "reference" else student
         a, constant = reward_coefficients(w, student, summed, counts, sizes, train.span_logprob, normalize)
 
-        # What objectives beyond the paper's need.
-        extra = {}
-        if objective == "calibrated":
-            options = (student, sizes, train.span_logprob, normalize)
-            extra["anchor"] = reward_coefficients(w, student, scores["start"], *options)[1]
-        if followed and contrastive:
-            for name, column in (("positive", "positive"), ("other", other)):
-                extra[name] = jnp.where(mask, scores[column], 0).sum(axis=-1)
-        if objective in ("regression", "mixed"):
-            extra["targets"] = span_targets(scores["start"], positive, scores[other], train.tau, train.target_clip)
+        # What objectives beyond the paper's follow.
+        targets = None
+        if followed:
+            targets = span_targets(scores["start"], positive, scores[other], train.tau, train.target_clip)
 
         # What is logged beside it: whole responses, every token counting one.
         plain = jnp.zeros_like(constant) if summed is None else jnp.where(mask, summed, 0).sum(axis=-1)
         start = jnp.where(mask, scores["start"], 0).sum(axis=-1) if "start" in scores else jnp.full_like(plain, jnp.nan)
         for number, name in enumerate(SIDES):
             diagnostics[name] = masked_sum_and_count(w, mask & (side == number)[:, None])
-        return (w, a, constant, start, plain), extra, diagnostics
+        return (w, a, targets, constant, start, plain), diagnostics
 
     project = jax.jit(project_to_tokens)
     responses = [(pair.response(s), scores[name], s) for pair, scores in examples for s, name in enumerate(SIDES)]
@@ -165,7 +154,7 @@ def span_values(
     for size, places in by_size([aligned.num_spans for aligned, _, _ in responses]).items():
         part = [responses[i] for i in places]
         names = part[0][1].keys()
-        found, extra, diagnostics = measure(
+        found, diagnostics = measure(
             {name: padded([scores[name] for _, scores, _ in part], size) for name in names},
             padded([np.bincount(aligned.student.span_ids) for aligned, _, _ in part], size, np.int32),
             padded([np.bincount(aligned.teacher.span_ids) for aligned, _, _ in part], size, np.int32),
@@ -174,20 +163,16 @@ def span_values(
             jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.array(places, jnp.uint32) + 2 * first),
         )
         # The projection is a program of its own: in `measure` it would change how XLA fuses, and so rounds, c.
-        w, a, *sums = found
+        w, a, targets, *sums = found
         longest = padded_size(max(len(aligned.student.ids) for aligned, _, _ in part))
         span_ids = padded([aligned.student.span_ids for aligned, _, _ in part], longest, np.int32, fill=-1)
-        w, of_tokens, targets, extra, *sums = jax.device_get(
-            (w, project(a, span_ids), extra.pop("targets", None), extra, *sums)
-        )
-        numbers = dict(zip(("constant", "start", "reference"), sums)) | extra
+        w, of_tokens, targets, *sums = jax.device_get((w, project(a, span_ids), targets, *sums))
         for row, place in enumerate(places):
             aligned = responses[place][0]
-            own: dict[str, Any] = {name: float(each[row]) for name, each in numbers.items()}
-            if targets is not None:
-                own["targets"] = targets[row, : aligned.num_spans]
             token_weights = of_tokens[row, : len(aligned.student.ids)]
-            out[place] = SpanValues(w[row, : aligned.num_spans], token_weights, **own)
+            own = None if targets is None else targets[row, : aligned.num_spans]
+            constant, start, plain = (float(each[row]) for each in sums)
+            out[place] = SpanValues(w[row, : aligned.num_spans], token_weights, constant, start, plain, own)
         for name, (total, count) in jax.device_get(diagnostics).items():
             totals[name] = totals.get(name, 0) + np.array([total, count], np.float64)
     figures = {f"weights/{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}
@@ -196,77 +181,47 @@ def span_values(
 
 
 def training_items(
-    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int, teacher_beta: float
+    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int
 ) -> tuple[list[PairItem], dict[str, float]]:
-    """Returns the student's items for CTPD, and figures about spans and weights that every log line repeats.
-
-    `teacher_beta` is that of the teacher's DPO: it makes the teacher's log-ratios rewards.
-    """
+    """Returns the student's items for CTPD, and figures about spans and weights that every log line repeats."""
     # All at once on the device, then pair by pair on the host.
     values, figures = span_values(examples, weights, train, seed)
     pairs = [pair for pair, _ in examples]
-    constants, of_pairs, told = pair_values(pairs, values, train, teacher_beta)
+    leads, of_pairs = margin_values(pairs, train)
 
-    def response(aligned: Aligned, value: SpanValues, constant: float) -> ScoredResponse:
+    def response(aligned: Aligned, value: SpanValues, lead: float = 0.0) -> ScoredResponse:
         spans = (None, None) if value.targets is None else (aligned.student.span_ids, value.targets)
         ids, weights = aligned.student.ids, value.token_weights
-        return ScoredResponse(ids, weights, constant, value.start, value.reference, *spans)
+        return ScoredResponse(ids, weights, value.constant + lead, value.start, value.reference, *spans)
 
     items = []
     for number, (pair, both, given) in enumerate(zip(pairs, values, pair_weights(pairs))):
-        chosen, rejected = (response(pair.response(s), both[s], constants[number][s]) for s in (CHOSEN, REJECTED))
+        # What the chosen response has to lead by lowers its return.
+        chosen = response(pair.chosen, both[CHOSEN], float(leads[number]))
+        rejected = response(pair.rejected, both[REJECTED])
         label, weight = (float(of_pairs[name][number]) if name in of_pairs else None for name in ("label", "weight"))
         if given is not None:
             weight = given * (1 if weight is None else weight)
         items.append(PairItem(pair.student_prompt, chosen, rejected, label, weight))
-    return items, figures | told | span_figures(pairs)
+    return items, figures | span_figures(pairs)
 
 
-def pair_values(
-    pairs: Sequence[AlignedPair],
-    values: Sequence[tuple[SpanValues, SpanValues]],
-    train: ConfigDict,
-    teacher_beta: float,
-) -> tuple[list[list[float]], dict[str, np.ndarray], dict[str, float]]:
-    """Returns c of every pair's two responses, `label` or `weight` of every pair where it has one, and figures.
-
-    These need the pairs together: a calibrated anchor and weights of mean one look at all of them.
-    """
-
-    def numbers(name: str) -> np.ndarray:
-        return np.array([[getattr(value, name) for value in both] for both in values], np.float32)
-
-    # 1. The constants: as they are, or tempered.
-    constants, figures = [[value.constant for value in both] for both in values], {}
-    if train.objective == "calibrated":
-        tempered, kappa = tempered_constants(numbers("constant"), numbers("anchor"), train.beta, train.spread)
-        constants, figures = np.asarray(tempered).tolist(), {"anchor/kappa": float(kappa)}
-
-    # 2. The margin that the teacher or the data give, as one number a pair.
-    of_pairs: dict[str, np.ndarray] = {}
-    lead = np.full(len(values), train.offset / train.beta)
-    if train.objective in ("margin", "mixed") and train.margin_as != "none":
-        if train.margin_from == "data":
-            margins = np.array([np.nan if pair.margin is None else pair.margin for pair in pairs], np.float32)
-            if (missing := np.isnan(margins)).any():
-                raise UserError(
-                    f"Pair {pairs[int(np.argmax(missing))].id} has no margin: config.train.margin_from 'data' "
-                    'needs a column "margin", or "score_chosen" and "score_rejected", in every row.'
-                )
+def margin_values(pairs: Sequence[AlignedPair], train: ConfigDict) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns by how much the chosen return of every pair has to lead, and `label` or `weight` where pairs have one."""
+    lead, of_pairs = np.full(len(pairs), train.offset / train.beta), {}
+    if train.margin_as != "none":
+        margins = np.array([np.nan if pair.margin is None else pair.margin for pair in pairs], np.float32)
+        if (missing := np.isnan(margins)).any():
+            raise UserError(
+                f"Pair {pairs[int(np.argmax(missing))].id} has no margin: config.train.margin_as {train.margin_as!r} "
+                'needs a column "margin", or "score_chosen" and "score_rejected", in every row.'
+            )
+        if train.margin_as == "offset":
+            lead = lead + train.trust * margins / train.beta
         else:
-            margins = np.asarray(teacher_margins(numbers("positive"), numbers("other"), teacher_beta))
-            figures["teacher/agrees"] = float((margins > 0).mean())
-        if train.margin_as == "label":
-            of_pairs["label"] = np.asarray(pair_labels(margins, train.trust))
-        elif train.margin_as == "weight":
-            of_pairs["weight"] = np.asarray(sure_weights(margins, train.trust))
-        else:
-            lead = lead + train.trust * np.asarray(margins) / train.beta
-
-    # 3. By what the chosen response has to lead: an offset of its return.
-    if lead.any():
-        constants = [[chosen + float(more), rejected] for (chosen, rejected), more in zip(constants, lead)]
-    return constants, of_pairs, figures
+            made = pair_labels if train.margin_as == "label" else sure_weights
+            of_pairs[train.margin_as] = np.asarray(made(margins, train.trust))
+    return lead, of_pairs
 
 
 def span_figures(pairs: Sequence[AlignedPair]) -> dict[str, float]:

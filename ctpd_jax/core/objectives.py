@@ -1,4 +1,4 @@
-"""Objectives beyond the paper's: what the teacher knows enters as a target for each span, or as one number for a pair.
+"""Objectives beyond the paper's: what the teacher knows enters as a target for each span.
 
 Letters: B pairs, N responses, S spans of a response, K slots of a row.
 
@@ -65,48 +65,12 @@ def response_errors(
     return response_sums(share * jnp.square(jnp.where(share > 0, sums - target, 0)), response_ids, num_responses)
 
 
-def teacher_margins(
-    positive: Real[ArrayLike, "B 2"], reference: Real[ArrayLike, "B 2"], beta: Scalar
-) -> Float[Array, " B"]:
-    """beta [log pi+/pi_ref (y_w) - log pi+/pi_ref (y_l)]: the reward margin that a teacher trained by DPO gives a pair.
-
-    positive, reference: log-probabilities of chosen and rejected. sigma of it is how sure the teacher is of the label.
-    """
-    rewards = at_least_float32(positive) - at_least_float32(reference)
-    return beta * (rewards[:, 0] - rewards[:, 1])
-
-
-def tempered_constants(
-    constants: Real[ArrayLike, "B 2"], starts: Real[ArrayLike, "B 2"], beta: Scalar, spread: Scalar
-) -> tuple[Float[Array, "B 2"], Float[Array, ""]]:
-    """Pull the anchor towards the student's start until the root mean square of beta h at step 0 is `spread`.
-
-        c' = c_start + kappa (c - c_start),   kappa = min(1, spread / rms(beta h_0))
-
-    Args:
-        constants: c of chosen and rejected under the teacher's reference, `reward_coefficients`.
-        starts: the same with the student's start as the reference.
-        beta: that of the loss.
-        spread: > 0; of 1.0 and normal margins, lambda lies within [0.05, 0.95] for 99.7 % of the pairs.
-
-    Returns:
-        c' and kappa: 1 is the paper's anchor, 0 the student's start.
-    """
-    # At step 0 the policy is the start, so its weighted log-probability is c_start.
-    anchor, start = at_least_float32(constants), at_least_float32(starts)
-    returns = start - anchor
-    logits = beta * (returns[:, 0] - returns[:, 1])
-    rms = jnp.sqrt(jnp.mean(jnp.square(logits)))
-    kappa = jnp.minimum(1.0, spread / jnp.maximum(rms, jnp.finfo(rms.dtype).tiny))
-    return start + kappa * (anchor - start), kappa
-
-
 def pair_labels(margins: PerPair, trust: Scalar = 1.0) -> Float[Array, " B"]:
-    """(1 - trust) + trust sigma(m_T): how probably the chosen response is the better one; trust 0 leaves the label."""
+    """(1 - trust) + trust sigma(m): how probably the chosen response is the better one; trust 0 leaves the label."""
     return 1 - trust + trust * jax.nn.sigmoid(at_least_float32(margins))
 
 
 def sure_weights(margins: PerPair, trust: Scalar = 1.0) -> Float[Array, " B"]:
-    """`pair_labels`, scaled to mean one over the data: how much a pair counts where the teacher doubts its label."""
+    """`pair_labels`, scaled to mean one over the data: how much a pair counts where its margin is in doubt."""
     sure = pair_labels(margins, trust)
     return sure / jnp.maximum(jnp.mean(sure), jnp.finfo(sure.dtype).tiny)

@@ -31,9 +31,8 @@ CHOICES = {
     "weights.transform": ("none", "threshold", "scale", "rank", "binary", "mean_one", "agree"),
     "weights.positive_scorer": ("teacher", "student"),
     "weights.negative_scorer": ("teacher", "student"),
-    "train.objective": ("ctpd", "calibrated", "margin", "regression", "mixed"),
+    "train.objective": ("ctpd", "regression", "mixed"),
     "train.contrast": ("start", "negative"),
-    "train.margin_from": ("teacher", "data"),
     "train.margin_as": ("label", "offset", "weight", "none"),
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
@@ -67,7 +66,7 @@ OF_OTHERS: tuple[tuple[str, Range], ...] = (
     ("annotate.micro_batch annotate.pairs_per_shard evaluate.max_new_tokens weights.k", POSITIVE),
     ("data.limit data.test_limit rows.length annotate.compared_pairs", NOT_NEGATIVE),
     ("evaluate.samples evaluate.temperature train.regression train.offset", NOT_NEGATIVE),
-    ("train.target_clip train.spread", POSITIVE),
+    ("train.target_clip", POSITIVE),
     ("train.tau train.trust", NOT_NEGATIVE),
     ("propose.pairs propose.temperature propose.batch", POSITIVE),
     ("propose.limit propose.min_contrast", NOT_NEGATIVE),
@@ -186,23 +185,21 @@ def _check_objective(config: ConfigDict) -> None:
     """Checks what train.objective needs of the other settings."""
     weights, train, require = config.weights, config.train, partial(_require, config)
     # 1. A teacher that has learnt.
-    asks = train.objective in ("regression", "mixed")
-    asks |= train.objective == "margin" and train.margin_as != "none" and train.margin_from == "teacher"
     taught = weights.source not in ("uniform", "random")
     what = f"train.objective {train.objective!r} follows a teacher that has learnt"
-    require(taught or not asks, "weights.source", what)
+    require(taught or train.objective == "ctpd", "weights.source", what)
     reversed_too = train.contrast == "start" or weights.source != "dpo_reference"
     require(reversed_too, "train.contrast", "weights.source 'dpo_reference' trains no negative")
 
     # 2. The margin of a pair.
-    labelled = train.objective in ("margin", "mixed") and train.margin_as == "label"
     plain = train.loss == "sigmoid" and not train.label_smoothing
+    labelled = train.margin_as == "label"
     require(plain or not labelled, "train.loss", "train.margin_as 'label' is for sigmoid without label smoothing")
+    unread = train.objective == "regression" and train.margin_as in ("label", "offset")
+    require(not unread, "train.margin_as", "train.objective 'regression' reads no label, set it to none or weight")
     require(train.margin_as == "offset" or train.trust <= 1, "train.trust", "it is a share here, from 0 to 1")
 
     # 3. The reference.
-    anchored = train.reference == "teacher" and train.normalize != "start"
-    require(anchored or train.objective != "calibrated", "train.reference", "calibrated tempers the teacher's")
     if train.normalize == "start" and train.reference == "none":
         raise UserError(
             "config.train.normalize 'start' measures against the student's start, so config.train.reference "

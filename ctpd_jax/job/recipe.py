@@ -112,7 +112,7 @@ def objective_of(settings: ConfigDict) -> tuple[Objective, tuple[str, ...]]:
         beyond = {"regression": settings.regression}
     extra: tuple[str, ...] = ("spans",) if beyond else ()
     field = {"label": "label", "weight": "pair_weight"}.get(settings.get("margin_as", "none"))
-    if name in ("margin", "mixed") and field:
+    if field:
         extra += (field,)
     return Objective(settings.beta, settings.label_smoothing, settings.loss, settings.sft_weight, **beyond), extra
 

@@ -33,9 +33,8 @@ def run(job: Job, stage: str) -> None:
     store = open_store(folder, expected, made_by="propose" if own is not job else "annotate")
 
     # 2. What is learnt: the student's tokens with their weights, and one constant a response.
-    beta = config.positive.beta
     examples = [store[i] for i in range(len(store))]
-    items, figures = training_items(examples, config.weights, settings, config.seed, beta)
+    items, figures = training_items(examples, config.weights, settings, config.seed)
 
     # 3. What is executed.
     steps = steps_of(config, stage, len(items))
@@ -44,7 +43,7 @@ def run(job: Job, stage: str) -> None:
     # 4. Is it finished, or begun from the same things?
     weights = {name: value for name, value in config.weights.to_dict().items() if not name.endswith("_prompt")}
     annotations = hashlib.sha256(canonical_json(compared(store.manifest))).hexdigest()
-    if finished_before(job, what, {"weights": weights, "teacher_beta": beta, "annotations": annotations}):
+    if finished_before(job, what, {"weights": weights, "annotations": annotations}):
         return
 
     # 5. The loop, and what later stages need.

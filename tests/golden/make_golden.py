@@ -223,34 +223,14 @@ def regression(response: dict[str, Any], tau: float, bound: float) -> dict[str, 
     return {"targets": targets, "loss": sum(e * e for e in errors) / spans, "gradient": slope}
 
 
-def objectives(pairs: list[dict[str, Any]], tau: float, bound: float, spread: float) -> dict[str, Any]:
-    """What span regression, the tempered anchor and the teacher's margin make of the pairs."""
-
-    def constant(response: dict[str, Any], mu: int, name: str) -> float:
-        ids = response["teacher_span_ids" if name == "reference" else "student_span_ids"]
-        weights = importance(response, mu, 1.0, -0.5, 1.5)
-        return sum(w * r for w, r in zip(weights, sums(response[name], ids, len(weights))))
-
-    def total(response: dict[str, Any], name: str) -> float:
-        return sum(v for v, i in zip(response[name], response["teacher_span_ids"]) if i >= 0)
-
-    sides = (("chosen", 1), ("rejected", -1))
-    anchors = [[constant(pair[side], mu, "reference") for side, mu in sides] for pair in pairs]
-    starts = [[constant(pair[side], mu, "start") for side, mu in sides] for pair in pairs]
-    logits = [BETA * ((s[0] - a[0]) - (s[1] - a[1])) for s, a in zip(starts, anchors)]
-    kappa = min(1.0, spread / (sum(x * x for x in logits) / len(logits)) ** 0.5)
-    rewards = [[total(pair[side], "positive") - total(pair[side], "reference") for side, _ in sides] for pair in pairs]
-    margins = [BETA * (chosen - rejected) for chosen, rejected in rewards]
+def objectives(pairs: list[dict[str, Any]], tau: float, bound: float) -> dict[str, Any]:
+    """What span regression makes of the pairs, and what labels and weights follow from margins."""
+    margins = [-1.5, 0.0, 0.4, 3.0]
     labels = [1 - tau + tau / (1 + exp(-m)) for m in margins]
     return {
         "tau": tau,
         "clip": bound,
-        "spread": spread,
-        "regression": [{side: regression(pair[side], tau, bound) for side, _ in sides} for pair in pairs],
-        "anchors": anchors,
-        "starts": starts,
-        "kappa": kappa,
-        "tempered": [[s + kappa * (a - s) for s, a in zip(*both)] for both in zip(starts, anchors)],
+        "regression": [{side: regression(pair[side], tau, bound) for side in ("chosen", "rejected")} for pair in pairs],
         "margins": margins,
         "labels": labels,
         "weights": [x * len(labels) / sum(labels) for x in labels],
@@ -305,7 +285,7 @@ def build() -> dict[str, Any]:
         "pairs": pairs,
         "spans": spans,
         "losses": losses,
-        "objectives": objectives(pairs, 0.7, 0.9, 0.2),
+        "objectives": objectives(pairs, 0.7, 0.9),
     }
 
 

@@ -99,7 +99,7 @@ def test_ctpd_begins_at_the_start_that_was_annotated(tmp_path, sft, base, teache
         (pair, {side: {"start": values} for side, values in zip(SIDES, both)})
         for pair, both in zip(pairs.aligned, start, strict=True)
     ]
-    figures = first_figures(run, "train", "student", training_items(examples, config.weights, config.train, 0, 0.1)[0])
+    figures = first_figures(run, "train", "student", training_items(examples, config.weights, config.train, 0)[0])
     assert abs(figures["rewards/margin_from_start"]) <= 1e-5 and abs(figures["rewards/weighted_margins"]) <= 1e-5
     assert "lambda/mean" in figures and figures["lambda/mean"] == pytest.approx(0.5, abs=1e-5)
 

@@ -20,7 +20,7 @@ RUN = [stage for stage in TRAINED if stage in ("student_dpo", "train") or stage 
 SHORT = [f"--config.{stage}.steps=1" for stage in RUN]
 ADAPTERS = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
 HALF = [f"--config.{stage}.lora.base=bfloat16" for stage in ("teacher_sft", "positive", "negative", "train")]
-MIXED = ["--config.train.objective=mixed", "--config.train.margin_as=weight", "--config.student_dpo.steps=-1"]
+MIXED = ["--config.train.objective=mixed", "--config.student_dpo.steps=-1"]
 CASES = {
     "plain": [],
     "one teacher, mixed": [*MIXED, "--config.weights.source=dpo_reference"],
