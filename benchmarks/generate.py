@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from timing import write
+
 # Nothing but the standard library here: this file also runs where ctpd_jax is not installed, and where torch is not.
 
 LENGTHS = (20, 24, 31, 37, 42, 48, 55, 60)
@@ -163,8 +165,7 @@ def main() -> None:
         return
     result = compare(arguments.folder, arguments.rounds, arguments.repeats)
     print(table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(arguments.json, "generate", **result)
 
 
 if __name__ == "__main__":

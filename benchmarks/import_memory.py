@@ -22,6 +22,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from timing import write
 
 BOUND = 1.5e9  # bytes that the import may take besides the parameters
 SHARD = 2_000_000_000
@@ -130,8 +131,7 @@ def main() -> None:
         f"{(found['peak'] - found['size']) / 1e9:.2f} GB (at most {BOUND / 1e9} GB are allowed; Python and JAX alone "
         f"took {found['before'] / 1e9:.2f} GB)"
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write(arguments.json, "import_memory", **found)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ training stage, one after the other; no model is needed.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from timing import write
 
 from ctpd_jax.annotate.scorer import plain_item
 from ctpd_jax.data.loader import plan_updates, steps_per_epoch
@@ -134,8 +134,7 @@ def main() -> None:
         saved = 1 - shared[name] / apart[name]
         print(f"a shared prompt saves {saved:.1%} of {what}: {apart[name]:.0f} a pair apart, {shared[name]:.0f} shared")
     print(f"arithmetic, one prompt of two: {expected:.1%}")
-    if args.json:
-        args.json.write_text(json.dumps([*records, apart, shared], indent=2) + "\n", encoding="utf-8")
+    write(args.json, "padding", records=[*records, apart, shared])
 
 
 if __name__ == "__main__":
