@@ -16,7 +16,9 @@ head   log-probabilities of all tokens and their gradient, float32 unembedding
 step   the program that adds a micro-batch to the gradient, on the smallest slice where it fits by arithmetic
 
 All with float32 parameters and bfloat16 products, --tokens for each chip. "useful" is 6 FLOPs for each token and
-parameter of a matrix, "done" is what the program multiplies, recomputation included, both at the peak rate.
+parameter of a matrix, "done" is what the program multiplies, recomputation included, both at the peak rate. "once" is
+what lies outside all loops, such as the cast of all weights and zeros for all gradients: under `fsdp` it is divided by
+the chips, while what a layer costs in the loop is not.
 """
 
 from __future__ import annotations
@@ -228,6 +230,7 @@ def measure(chip: str, model: str, part: str, rows: int, length: int, remat: str
     figures = {
         "estimate": sum(one.cycles for one in found) / per_ms,
         "products": sum(one.cycles for one in found if one.product) / per_ms,
+        "once": sum(one.cycles for one in found if one.turns == 1) / per_ms,
         "kernels": kernels / rate,
         "useful": case.useful / rate,
         "done": (work(case.counted).flops - kernels) / rate,
@@ -249,19 +252,14 @@ def measure(chip: str, model: str, part: str, rows: int, length: int, remat: str
     }
 
 
-HEADER = (
-    f"{'':22}{'estimate':>10}{'products':>10}{'kernels':>9}{'useful':>9}{'done':>9}{'links':>8}"
-    f"{'to useful':>11}{'to done':>9}{'utilisation':>13}"
-)
+FIGURES = ("estimate", "products", "once", "kernels", "useful", "done", "links")
+HEADER = f"{'':22}" + "".join(f"{name:>9}" for name in (*FIGURES, "/ useful", "/ done")) + "  utilisation"
 
 
 def row(case: dict[str, Any]) -> str:
-    ms = case["milliseconds"]
-    return (
-        f"{case['chip']:9} {case['model']:4} {case['part']:7}{ms['estimate']:10.2f}{ms['products']:10.2f}"
-        f"{ms['kernels']:9.2f}{ms['useful']:9.2f}{ms['done']:9.2f}{ms['links']:8.2f}"
-        f"{case['estimate_to_useful']:11.2f}{case['estimate_to_done']:9.2f}{100 * case['utilisation']:11.0f} %"
-    )
+    values = [case["milliseconds"][name] for name in FIGURES] + [case["estimate_to_useful"], case["estimate_to_done"]]
+    name = f"{case['chip']:9} {case['model']:4} {case['part']:7}"
+    return name + "".join(f"{value:9.2f}" for value in values) + f"{100 * case['utilisation']:11.0f} %"
 
 
 def main() -> None:
