@@ -78,6 +78,17 @@ def row_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
+    """Return what jax.jit gives the compiler, as `compiler_options`, for large programs on a mesh.
+
+    Left alone, the compiler for TPUs multiplies with a matrix that is cut over `fsdp` piece by piece, as the pieces
+    come over the links, and adds the parts up in bfloat16, each time through all of the activations. A threshold that
+    no product reaches has it gather the matrix, which it does while it multiplies with the one before.
+    """
+    on_tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if on_tpu else None
+
+
 # ------------------------------------------------------------------------------------------------ parameters
 
 

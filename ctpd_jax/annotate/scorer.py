@@ -6,6 +6,7 @@ Letters: C models, R rows, K scored tokens of a row, S spans of a response.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import join
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
+from ctpd_jax.sharding import compiler_options
 
 
 def plain_item(pair: AlignedPair, model: Model, prompt: np.ndarray | None = None) -> PairItem:
@@ -74,7 +76,7 @@ def make_scorer(config: DecoderConfig, compute: Compute) -> jax.stages.Wrapped:
         logps = scored_logprobs(config, join(base, adapters), batch, compute)
         return span_sums(logps, slot_spans, slot_spans.shape[1])
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(compute.mesh))
     def score(adapters: Params, base: Params, batch: Batch, slot_spans: Array) -> Array:
         if not adapters:
             return one({}, base, batch, slot_spans)[None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from ctpd_jax.models.decoder import Params, unembedding
 from ctpd_jax.models.lora import join
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import CHOSEN, AlignedPair, Array, Batch, TeacherTokens
-from ctpd_jax.sharding import first_process, place_batch, told_by_first
+from ctpd_jax.sharding import compiler_options, first_process, place_batch, told_by_first
 from ctpd_jax.train.distill import top_probabilities
 from ctpd_jax.train.metrics import Progress
 
@@ -104,7 +105,7 @@ def _measure(
     origin, stacked = lineage.finished(lineage.Files(job, job.own), job.config, (teacher,), dtype)
     params = join(origin.params, jax.tree.map(lambda leaf: leaf[0], stacked))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(what.compute.mesh))
     def read(params: Params, batch: Batch) -> Array:
         states = scored_states(what.decoder, params, batch, what.compute)
         return top_probabilities(what.decoder, params, states, k, what.compute) if k else states.astype(jnp.float32)

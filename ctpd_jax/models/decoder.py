@@ -155,12 +155,18 @@ def hidden_states(
     # 1. What differs between kinds of layers is computed once for each kind, and each layer picks its own.
     cos, sin = rope_tables(config, row.positions)
     attend = attention_backends.make_attend(attention_backend, config, row, mesh)
+    on_tpu = attention_backend in ("splash", "splash_segments")
+    rotate = attention.rotate_by_product if on_tpu else attention.rotate
 
     # The body of the scan: weights and kind of one layer, the residual stream in and out.
     def layer(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
         weights, kind = scanned
         module = nnx.merge(graph, weights)
-        x = module(x, cos[kind], sin[kind], lambda q, k, v: checkpoint_name(attend(q, k, v, kind), _ATTENDED))
+        x = module(
+            x,
+            lambda heads: rotate(heads, cos[kind], sin[kind]),
+            lambda q, k, v: checkpoint_name(attend(q, k, v, kind), _ATTENDED),
+        )
         return constrain(mesh, x, ROWS, None, None), None
 
     # 2. Embed, scan over the stacked layers, norm. Of each layer the backward pass finds what `remat` keeps.

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ctpd_jax.models import attention
 from ctpd_jax.models.config import DecoderConfig
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values -> what was attended to
+Turn = Callable[[jax.Array], jax.Array]  # queries or keys [R, T, heads, head_dim] -> turned to their positions
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -97,7 +97,7 @@ class Attention(nnx.Module):
             self.q_norm = Norm(config, queries if over_all else config.head_dim)
             self.k_norm = Norm(config, keys if over_all else config.head_dim)
 
-    def heads(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(self, x: jax.Array, turn: Turn) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Project x to queries [R, T, H, head_dim] and keys, values [R, T, K, head_dim], turned to their positions."""
         q, k, v = self._project(x)
         # The norm of queries and keys comes before the heads are split, or after.
@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(*x.shape[:2], -1, self.config.head_dim) for part in (q, k, v))
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return attention.rotate(q, cos, sin), attention.rotate(k, cos, sin), v
+        return turn(q), turn(k), v
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         config = self.config
@@ -215,9 +215,9 @@ class Layer(nnx.Module):
         if config.pre_norms and config.post_norms:
             self.pre_feedforward_layernorm = new_norm()
 
-    def attention_input(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attention_input(self, x: jax.Array, turn: Turn) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Compute queries, keys and values; see `Attention.heads`."""
-        return self.self_attn.heads(self.input_layernorm(x) if self.config.pre_norms else x, cos, sin)
+        return self.self_attn.heads(self.input_layernorm(x) if self.config.pre_norms else x, turn)
 
     def rest(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Compute the layer's output from its input x [R, T, D] and what its heads attended to, [R, T, H, head_dim]."""
@@ -235,5 +235,5 @@ class Layer(nnx.Module):
         inner = self.mlp(self.pre_feedforward_layernorm(x) if config.pre_norms else x)
         return x + self.post_feedforward_layernorm(inner)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        return self.rest(x, attend(*self.attention_input(x, cos, sin)))
+    def __call__(self, x: jax.Array, turn: Turn, attend: Attend) -> jax.Array:
+        return self.rest(x, attend(*self.attention_input(x, turn)))

@@ -280,7 +280,7 @@ def _prefill(program: _Program, inputs: _Inputs, tokens: jax.Array) -> tuple[jax
     attend = partial(attention.attend, scale=config.attention_scale, softcap=config.attention_softcap)
 
     def layer(module: Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, _: Any) -> Any:
-        q, k, v = module.attention_input(x, cos, sin)
+        q, k, v = module.attention_input(x, lambda heads: attention.rotate(heads, cos, sin))
         return module.rest(x, attend(q, k, v, seen[kind])), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     x, cache = _run_layers(program, params, params["model"]["layers"], tokens, positions, layer, None)
@@ -310,7 +310,7 @@ def _decode(program: _Program, inputs: _Inputs, state: _State) -> tuple[jax.Arra
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=-2)
 
     def layer(module: Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array, cache: Any) -> Any:
-        q, k, v = module.attention_input(x, cos, sin)
+        q, k, v = module.attention_input(x, lambda heads: attention.rotate(heads, cos, sin))
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
         keys, values = map(write, cache, new)
         # With one query each, the rows together are faster than one after the other, as `attention.attend` takes them.

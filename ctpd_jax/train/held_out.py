@@ -18,7 +18,7 @@ from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import join
 from ctpd_jax.schema import Array, Batch
 from ctpd_jax.settings import LESS_IS_BETTER
-from ctpd_jax.sharding import barrier, place_batch, replicated
+from ctpd_jax.sharding import barrier, compiler_options, place_batch, replicated
 from ctpd_jax.train.checkpoint import abstract, load_params, read_meta, save_params
 
 
@@ -43,6 +43,7 @@ class Looks:
             self._program = jax.jit(
                 lambda params, frozen, batch: held_out.sums(join(frozen, params), batch)[1],
                 out_shardings=replicated(mesh),
+                compiler_options=compiler_options(mesh),
             )
             if held_out.keep_best:
                 self._best = read_meta(folder) or {}

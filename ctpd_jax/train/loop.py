@@ -44,7 +44,7 @@ from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import join
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch, Model
-from ctpd_jax.sharding import place_batch, replicated
+from ctpd_jax.sharding import compiler_options, place_batch, replicated
 from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.held_out import HeldOut, Looks
 from ctpd_jax.train.metrics import MetricLog, Progress
@@ -362,8 +362,9 @@ def make_steps(
     # Where results lie is said for both programs: left to the compiler, the state could wander between updates.
     of_state = jax.tree.map(lambda leaf: leaf.sharding, placed)
     of_sums = placed.step.sharding  # whole everywhere
+    options = compiler_options(of_sums.mesh)
 
-    @partial(jax.jit, donate_argnums=(2,), out_shardings=(of_state.params, of_sums))
+    @partial(jax.jit, donate_argnums=(2,), out_shardings=(of_state.params, of_sums), compiler_options=options)
     def accumulate(params: Params, frozen: Params, gradient: Params, batch: Batch) -> tuple[Params, Sums]:
         of_trainable = jax.value_and_grad(lambda params: loss(join(frozen, params), batch), has_aux=True)
         (_, sums), new = of_trainable(params)

@@ -19,7 +19,7 @@ from helpers.tiny import CONFIGS, random_model
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import check
-from ctpd_jax.models import attention_backends
+from ctpd_jax.models import attention, attention_backends
 from ctpd_jax.models.attention_backends import REFUSED, Backend, check_backend, choose_backend
 from ctpd_jax.models.config import DecoderConfig, LayerKind
 from ctpd_jax.models.decoder import hidden_states
@@ -163,6 +163,23 @@ def test_in_the_scanned_decoder_with_alternating_kinds(backend, name, shared):
     np.testing.assert_allclose(hidden[real], expected_hidden[real], atol=1e-4)
     for got, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient)):
         assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("turned", [16, 8], ids=["all dimensions", "half of them"])
+def test_positions_by_a_product_are_the_same_to_the_bit(dtype, turned):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(2, 5, 3, 16)), dtype)
+    angles = random.normal(size=(2, 5, turned // 2)).astype(np.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    expected, gradient_of = jax.vjp(lambda x: attention.rotate(x, cos, sin), x)
+    found, found_gradient_of = jax.vjp(lambda x: attention.rotate_by_product(x, cos, sin), x)
+    np.testing.assert_array_equal(found, expected)
+    (expected_gradient,), (gradient,) = gradient_of(x), found_gradient_of(x)
+    assert gradient.dtype == x.dtype
+    np.testing.assert_allclose(
+        np.float32(gradient), np.float32(expected_gradient), rtol=1e-6 if dtype == "float32" else 2**-7, atol=1e-6
+    )
 
 
 def test_the_library_multiplies_float32_as_float32():
