@@ -237,7 +237,7 @@ def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchSh
 def in_words(padding: float) -> str:
     """Say what share of the tokens is padding, and what lowers it where it is large."""
     advice = f"; more than {MUCH_PADDING:.0%} is time lost. Try rows.layout=response or shared with rows.length=0, "
-    advice += "rows.packed=yes, a larger micro_batch"
+    advice += "rows.packed=yes, or a micro_batch that is larger (of packed rows) or smaller (of others)"
     return f"{padding:.0%} of the tokens in rows are padding{advice if padding > MUCH_PADDING else ''}."
 
 
