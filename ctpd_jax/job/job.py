@@ -62,7 +62,7 @@ def open_job(
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     with (
         nullcontext() if looks_only else alone_in(workdir),
-        MetricLog(workdir, first_process(), wandb=config.wandb, config=config.to_dict()) as log,
+        MetricLog(workdir, first_process() and not looks_only, wandb=config.wandb, config=config.to_dict()) as log,
     ):
         job = Job(config, workdir, log, say if first_process() else lambda text: None, *meshes(config))
         job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")

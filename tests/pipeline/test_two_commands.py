@@ -37,3 +37,13 @@ def test_the_second_command_refuses_until_the_first_is_gone(tmp_path):
         first.wait()
     with alone_in(tmp_path):
         assert (tmp_path / "lock").read_text().startswith(str(os.getpid()))
+
+
+def test_who_looks_leaves_the_metrics_alone(tmp_path):
+    """A line that a run is just writing must not be taken for one that a kill has torn."""
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "train", "step": 0, "time": 1.0}\n{"stage": "tra')
+    config = load_config(str(MICRO), [])
+    config.wandb = "a project"  # nobody is told of a look
+    with open_job(config, tmp_path, looks_only=True):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text().endswith('{"stage": "tra')
