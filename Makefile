@@ -4,8 +4,8 @@
 #   make test        fast and medium tests, and the linters beside them: under six minutes. Before you push.
 #   make test-slow   whole runs killed in every stage, several processes, real tokenizers and models, the TPU compiler
 #   make parity      every family of models against torch
-#   make bench       every benchmark in turn, tables on the screen and JSON in build/bench; with DATA=pairs.jsonl
-#                    TEACHER=DIR STUDENT=DIR also the train step against PyTorch (docs/performance.md)
+#   make bench       the benchmarks in turn, tables on the screen and JSON in build/bench; with DATA=pairs.jsonl
+#                    TEACHER=DIR STUDENT=DIR also the train step against PyTorch (docs/performance.md, which has more)
 #   make test-newest make test with the newest Python, and so the newest jax and flax, in an environment of its own;
 #                    NEWEST=python3.14 where python3.13 is not it
 #
@@ -21,7 +21,7 @@ WORKDIR ?= runs/demo
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-BENCHMARKS := alignment input logprobs scaling startup generate tpu_cost
+BENCHMARKS := alignment input logprobs scaling startup generate
 
 .PHONY: bench demo test fast fast-and-medium test-slow test-newest parity lint clean
 

@@ -45,7 +45,7 @@ MODEL = DecoderConfig(
     tied=True,
 )
 SIZES = {
-    "length": (256, 512, 1024, 2048),  # tokens of a response
+    "length": (256, 512, 1024, 2048),  # tokens of a response and its prompt
     "pairs": (1, 2, 4, 8),
     "vocabulary": (16_384, 32_768, 65_536, 131_072),
     "layers": (4, 8, 16, 32),

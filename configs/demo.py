@@ -24,7 +24,7 @@ def get_config(settings: str = "") -> ConfigDict:
     )
     config.teacher.path, config.student.path = world.teacher, world.student
     config.data.update({"train": world.train, "test": world.test, "max_prompt_tokens": 64, "max_response_tokens": 96})
-    config.rows.update({"buckets": 2, "multiple": 16})
+    config.rows.update({"layout": "shared", "buckets": 2, "multiple": 16})
     for stage in ("teacher_sft", "student_sft"):
         config[stage].update({"lr": 3e-3, "steps": 0, "epochs": 4.0, "batch_size": 16, "micro_batch": 16, "clip": 1.0})
     # The SFT term keeps the fluency of models this small, which a bare preference loss would spend.
@@ -38,4 +38,6 @@ def get_config(settings: str = "") -> ConfigDict:
     config.student_proposed.epochs = 2.0  # as many updates as the others
     config.annotate.micro_batch = 16
     config.evaluate.update({"samples": 200, "max_new_tokens": 80, "temperature": 1.0})
+    config.teacher.remat = "dots"
+    config.student.remat = "dots"
     return config

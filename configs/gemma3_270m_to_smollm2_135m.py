@@ -19,8 +19,11 @@ def get_config() -> ConfigDict:
     config.data.max_response_tokens = 256
     config.data.limit = 240  # 60 updates of 4 pairs
     config.data.test_limit = 200
+    config.rows.layout = "shared"
     for stage in (config.positive, config.negative, config.train):
         stage.update({"lr": 1e-5, "steps": 60, "batch_size": 4, "micro_batch": 1, "save_every": 20})
     config.teacher_sft.update({"lr": 1e-5, "steps": 30, "batch_size": 4, "micro_batch": 2, "save_every": 30})
+    config.teacher.remat = "dots"
+    config.student.remat = "dots"
     config.annotate.micro_batch = 2
     return config

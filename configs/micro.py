@@ -19,11 +19,13 @@ def get_config(settings: str = "") -> ConfigDict:
     world = toy.world_on_disk(**toy.settings_in(settings, pairs=48, test_pairs=16, noise=0.25, seed=0, mismatch="word"))
     config.teacher.path, config.student.path = world.teacher, world.student
     config.data.update({"train": world.train, "test": world.test, "max_prompt_tokens": 64, "max_response_tokens": 64})
-    config.rows.update({"buckets": 1})
+    config.rows.update({"layout": "shared", "buckets": 1})
     for stage in ("teacher_sft", "student_sft", "positive", "negative", "train", "student_dpo", "student_proposed"):
         config[stage].update({"lr": 1e-3, "steps": 4, "batch_size": 8, "micro_batch": 8, "save_every": 2})
     config.student_proposed.steps = -1
     config.propose.batch = 16
     config.annotate.update({"pairs_per_shard": 16, "micro_batch": 8})
     config.evaluate.update({"samples": 2, "max_new_tokens": 8})
+    config.teacher.remat = "dots"
+    config.student.remat = "dots"
     return config

@@ -14,6 +14,7 @@ from ctpd_jax.settings import default_config
 def get_config() -> ConfigDict:
     config = default_config()
     config.data.update({"max_prompt_tokens": 128, "max_response_tokens": 384})
+    config.rows.layout = "shared"
     config.teacher_sft.update({"lr": 4e-6, "steps": 0, "epochs": 1.0, "batch_size": 16})
     config.student_sft.update({"lr": 4e-6, "steps": 0, "epochs": 1.0, "batch_size": 16})
     config.positive.update({"lr": 2e-6, "beta": 0.3, "batch_size": 16})

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from ctpd_jax.models import attention, attention_backends
@@ -27,15 +26,11 @@ from ctpd_jax.sharding import ROWS, constrain
 
 Params = dict[str, Any]
 Remat = Literal["full", "dots", "none"]
-_ATTENDED = "attended"  # what attention gives a layer; its products are batched, so "dots" has to name it
-_POLICIES = jax.checkpoint_policies
 # What the forward pass keeps of a layer for the backward pass, besides its input.
 _KEPT: dict[str, Any] = {
-    "full": _POLICIES.nothing_saveable,
-    "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(_ATTENDED)
-    ),
-    "none": _POLICIES.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.everything_saveable,
 }
 
 
@@ -139,8 +134,8 @@ def hidden_states(
         tokens: int32 [R, T].
         row: positions and segments, int32 [R, T] each; None means one segment per row without padding.
         remat: what of a layer is kept for the backward pass. "full": its input alone; the least memory, a third more
-            work. "dots": the matrix products and what attention gives, too; what lies between them is computed again,
-            which on a CPU is faster than keeping everything, since memory is the narrow place. "none": everything.
+            work. "dots": the matrix products too; what lies between them is computed again, which on a CPU is faster
+            than keeping everything, since memory is the narrow place. "none": everything.
         compute_dtype: the dtype of the activations; parameters are cast where they are used. None: the parameters' own.
         attention_backend: see `attention_backends.make_attend`.
         mesh: of the devices that the parameters and the rows are spread over, or None for one device.
@@ -162,11 +157,7 @@ def hidden_states(
     def layer(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
         weights, kind = scanned
         module = nnx.merge(graph, weights)
-        x = module(
-            x,
-            lambda heads: rotate(heads, cos[kind], sin[kind]),
-            lambda q, k, v: checkpoint_name(attend(q, k, v, kind), _ATTENDED),
-        )
+        x = module(x, lambda heads: rotate(heads, cos[kind], sin[kind]), lambda q, k, v: attend(q, k, v, kind))
         return constrain(mesh, x, ROWS, None, None), None
 
     # 2. Embed, scan over the stacked layers, norm. Of each layer the backward pass finds what `remat` keeps.

@@ -159,7 +159,7 @@ def activations(stage: Programs, program: Program) -> float:
     inner = config.intermediate_size / tensor
     layer = config.hidden_size * (2 * heads + 3 * inner * max(1, config.experts))  # matrices of one layer, about
     # The parts, in the order of the docstring.
-    kept = {"full": 0.0, "dots": 2 * heads + config.hidden_size + 3 * inner, "none": 3 * heads + 5 * inner}
+    kept = {"full": 0.0, "dots": heads + config.hidden_size + 3 * inner, "none": 3 * heads + 5 * inner}
     per_layer = tokens * size * (config.hidden_size + kept[program.compute.remat]) if training else 0.0
     working = 4 * tokens * size * (config.hidden_size + heads + inner)
     gathered = 2 * layer * size if fsdp > 1 else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ RUN = [stage for stage in TRAINED if stage in ("student_dpo", "train") or stage 
 SHORT = [f"--config.{stage}.steps=1" for stage in RUN]
 ADAPTERS = [f"--config.{stage}.lora.rank=4" for stage in ("teacher_sft", "positive", "negative", "train")]
 HALF = [f"--config.{stage}.lora.base=bfloat16" for stage in ("teacher_sft", "positive", "negative", "train")]
-MIXED = ["--config.train.objective=mixed", "--config.student_dpo.steps=-1"]
+MIXED = ["--config.train.objective=mixed", "--config.train.margin_as=weight", "--config.student_dpo.steps=-1"]
 CASES = {
     "plain": [],
     "one teacher, mixed": [*MIXED, "--config.weights.source=dpo_reference"],
@@ -60,12 +62,16 @@ def test_the_plan_lists_the_programs_that_a_run_compiles(tmp_path, monkeypatch, 
     )
     monkeypatch.setattr(Reading, "program", lambda self: Spy(program(self), reading))
 
-    arguments = ["--config", MICRO, "--workdir", str(tmp_path), *SHORT, *CASES[case]]
+    rows = map(json.loads, Path(load_config(MICRO, []).data.train).read_text().splitlines())
+    data = tmp_path / "with_margins.jsonl"  # of which some cases make a field of the batch
+    data.write_text("".join(json.dumps(row | {"margin": 0.5}) + "\n" for row in rows))
+    settings = [*SHORT, *CASES[case], f"--config.data.train={data}"]
+    arguments = ["--config", MICRO, "--workdir", str(tmp_path / "run"), *settings]
     for command in (["sft"], ["dpo"], ["dpo", "--reverse"], ["annotate"], ["dpo", "--student"], ["train"]):
         assert main([*command, *arguments]) == 0
     monkeypatch.undo()
 
-    config = load_config(MICRO, [*SHORT, *CASES[case]])
+    config = load_config(MICRO, settings)
     mesh = make_mesh(config.mesh)
 
     def planned(stage: str, shapes: set[BatchShape]) -> dict[str, set[str]]:
