@@ -10,7 +10,6 @@ to the first line of metrics.jsonl; the cache of compiled programs lies in the w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -81,7 +80,6 @@ def main() -> None:
     figures |= {"first update, cold cache": median(cold), "first update, warm cache": median(warm)}
     for name, seconds in figures.items():
         print(f"{name:26} {seconds:6.2f} s")
-    print(json.dumps({"cold": cold, "warm": warm}))
     write(args.json, "startup", seconds=figures)
 
 
