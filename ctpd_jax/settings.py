@@ -210,6 +210,7 @@ def default_config() -> ConfigDict:
                 "adapters": False,  # also write the adapters of a student trained with LoRA, for PEFT, to DIR/adapters
             },
             "log_every": 1,  # updates between lines of metrics.jsonl
+            "stall_minutes": 30.0,  # several processes end, to be started again, if no bar moves for so long; 0: never
             "wandb": "",  # a project of Weights & Biases that gets the metrics too
             "compile_cache": True,  # keep compiled programs in WORKDIR/compile_cache
         }

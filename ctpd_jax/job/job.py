@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ctpd_jax.artifacts import read_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import STAGES
-from ctpd_jax.processes import distributed, preempt
+from ctpd_jax.processes import distributed, preempt, stall
 from ctpd_jax.sharding import first_process, make_mesh, patiently, told_by_first
 from ctpd_jax.train.metrics import MetricLog
 
@@ -57,6 +57,7 @@ def open_job(
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
+    stall.allow(config.stall_minutes)
     if config.compile_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own setting goes first
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

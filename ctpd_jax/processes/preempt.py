@@ -47,7 +47,7 @@ class Preempted(Exception):
 def listening() -> Iterator[None]:
     """Take SIGTERM as a request inside the block. To be opened first of all: before, SIGTERM kills."""
     # Only the main thread can set handlers; in another one, and where JAX listens already, nothing changes.
-    if threading.current_thread() is not threading.main_thread() or _several():
+    if threading.current_thread() is not threading.main_thread() or several():
         yield
         return
     _asked.clear()
@@ -55,7 +55,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        if not _several():
+        if not several():
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
             _asked.clear()
 
@@ -68,7 +68,7 @@ def _note(number: int, frame: FrameType | None) -> None:
         os.write(2, b"SIGTERM: the run stops as soon as nothing is lost by it; a second SIGTERM kills it.\n")
 
 
-def _several() -> bool:
+def several() -> bool:
     """Return whether JAX listens."""
     # Not by jax.process_count(), which would start the back end too early.
     jax = sys.modules.get("jax")  # who has not imported it has one process
@@ -85,7 +85,7 @@ def _hand_over() -> None:
 def requested() -> bool:
     """Return whether this process, or one of several, was asked to stop. Several do not learn it at the same moment."""
     global _looked
-    if not _several():
+    if not several():
         return _asked.is_set()
     # JAX writes the notice into the store that all processes share; to ask for it costs a round trip.
     _hand_over()
@@ -120,7 +120,7 @@ def stop_now() -> bool:
 
     So it is asked where all of them pass: before each stage and before each update, never in a block of `apart`.
     """
-    if not _several():
+    if not several():
         return _asked.is_set()
     from jax.experimental import multihost_utils
 
@@ -137,7 +137,7 @@ def check(kept: str) -> None:
     `kept` ends the sentence "stopped in annotate: ...". Of several processes one may stop by itself only in a block of
     `apart`: elsewhere the others could be waiting for it, and all go on to the next `stop_now`.
     """
-    if (_by_itself or not _several()) and requested():
+    if (_by_itself or not several()) and requested():
         raise Preempted(kept)
 
 
@@ -148,7 +148,7 @@ def apart(name: str) -> Iterator[None]:
     At its end they wait for each other, and where one was stopped in it, all of them stop.
     """
     global _by_itself
-    if not _several():
+    if not several():
         yield
         return
     from jax.experimental import multihost_utils

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ctpd_jax.artifacts import local_path, read_json, write_bytes, write_json
 from ctpd_jax.errors import UserError
+from ctpd_jax.processes import stall
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -201,6 +202,7 @@ class Progress:
             self._values = " ".join(shown)
             self._bar.set_postfix_str(self._values, refresh=False)
         self._bar.update(number)
+        stall.alive()
         if self._clock() - self._said[0] >= self._every:
             self._say("left")
 
@@ -210,9 +212,11 @@ class Progress:
             self._bar.write(text, file=self._stream)
 
     def __enter__(self) -> Progress:
+        stall.alive()
         return self
 
     def __exit__(self, *_: object) -> None:
+        stall.at_rest()
         self._bar.close()
         if self.done != self._said[1]:
             self._say("in all")
