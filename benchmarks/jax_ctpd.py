@@ -131,10 +131,10 @@ def update_of(job: Job) -> Callable[[], dict[str, Any]]:
     settings, rows = config.train, packing(config, job.mesh)
     views = [plain_item(pair, "student") for pair in everything.aligned]
     steps, size = steps_of(config, "train", len(views)), settings.batch_size
-    shapes = plan_updates(views, config.seed, steps, size, settings.micro_batch, rows).shapes
+    planned = plan_updates(views, config.seed, steps, size, settings.micro_batch, rows)
     examples = examples_of(job, pairs)
     items, _ = training_items(examples, config.weights, settings, config.seed)
-    batches = [batch for batch, _ in micro_batches(items, min(settings.micro_batch, size), rows, shapes)]
+    batches = [batch for batch, _ in micro_batches(items, planned.micro_batch, rows, planned.shapes)]
     print("rows, length:", *(batch.tokens.shape for batch in batches), file=sys.stderr)
 
     # 2. The programs, as train.loop.train has them.

@@ -22,7 +22,7 @@ def training(lr: float, **changes) -> ConfigDict:
             "steps": 0,  # updates; 0: as many as `epochs` gives, -1: leave the stage out
             "epochs": 1.0,  # passes over the data, where `steps` is 0
             "batch_size": 16,  # pairs per update (SFT: responses)
-            "micro_batch": 4,  # pairs per forward and backward pass; updates sum over micro-batches
+            "micro_batch": 4,  # pairs per forward and backward pass; on a CPU fewer where that is faster
             "warmup": 0.1,  # share of the steps with rising learning rate; then cosine to zero
             "weight_decay": 0.01,  # not on norms and biases
             "clip": 1.0,  # global gradient norm

@@ -9,11 +9,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from ctpd_jax.data.packing import PackingConfig, Units, choose_shapes, fit, needs_of, split, units_of
+from ctpd_jax.data.packing import PackingConfig, Units, choose_shapes, cost, fit, needs_of, split, units_of
 from ctpd_jax.data.rows import BatchShape, PairItem, build_batch
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch
 
+PASS = 64  # tokens that take as long as adding a gradient to another one, on a CPU
 Items = Sequence[PairItem]
 Parts = Iterable[Sequence[int] | np.ndarray]  # updates, or shards: the places of their items
 
@@ -86,6 +87,7 @@ class Updates:
     """The micro-batches of every update of a stage."""
 
     batches: Callable[[int], list[Batch]]  # of an update, counted from 0
+    micro_batch: int  # pairs of a pass, at most
     shapes: tuple[BatchShape, ...]  # no batch has another one: a program is compiled for each
     padding: float  # share of the tokens laid out, over the first updates
 
@@ -93,20 +95,37 @@ class Updates:
 def plan_updates(
     items: Sequence[PairItem], seed: int, steps: int, batch_size: int, micro_batch: int, packing: PackingConfig
 ) -> Updates:
-    """Decides which items each update sees and in which shapes, before the first of them."""
-    micro_batch = min(micro_batch, batch_size)
+    """Decides which items each update sees, how many in a pass and in which shapes, before the first of them."""
 
-    def parts(steps: int) -> Iterator[np.ndarray]:
-        return (batch_indices(seed, step, len(items), batch_size) for step in range(steps))
+    def parts(steps: int) -> list[np.ndarray]:
+        return [batch_indices(seed, step, len(items), batch_size) for step in range(steps)]
 
     # All updates are looked at: one late long pair would need a shape that nobody has compiled.
-    shapes = plan_shapes(items, parts(steps), micro_batch, packing)
+    micro_batch, shapes = _pairs_of_a_pass(items, parts(steps), min(micro_batch, batch_size), packing)
 
     def batches(step: int) -> list[Batch]:
         own = [items[int(i)] for i in batch_indices(seed, step, len(items), batch_size)]
         return [batch for batch, _ in micro_batches(own, micro_batch, packing, shapes)]
 
-    return Updates(batches, shapes, padding(items, parts(min(steps, 64)), micro_batch, packing, shapes))
+    return Updates(batches, micro_batch, shapes, padding(items, parts(min(steps, 64)), micro_batch, packing, shapes))
+
+
+def _pairs_of_a_pass(
+    items: Items, parts: Parts, most: int, packing: PackingConfig
+) -> tuple[int, tuple[BatchShape, ...]]:
+    """Return how many pairs a pass takes, `most` or a half, a quarter, ... of it, and the shapes for that."""
+    # Fewer pairs of about one length leave less padding; but every pass adds a gradient to that of the update.
+    sizes = [most]
+    while packing.fewer and sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    found = []
+    for size in sizes:
+        units = _units(items, parts, size, packing)
+        shapes = choose_shapes(units, packing)
+        laid_out = sum(cost(shapes[number]) + PASS for number in fit(units, shapes, packing)[0])
+        found.append((laid_out, -size, shapes))
+    _, size, shapes = min(found)
+    return -size, shapes
 
 
 def ahead(batches: Callable[[int], list[Batch]], first: int, steps: int) -> Iterator[list[Batch]]:

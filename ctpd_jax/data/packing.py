@@ -36,6 +36,7 @@ class PackingConfig:
     multiple: int = 64  # L and K are multiples of it
     length: int = 0  # L; 0: chosen from the data
     row_multiple: int = 1  # R is a multiple of it: the devices that the rows are divided among
+    fewer: bool = False  # an update may take more passes, of fewer pairs, where that lays out less
 
 
 class Units(NamedTuple):

@@ -184,8 +184,12 @@ def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[
 
 
 def packing(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> PackingConfig:
-    """How responses are laid out in rows. Not packed on a CPU: its attention costs the square of a row's length."""
+    """How responses are laid out in rows.
+
+    Not packed on a CPU: its attention costs the square of a row's length. There, few rows at once are as fast as many.
+    """
     rows, platform = config.rows, platform or platform_of(mesh.devices.flat[0])
     packed = rows.packed == "yes" or (rows.packed == "auto" and platform != "cpu")
     layout = layout_of(config, platform)
-    return PackingConfig(layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh))
+    fewer = platform == "cpu" and not packed
+    return PackingConfig(layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh), fewer)

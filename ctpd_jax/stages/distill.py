@@ -54,8 +54,7 @@ def run(job: Job, stage: str) -> None:
 
     def batches(step: int) -> list[Batch]:
         places = batch_indices(config.seed, step, len(items), settings.batch_size)
-        own, micro_batch = [items[i] for i in places], min(settings.micro_batch, settings.batch_size)
-        found = micro_batches(own, micro_batch, rows, updates.shapes)
+        found = micro_batches([items[i] for i in places], updates.micro_batch, rows, updates.shapes)
         return [features.beside(batch, pairs.aligned, places[each].tolist(), size) for batch, each in found]
 
     # 5. The loop, from the newest checkpoint if there is one.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctpd_jax.data.loader import batch_indices, plan_shapes, plan_updates
+from ctpd_jax.data.loader import PASS, batch_indices, plan_shapes, plan_updates
 from ctpd_jax.data.packing import (
     SAMPLE,
     PackingConfig,
@@ -113,6 +113,39 @@ def test_the_planned_shapes_take_every_micro_batch(
         assert sorted(seen) == sorted(expected.tolist())  # exactly the pairs of that update
         for batch, again in zip(batches(step), batches(step)):
             np.testing.assert_array_equal(batch.tokens, again.tokens)
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 24), most=st.integers(1, 12), buckets=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_a_pass_takes_as_many_pairs_as_cost_least(seed, count, most, buckets):
+    items = make_items(np.random.default_rng(seed), count)
+    parts = [batch_indices(seed, step, count, count) for step in range(3)]
+
+    def laid_out(size: int) -> float:
+        updates = plan_updates(items, seed, 3, count, size, PackingConfig("shared", False, buckets, 8))
+        batches = [batch for step in range(3) for batch in updates.batches(step)]
+        return sum(cost(BatchShape(*batch.tokens.shape, batch.target.shape[1])) + PASS for batch in batches)
+
+    planned = plan_updates(items, seed, 3, count, most, PackingConfig("shared", False, buckets, 8, fewer=True))
+    sizes = [min(most, count)]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    costs = {size: laid_out(size) for size in sizes}
+    assert planned.micro_batch == min(sizes, key=lambda size: (costs[size], -size))  # of equal ones, the fewest passes
+    seen = [batch.constant[: int(batch.real.sum()), 0].astype(int).tolist() for batch in planned.batches(2)]
+    assert sorted(np.concatenate(seen).tolist()) == sorted(parts[2].tolist()) and max(map(len, seen)) <= planned.micro_batch
+
+
+def test_short_pairs_stay_together_and_long_ones_of_many_lengths_do_not():
+    def chosen(lengths: list[int]) -> int:
+        items = []
+        for length in lengths:
+            response = ScoredResponse(np.ones(length, np.int32), np.ones(length, np.float32), 0, 0)
+            items.append(PairItem(np.ones(1, np.int32), response, response))
+        return plan_updates(items, 0, 8, 4, 4, PackingConfig("shared", False, 4, 16, fewer=True)).micro_batch
+
+    assert chosen([16, 20, 24, 28] * 4) == 4
+    assert chosen([100, 300, 500, 900] * 4) == 1
 
 
 def test_packed_groups_are_about_equally_large():
