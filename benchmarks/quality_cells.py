@@ -38,8 +38,8 @@ from ctpd_jax.settings import default_config
 FORMAT = 1  # raise it when a change here makes other numbers from the same settings
 # One shape of rows, and few shapes over all worlds: to compile a cell's program takes as long as to train it. The many
 # updates of SFT are worth a tighter fit.
-ROWS = {"layout": "shared", "buckets": 1, "multiple": 32}
-ROWS_OF_SFT = {"layout": "shared", "buckets": 2, "multiple": 16}
+ROWS = {"layout": "shared", "buckets": 1, "multiple": 32, "fewer": "no"}
+ROWS_OF_SFT = {"layout": "shared", "buckets": 2, "multiple": 16, "fewer": "no"}
 WORLD_STAGES = ("teacher_sft", "student_sft", "positive", "negative", "annotate")
 
 

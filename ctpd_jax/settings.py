@@ -22,7 +22,7 @@ def training(lr: float, **changes) -> ConfigDict:
             "steps": 0,  # updates; 0: as many as `epochs` gives, -1: leave the stage out
             "epochs": 1.0,  # passes over the data, where `steps` is 0
             "batch_size": 16,  # pairs per update (SFT: responses)
-            "micro_batch": 4,  # pairs per forward and backward pass; on a CPU fewer where that is faster
+            "micro_batch": 4,  # pairs per forward and backward pass, at most (see rows.fewer)
             "warmup": 0.1,  # share of the steps with rising learning rate; then cosine to zero
             "weight_decay": 0.01,  # not on norms and biases
             "clip": 1.0,  # global gradient norm
@@ -128,6 +128,9 @@ def default_config() -> ConfigDict:
                 # "response": one response a row; "shared": both of a pair after one prompt; auto: shared on a CPU.
                 "layout": "auto",
                 "packed": "auto",  # several of them in a row: "yes", "no"; auto: no on a CPU, yes elsewhere
+                # Passes of fewer pairs than `micro_batch`, and more of them, where that lays out less padding: "yes", "no";
+                # auto: yes on a CPU without packing.
+                "fewer": "auto",
                 "length": 0,  # of a row, in tokens; 0: chosen from the data
                 "buckets": 4,  # shapes of a batch to compile for, at most
                 "multiple": 64,  # lengths of rows are multiples of it

@@ -27,6 +27,7 @@ CHOICES = {
     "data.ranked": ("best_worst", "all"),
     "rows.layout": ("auto", "response", "shared"),
     "rows.packed": ("auto", "yes", "no"),
+    "rows.fewer": ("auto", "yes", "no"),
     "weights.source": ("dpo", "sft", "prompts", "uniform", "random", "dpo_reference"),
     "weights.transform": ("none", "threshold", "scale", "rank", "binary", "mean_one", "agree"),
     "weights.positive_scorer": ("teacher", "student"),

@@ -191,5 +191,5 @@ def packing(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> Pack
     rows, platform = config.rows, platform or platform_of(mesh.devices.flat[0])
     packed = rows.packed == "yes" or (rows.packed == "auto" and platform != "cpu")
     layout = layout_of(config, platform)
-    fewer = platform == "cpu" and not packed
+    fewer = rows.fewer == "yes" or (rows.fewer == "auto" and platform == "cpu" and not packed)
     return PackingConfig(layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh), fewer)

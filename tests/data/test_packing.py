@@ -133,7 +133,8 @@ def test_a_pass_takes_as_many_pairs_as_cost_least(seed, count, most, buckets):
     costs = {size: laid_out(size) for size in sizes}
     assert planned.micro_batch == min(sizes, key=lambda size: (costs[size], -size))  # of equal ones, the fewest passes
     seen = [batch.constant[: int(batch.real.sum()), 0].astype(int).tolist() for batch in planned.batches(2)]
-    assert sorted(np.concatenate(seen).tolist()) == sorted(parts[2].tolist()) and max(map(len, seen)) <= planned.micro_batch
+    assert sorted(np.concatenate(seen).tolist()) == sorted(parts[2].tolist())
+    assert max(map(len, seen)) <= planned.micro_batch
 
 
 def test_short_pairs_stay_together_and_long_ones_of_many_lengths_do_not():
