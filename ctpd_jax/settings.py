@@ -128,8 +128,8 @@ def default_config() -> ConfigDict:
                 # "response": one response a row; "shared": both of a pair after one prompt; auto: shared on a CPU.
                 "layout": "auto",
                 "packed": "auto",  # several of them in a row: "yes", "no"; auto: no on a CPU, yes elsewhere
-                # Passes of fewer pairs than `micro_batch`, and more of them, where that lays out less padding: "yes", "no";
-                # auto: yes on a CPU without packing.
+                # Passes of fewer pairs than `micro_batch`, and more of them, where that lays out less padding: "yes",
+                # "no"; auto: yes on a CPU without packing.
                 "fewer": "auto",
                 "length": 0,  # of a row, in tokens; 0: chosen from the data
                 "buckets": 4,  # shapes of a batch to compile for, at most
