@@ -37,6 +37,7 @@ class Job:
     say: Callable[[str], None]
     mesh: Mesh  # all devices
     own: Mesh  # the devices of this process, for work that is divided among processes or done by one of them
+    looks_only: bool = False  # it leaves the workdir as it is, where another command may be at work
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def open_job(
         nullcontext() if looks_only else alone_in(workdir),
         MetricLog(workdir, first_process() and not looks_only, wandb=config.wandb, config=config.to_dict()) as log,
     ):
-        job = Job(config, workdir, log, say if first_process() else lambda text: None, *meshes(config))
+        job = Job(config, workdir, log, say if first_process() else lambda text: None, *meshes(config), looks_only)
         job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
         if job.mesh.devices.size > 1:
             job.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items()))

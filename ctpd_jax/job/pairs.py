@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
+from ctpd_jax.job import prepared as on_disk
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of, folder, text_digest, text_of
 from ctpd_jax.report import terminal
@@ -21,12 +23,14 @@ from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import first_process
 from ctpd_jax.text.columns import Reading
 from ctpd_jax.text.preferences import load_preferences, overlap, require_kept
-from ctpd_jax.text.prepare import RULES, Limits, prepare_pairs
+from ctpd_jax.text.prepare import BATCH, RULES, Limits, prepare_pairs
+from ctpd_jax.train.metrics import Progress
 
 # Proposals are two splits more: any two answers of a prompt, to be ranked, and the best and the worst of each.
 Split = Literal["train", "test", "answers", "proposed"]
 PROPOSALS = "proposals"  # their folder in the workdir, and the file of the pairs in it
 PROPOSED = "pairs.jsonl"
+MANY = 4 * BATCH  # pairs: so many take long enough for a progress bar
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Pairs:
 
     split: Split
     raw: dict[str, PreferencePair]  # as they came, by id
-    aligned: list[AlignedPair]  # tokenized for both models and cut into spans, in the order of the source
+    aligned: Sequence[AlignedPair]  # tokenized for both models and cut into spans, in the order of the source
     identity: dict[str, Any]  # the examples in their order, and how they were cut
 
 
@@ -56,11 +60,21 @@ def load_pairs(job: Job, split: Split) -> Pairs:
 
 def prepared(job: Job, split: Split, spec: str, raw: list[PreferencePair], report: Counters) -> Pairs:
     """Tokenizes, aligns and checks pairs that were read from `spec`, and tells what `report` and it have left out."""
-    # 1. Both tokenizations, cut where they agree.
+    # 1. Both tokenizations, cut where they agree: from the workdir, where the same were prepared before.
     data, limits = job.config.data, Limits.of(job.config.data)
     if split == "answers":  # each is measured by itself, whatever answer it stands beside
         limits = dataclasses.replace(limits, end_of_turn_both=False)
-    aligned, counters = prepare_pairs(raw, text_of(job, "teacher"), text_of(job, "student"), limits)
+    teacher, student = text_of(job, "teacher"), text_of(job, "student")
+    made = {"limits": dataclasses.asdict(limits), "rules": RULES, "texts": on_disk.digest(raw)}
+    made |= {model: text_digest(job, model) for model in MODELS}
+
+    def prepare() -> tuple[list[AlignedPair], Counters]:
+        seen = first_process() and len(raw) >= MANY
+        with Progress(len(raw), f"{split}: tokenized and aligned", unit="pair", active=seen) as progress:
+            return prepare_pairs(raw, teacher, student, limits, progress.update)
+
+    writes = first_process() and not job.looks_only
+    aligned, counters = on_disk.prepared_once(job.workdir / "prepared" / split, made, prepare, writes)
     report.merge(counters)
 
     # 2. What became of the rows, in a file and on the screen, before anything refuses them.
@@ -89,7 +103,7 @@ def proposed(job: Job) -> Job:
     return dataclasses.replace(job, config=config)
 
 
-def _check_ids(job: Job, split: str, model: Model, pairs: list[AlignedPair]) -> None:
+def _check_ids(job: Job, split: str, model: Model, pairs: Sequence[AlignedPair]) -> None:
     """Holds the token ids against the model: JAX would read past the end of a table without a word."""
     # Both checks together: they look at the same arrays, and there may be a hundred thousand pairs.
     decoder = decoder_of(job, model)
@@ -109,7 +123,7 @@ def _check_ids(job: Job, split: str, model: Model, pairs: list[AlignedPair]) -> 
             )
 
 
-def _identity(job: Job, aligned: list[AlignedPair], limits: Limits) -> dict[str, Any]:
+def _identity(job: Job, aligned: Sequence[AlignedPair], limits: Limits) -> dict[str, Any]:
     """What identifies the prepared pairs."""
     ids = hashlib.sha256("\n".join(pair.id for pair in aligned).encode()).hexdigest()
     worth = [(pair.weight, pair.margin) for pair in aligned]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,9 +42,15 @@ class Limits:
 
 
 def prepare_pairs(
-    pairs: Sequence[PreferencePair], teacher: TextModel, student: TextModel, limits: Limits
+    pairs: Sequence[PreferencePair],
+    teacher: TextModel,
+    student: TextModel,
+    limits: Limits,
+    done: Callable[[int], object] = lambda number: None,
 ) -> tuple[list[AlignedPair], Counters]:
     """Align every pair. A pair that cannot be used is left out and counted, with the first of each reason.
+
+    `done` is told how many more pairs have been looked at.
 
     Raises UserError where no pair is left.
     """
@@ -68,6 +74,7 @@ def prepare_pairs(
         # 2. What is worth knowing of the texts that are used.
         for name, model in (("teacher", teacher), ("student", student)):
             _count_texts(name, model, kept, counters)
+        done(len(part))
     if not prepared:
         raise UserError(
             f"None of {len(pairs)} pairs is left after tokenization ({counters.reasons()}); "
