@@ -7,6 +7,7 @@ or that a link between them is dead while both live. Work counts as alive whenev
 from __future__ import annotations
 
 import faulthandler
+import sys
 
 from ctpd_jax.processes.preempt import several
 
@@ -22,11 +23,11 @@ def allow(minutes: float) -> None:
 def alive() -> None:
     """Something was done. If nothing more is for too long, every thread's stack goes to stderr, and the exit code is 1.
 
-    Before: what was done last is on disk, or is whole there or not there at all; a kill would lose no more.
+    That ends the process as a kill does: what it was writing is not there, what it had saved is.
     """
     # A process that is alone waits for nobody: where it is slow, it is at work.
     if _seconds and several():
-        faulthandler.dump_traceback_later(_seconds, exit=True)
+        faulthandler.dump_traceback_later(_seconds, exit=True, file=sys.__stderr__)  # a notebook's is no file
 
 
 def at_rest() -> None:
