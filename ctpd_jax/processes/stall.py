@@ -27,7 +27,8 @@ def alive() -> None:
     """
     # A process that is alone waits for nobody: where it is slow, it is at work.
     if _seconds and several():
-        faulthandler.dump_traceback_later(_seconds, exit=True, file=sys.__stderr__)  # a notebook's is no file
+        assert sys.__stderr__  # a notebook's own is no file
+        faulthandler.dump_traceback_later(_seconds, exit=True, file=sys.__stderr__)
 
 
 def at_rest() -> None:
