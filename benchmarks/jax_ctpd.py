@@ -174,7 +174,8 @@ def epoch(job: Job) -> dict[str, Any]:
 
 def main() -> None:
     given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    with open_job(config_of(given), Path(given["workdir"]), say=lambda text: None) as job:
+    config, workdir = config_of(given), Path(given["workdir"])
+    with open_job(config, workdir, lambda text: None, given["looks_only"]) as job:
         update = lru_cache(lambda: update_of(job))
         runs = {"prepare": lambda **asked: prepare(job, **asked), "epoch": lambda: epoch(job)}
         serve(runs | {"update": lambda: update()()})

@@ -79,6 +79,7 @@ class Ours:
         self.started += 1
         file = self.folder / f"given{self.started}.json"
         given = {**self.given, "settings": dict(settings), "workdir": str(self.folder / workdir)}
+        given["looks_only"] = workdir == "step"  # several processes share what the first one has measured
         file.write_text(json.dumps(given), encoding="utf-8")
         # What one process has compiled the next one finds, as when a command is given again.
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
