@@ -127,12 +127,15 @@ def train(
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
         prepared = ahead(updates.batches, first, steps)
+        began = 0.0  # when the update before had ended
         with Progress(steps, name, first, unit="update") as progress:
 
-            def tell(step: int, sums: Sums, norm: Array, programs: int, began: float) -> None:
+            def tell(step: int, sums: Sums, norm: Array, programs: int, ended: float | None) -> None:
                 """Log what an update did, which waits for it; where a look is due, `state` is still that update's."""
+                nonlocal began
                 metrics = mean_of(jax.device_get(sums))
-                seconds = time.perf_counter() - began
+                ended = ended or time.perf_counter()
+                seconds, began = ended - began, ended
                 metrics |= {
                     "grad_norm": float(norm),
                     "lr": float(schedule(step)),
@@ -174,10 +177,10 @@ def train(
 
                 # It is told of while the next one runs, so that the devices do not wait for the host; but at once where
                 # something is made of its parameters, which a loss that is not finite has to prevent.
+                ended = time.perf_counter() if norm.is_ready() else None  # a CPU runs what is small at once
                 if untold:
                     tell(*untold)
-                    began = time.perf_counter()
-                untold = step, sums, norm, compiled_programs(name, accumulate, len(updates.shapes)), began
+                untold = step, sums, norm, compiled_programs(name, accumulate, len(updates.shapes)), ended
                 saves = (step + 1) % settings.save_every == 0
                 if saves or looks.due(step) or step + 1 == steps:
                     tell(*untold)
