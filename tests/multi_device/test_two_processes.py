@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,6 @@ TRAIN = [
     "train", *SETTINGS, f"--config.train.steps={STEPS}", f"--config.train.save_every={SAVE_EVERY}",
     "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.stall_minutes=2",
 ]  # fmt: skip
-STALLED = "Timeout (0:02:00)!"  # what a process says that ends because no update came for stall_minutes
 FIRST, LATER = 2e-6, 1e-4  # relative to the loss it is held against: of the first update, and of any of the twenty
 
 
@@ -149,10 +147,7 @@ def undisturbed(annotated) -> Path:
     code, told = end(launch(workdir), workdir)
     assert code == 0, told[-3000:]
     assert "mesh: data 1, fsdp 8, tensor 1" in told
-    if STALLED in told:  # mended by the launcher, to the same bits; once in hundreds of starts, and to be seen
-        warnings.warn(f"two processes stood still and were started again:\n{told}", stacklevel=1)
-    else:
-        assert "starting" not in told
+    assert "starting" not in told, told[-5000:]  # where they stood still, it holds every thread's stack
     return workdir
 
 
