@@ -128,7 +128,7 @@ def update_of(job: Job) -> Callable[[], dict[str, Any]]:
     """The first update of `ctpd train`, again and again: its data, its programs, and what its loop does with them."""
     # 1. The batches of the update, in the shapes that a stage over all pairs has.
     config, (everything, pairs) = job.config, first_update(job)
-    settings, rows = config.train, packing(config, job.mesh)
+    settings, rows = config.train, packing(config, job.mesh, decoder_of(job, "student"))
     views = [plain_item(pair, "student") for pair in everything.aligned]
     steps, size = steps_of(config, "train", len(views)), settings.batch_size
     planned = plan_updates(views, config.seed, steps, size, settings.micro_batch, rows)

@@ -183,7 +183,7 @@ def made(folder: Path, world: World, sizes: Sizes, prepare: Mapping[str, Any]) -
             config.rows.update(ROWS_OF_SFT if stage.endswith("_sft") else ROWS)
             run_stage(job, stage)
         store = open_store(workdir / "annotations", verify=False)
-        yield Made(job, config.copy_and_resolve_references(), [store[i] for i in range(len(store))])
+        yield Made(job, config.copy_and_resolve_references(), list(store))
 
 
 def run_stage(job: Job, stage: str) -> None:

@@ -140,7 +140,7 @@ def run_method(
     found |= of_held_out(job, before, log_probabilities(job, method.stage), teachers)
     if method.stage == "train" and config.train.objective != "regression":  # which has no lambda
         store = open_store(job.workdir / "annotations", verify=False)
-        found |= lambda_at_start([store[i] for i in range(len(store))], config)
+        found |= lambda_at_start(list(store), config)
     # 3. Room for the next one.
     if method.stage != "student_dpo":
         remove(job, method)

@@ -132,7 +132,9 @@ def default_config() -> ConfigDict:
                 # "no"; auto: yes on a CPU without packing.
                 "fewer": "auto",
                 "length": 0,  # of a row, in tokens; 0: chosen from the data
-                "buckets": 4,  # shapes of a batch to compile for, at most
+                # Shapes of a batch to compile for, at most; 0: four, and on a CPU as many as save more time than they
+                # take to compile.
+                "buckets": 0,
                 "multiple": 64,  # lengths of rows are multiples of it
             },
             "teacher_sft": training(lr=3e-6, warmup=0.05, clip=10.0, steps=-1),

@@ -8,8 +8,9 @@ compiled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,15 @@ from ctpd_jax.core.weights import (
     uniform_weights,
     weight_diagnostics,
 )
-from ctpd_jax.data.rows import PairItem, ScoredResponse, pair_weights
+from ctpd_jax.data.rows import PairItem, ScoredResponse
 from ctpd_jax.errors import UserError
-from ctpd_jax.schema import CHOSEN, REJECTED, SIDES, Aligned, AlignedPair, Array
+from ctpd_jax.schema import CHOSEN, SIDES, Aligned, AlignedPair, Array
 
 Scores = Mapping[str, np.ndarray]  # scorer -> float32 [S]
 Example = tuple[AlignedPair, Mapping[str, Scores]]  # a pair, and per side the scores of its response
 
+PAIRS = 4096  # in memory at a time, with all that was measured of them
+ROWS = 512  # responses in a program: what it holds on the device is bounded
 REFERENCES = {"teacher": "reference", "student": "start", "none": None}
 
 
@@ -69,9 +72,11 @@ def span_weights(
     return values, weight_diagnostics(positive, negative, values, weights.lower, weights.upper, mask=mask)
 
 
-def padded(rows: Sequence[np.ndarray], size: int, dtype: type = np.float32, fill: int = 0) -> np.ndarray:
-    """Stacks ragged rows: [N, size], `fill` behind each."""
-    out: np.ndarray = np.full((len(rows), size), fill, dtype)
+def padded(
+    rows: Sequence[np.ndarray], size: int, dtype: type = np.float32, fill: int = 0, count: int = 0
+) -> np.ndarray:
+    """Stacks ragged rows: [max(N, count), size], `fill` behind and below them."""
+    out: np.ndarray = np.full((max(len(rows), count), size), fill, dtype)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
@@ -103,7 +108,7 @@ class SpanValues:
 
 
 def span_values(
-    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int, first: int = 0
+    examples: Iterable[Example], weights: ConfigDict, train: ConfigDict, seed: int, first: int = 0
 ) -> tuple[list[tuple[SpanValues, SpanValues]], dict[str, float]]:
     """Returns the values of every pair's chosen and rejected spans, and the diagnostics of the weights.
 
@@ -112,6 +117,22 @@ def span_values(
     `train.normalize = "start"` (margin relative to the student's start) is the student's start as reference: the other
     reference cancels from that margin.
     """
+    totals: Totals = {}
+    values = [both for _, both in _weighed(examples, weights, train, seed, first, totals)]
+    return values, _figures(totals)
+
+
+Totals = dict[str, np.ndarray]  # name -> float64 [2]: sum and count
+
+
+def _figures(totals: Totals) -> dict[str, float]:
+    return {f"weights/{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}
+
+
+def _weighed(
+    examples: Iterable[Example], weights: ConfigDict, train: ConfigDict, seed: int, first: int, totals: Totals
+) -> Iterator[tuple[AlignedPair, tuple[SpanValues, SpanValues]]]:
+    """Yields every pair with its values, a few thousand at a time in memory, and adds the diagnostics to `totals`."""
     # Where the teacher is followed span by span, it is not the reference besides.
     followed = train.objective in ("regression", "mixed")
     reference = "start" if followed or train.normalize == "start" else REFERENCES[train.reference]
@@ -123,11 +144,12 @@ def span_values(
     other = before if train.contrast == "start" else opposite
 
     @jax.jit
-    def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, side: Array, keys: Array) -> tuple:
+    def measure(scores: Scores, student: Array, teacher: Array, sizes: Array, side: Array, places: Array) -> tuple:
         # `student` and `teacher` count the tokens of each span, `sizes` its bytes.
         mask, mu = student > 0, jnp.where(side == CHOSEN, weights.mu, -weights.mu)
         zeros = jnp.zeros(mask.shape)
         positive, negative = (scores["positive"], scores[opposite]) if contrastive else (zeros, zeros)
+        keys = jax.vmap(lambda place: jax.random.fold_in(jax.random.key(seed), place))(places)
         w, diagnostics = span_weights(positive, negative, mask, mu, keys, weights)
 
         # The method: core turns weights and reference into one number a token and one a response.
@@ -147,96 +169,117 @@ def span_values(
         return (w, a, targets, constant, start, plain), diagnostics
 
     project = jax.jit(project_to_tokens)
-    responses = [(pair.response(s), scores[name], s) for pair, scores in examples for s, name in enumerate(SIDES)]
-    out: list[SpanValues | None] = [None] * len(responses)
-    totals: dict[str, np.ndarray] = {}
-    # All responses of one padded size go through the program together: one compilation for each size.
-    for size, places in by_size([aligned.num_spans for aligned, _, _ in responses]).items():
-        part = [responses[i] for i in places]
-        names = part[0][1].keys()
-        found, diagnostics = measure(
-            {name: padded([scores[name] for _, scores, _ in part], size) for name in names},
-            padded([np.bincount(aligned.student.span_ids) for aligned, _, _ in part], size, np.int32),
-            padded([np.bincount(aligned.teacher.span_ids) for aligned, _, _ in part], size, np.int32),
-            padded([np.diff(aligned.bounds) for aligned, _, _ in part], size, np.int32),
-            np.array([side for _, _, side in part], np.int32),
-            jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.array(places, jnp.uint32) + 2 * first),
-        )
-        # The projection is a program of its own: in `measure` it would change how XLA fuses, and so rounds, c.
-        w, a, targets, *sums = found
-        longest = padded_size(max(len(aligned.student.ids) for aligned, _, _ in part))
-        span_ids = padded([aligned.student.span_ids for aligned, _, _ in part], longest, np.int32, fill=-1)
-        w, of_tokens, targets, *sums = jax.device_get((w, project(a, span_ids), targets, *sums))
-        for row, place in enumerate(places):
-            aligned = responses[place][0]
-            token_weights = of_tokens[row, : len(aligned.student.ids)]
-            own = None if targets is None else targets[row, : aligned.num_spans]
-            constant, start, plain = (float(each[row]) for each in sums)
-            out[place] = SpanValues(w[row, : aligned.num_spans], token_weights, constant, start, plain, own)
-        for name, (total, count) in jax.device_get(diagnostics).items():
-            totals[name] = totals.get(name, 0) + np.array([total, count], np.float64)
-    figures = {f"weights/{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}
-    whole = [value for value in out if value is not None]
-    return list(zip(whole[::2], whole[1::2], strict=True)), figures
+    coming = iter(examples)
+    while some := list(itertools.islice(coming, PAIRS)):
+        responses = [(pair.response(s), scores[name], s) for pair, scores in some for s, name in enumerate(SIDES)]
+        out: list[SpanValues | None] = [None] * len(responses)
+        # Responses of one padded size go through the program together: one compilation for each size.
+        groups = by_size([aligned.num_spans for aligned, _, _ in responses]).items()
+        for size, places in ((size, group[i : i + ROWS]) for size, group in groups for i in range(0, len(group), ROWS)):
+            part, count = [responses[i] for i in places], min(ROWS, padded_size(len(places)))
+            below = count - len(part)
+            found, diagnostics = measure(
+                {name: padded([s[name] for _, s, _ in part], size, count=count) for name in part[0][1]},
+                padded([np.bincount(aligned.student.span_ids) for aligned, _, _ in part], size, np.int32, count=count),
+                padded([np.bincount(aligned.teacher.span_ids) for aligned, _, _ in part], size, np.int32, count=count),
+                padded([np.diff(aligned.bounds) for aligned, _, _ in part], size, np.int32, count=count),
+                np.pad(np.array([side for _, _, side in part], np.int32), (0, below)),
+                np.pad(np.array(places, np.uint32) + np.uint32(2 * first), (0, below)),
+            )
+            # The projection is a program of its own: in `measure` it would change how XLA fuses, and so rounds, c.
+            w, a, targets, *sums = found
+            longest = padded_size(max(len(aligned.student.ids) for aligned, _, _ in part))
+            span_ids = padded([aligned.student.span_ids for aligned, _, _ in part], longest, np.int32, -1, count)
+            w, of_tokens, targets, *sums = jax.device_get((w, project(a, span_ids), targets, *sums))
+            for row, place in enumerate(places):
+                aligned = responses[place][0]
+                # Copies, since a part of an array keeps all of it in memory.
+                own_weights = w[row, : aligned.num_spans].copy()
+                token_weights = of_tokens[row, : len(aligned.student.ids)].copy()
+                own = None if targets is None else targets[row, : aligned.num_spans].copy()
+                constant, start, plain = (float(each[row]) for each in sums)
+                out[place] = SpanValues(own_weights, token_weights, constant, start, plain, own)
+            for name, (total, number) in jax.device_get(diagnostics).items():
+                totals[name] = totals.get(name, 0) + np.array([total, number], np.float64)
+        whole = [value for value in out if value is not None]
+        yield from zip((pair for pair, _ in some), zip(whole[::2], whole[1::2], strict=True), strict=True)
+        first += len(some)
 
 
 def training_items(
-    examples: Sequence[Example], weights: ConfigDict, train: ConfigDict, seed: int
+    examples: Iterable[Example], weights: ConfigDict, train: ConfigDict, seed: int
 ) -> tuple[list[PairItem], dict[str, float]]:
-    """Returns the student's items for CTPD, and figures about spans and weights that every log line repeats."""
-    # All at once on the device, then pair by pair on the host.
-    values, figures = span_values(examples, weights, train, seed)
-    pairs = [pair for pair, _ in examples]
-    leads, of_pairs = margin_values(pairs, train)
+    """Returns the student's items for CTPD, and figures about spans and weights that every log line repeats.
 
-    def response(aligned: Aligned, value: SpanValues, lead: float = 0.0) -> ScoredResponse:
+    Of the examples only what the student learns from is kept in memory.
+    """
+
+    def response(aligned: Aligned, value: SpanValues) -> ScoredResponse:
         spans = (None, None) if value.targets is None else (aligned.student.span_ids, value.targets)
         ids, weights = aligned.student.ids, value.token_weights
-        return ScoredResponse(ids, weights, value.constant + lead, value.start, value.reference, *spans)
+        return ScoredResponse(ids, weights, value.constant, value.start, value.reference, *spans)
 
-    items = []
-    for number, (pair, both, given) in enumerate(zip(pairs, values, pair_weights(pairs))):
-        # What the chosen response has to lead by lowers its return.
-        chosen = response(pair.chosen, both[CHOSEN], float(leads[number]))
-        rejected = response(pair.rejected, both[REJECTED])
-        label, weight = (float(of_pairs[name][number]) if name in of_pairs else None for name in ("label", "weight"))
-        if given is not None:
-            weight = given * (1 if weight is None else weight)
-        items.append(PairItem(pair.student_prompt, chosen, rejected, label, weight))
-    return items, figures | span_figures(pairs)
+    # 1. Pair by pair: tokens, weights and constants, and what the data say that the pair is worth.
+    totals: Totals = {}
+    items, worth, counted = [], [], np.zeros(6, np.int64)
+    for pair, both in _weighed(examples, weights, train, seed, 0, totals):
+        items.append(PairItem(pair.student_prompt, response(pair.chosen, both[0]), response(pair.rejected, both[1])))
+        worth.append((pair.id, pair.weight, pair.margin))
+        counted += _spans_of(pair)
+
+    # 2. What depends on all of them: by how much the chosen response has to lead, labels and weights.
+    lead, labels, of_pairs = margin_values(worth, train)
+    if lead.any():  # it lowers the chosen response's return
+        chosen = [replace(i.chosen, constant=i.chosen.constant + float(x)) for i, x in zip(items, lead, strict=True)]
+        items = [item._replace(chosen=own) for item, own in zip(items, chosen)]
+    if labels is not None:
+        items = [item._replace(label=float(label)) for item, label in zip(items, labels, strict=True)]
+    if of_pairs is not None:
+        items = [item._replace(weight=float(weight)) for item, weight in zip(items, of_pairs, strict=True)]
+
+    # 3. The figures.
+    spans, one_to_one, student_tokens, teacher_tokens, covered, size = counted.tolist()
+    return items, _figures(totals) | {
+        "spans/per_pair": spans / len(items),
+        "spans/student_tokens": student_tokens / spans,
+        "spans/teacher_tokens": teacher_tokens / spans,
+        "spans/one_to_one": one_to_one / spans,
+        "spans/bytes_covered": covered / size,
+    }
 
 
-def margin_values(pairs: Sequence[AlignedPair], train: ConfigDict) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns by how much the chosen return of every pair has to lead, and `label` or `weight` where pairs have one."""
-    lead, of_pairs = np.full(len(pairs), train.offset / train.beta), {}
+def _spans_of(pair: AlignedPair) -> np.ndarray:
+    """Counts both responses' spans, those of one token with one, student and teacher tokens, bytes in spans, bytes."""
+    found = np.zeros(6, np.int64)
+    found[5] = pair.chosen_bytes + pair.rejected_bytes
+    for aligned in (pair.chosen, pair.rejected):
+        # Spans that face one token with one carry the teacher's signal most sharply.
+        single = (np.bincount(aligned.student.span_ids) == 1) & (np.bincount(aligned.teacher.span_ids) == 1)
+        tokens = [len(aligned.student.ids), len(aligned.teacher.ids)]
+        found[:5] += np.array([aligned.num_spans, np.count_nonzero(single), *tokens, aligned.bounds[-1]])
+    return found
+
+
+def margin_values(
+    worth: Sequence[tuple[str, float, float | None]], train: ConfigDict
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Returns by how much the chosen return of every pair has to lead; their labels and weights, None where all are 1.
+
+    worth: id, weight and margin of each pair.
+    """
+    ids, given, told = zip(*worth, strict=True)
+    lead, labels, weights = np.full(len(worth), train.offset / train.beta), None, np.array(given, np.float64)
     if train.margin_as != "none":
-        margins = np.array([np.nan if pair.margin is None else pair.margin for pair in pairs], np.float32)
+        margins = np.array([np.nan if margin is None else margin for margin in told], np.float32)
         if (missing := np.isnan(margins)).any():
             raise UserError(
-                f"Pair {pairs[int(np.argmax(missing))].id} has no margin: config.train.margin_as {train.margin_as!r} "
+                f"Pair {ids[int(np.argmax(missing))]} has no margin: config.train.margin_as {train.margin_as!r} "
                 'needs a column "margin", or "score_chosen" and "score_rejected", in every row.'
             )
         if train.margin_as == "offset":
             lead = lead + train.trust * margins / train.beta
+        elif train.margin_as == "label":
+            labels = np.asarray(pair_labels(margins, train.trust))
         else:
-            made = pair_labels if train.margin_as == "label" else sure_weights
-            of_pairs[train.margin_as] = np.asarray(made(margins, train.trust))
-    return lead, of_pairs
-
-
-def span_figures(pairs: Sequence[AlignedPair]) -> dict[str, float]:
-    """Spans per pair, tokens per span, share of one-to-one spans, and share of the text's bytes that is covered."""
-    responses = [pair.response(side) for pair in pairs for side in (CHOSEN, REJECTED)]
-    # Spans that face one token with one carry the teacher's signal most sharply.
-    spans = sum(r.num_spans for r in responses)
-    one_to_one = sum(
-        int(((np.bincount(r.student.span_ids) == 1) & (np.bincount(r.teacher.span_ids) == 1)).sum()) for r in responses
-    )
-    return {
-        "spans/per_pair": spans / len(pairs),
-        "spans/student_tokens": sum(len(r.student.ids) for r in responses) / spans,
-        "spans/teacher_tokens": sum(len(r.teacher.ids) for r in responses) / spans,
-        "spans/one_to_one": one_to_one / spans,
-        "spans/bytes_covered": sum(int(r.bounds[-1]) for r in responses)
-        / sum(pair.chosen_bytes + pair.rejected_bytes for pair in pairs),
-    }
+            return lead, None, weights * np.asarray(sure_weights(margins, train.trust))
+    return lead, labels, weights if (weights != 1).any() else None

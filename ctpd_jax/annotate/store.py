@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,11 +31,13 @@ from ctpd_jax.sharding import patiently
 
 NAME = "ctpd_annotations"  # of the TFDS data set
 SPLIT = "train"
+TOGETHER = 1024  # records read at a time, by the threads of ArrayRecord
 MANIFEST = "manifest.json"
 _PROGRESS = "manifest.json.progress"
-_FORMAT = 2
+_FORMAT = 3
 _OWN_FIELDS = ("format", "num_pairs", "shard_pairs", "scorers", "shards", "metadata", "written_with")
 _ALIGNED = ("bounds", "teacher_ids", "teacher_span_ids", "student_ids", "student_span_ids")  # of each side, int32
+_INT32 = {"teacher_prompt", "student_prompt", *(f"{side}_{what}" for side in SIDES for what in _ALIGNED)}
 
 Scores = dict[str, dict[str, np.ndarray]]  # side -> scorer -> float32 [S]: log-probability of each span
 Record = dict[str, Any]
@@ -178,7 +180,11 @@ def _features(scorers: Sequence[str]) -> Any:
     """Return what TFDS has to know of a record's fields."""
     import tensorflow_datasets as tfds
 
-    ints = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+    # Arrays as their bytes: number by number a record takes ten times as long to write and to read.
+    ints, floats = (
+        tfds.features.Tensor(shape=(None,), dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+        for dtype in (np.int32, np.float32)
+    )
     fields = {"id": tfds.features.Text(), "teacher_prompt": ints, "student_prompt": ints}
     fields |= dict.fromkeys(("weight", "margin"), tfds.features.Scalar(np.float64))
     for side in SIDES:
@@ -188,8 +194,40 @@ def _features(scorers: Sequence[str]) -> Any:
     for name in (f"{side}_{scorer}" for side in SIDES for scorer in scorers):
         if name in fields:
             raise UserError(f"A scorer cannot be called {name.split('_', 1)[1]!r}: the store has a field {name!r}.")
-        fields[name] = tfds.features.Tensor(shape=(None,), dtype=np.float32)
+        fields[name] = floats
     return tfds.features.FeaturesDict(fields)
+
+
+def serialized(record: Record) -> bytes:
+    """Return a record as the tf.train.Example that TFDS makes of it by its features; TFDS is slower, and reads it."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    for name, value in record.items():
+        field = example.features.feature[name]
+        if isinstance(value, np.ndarray):
+            field.bytes_list.value.append(value.tobytes())
+        elif isinstance(value, str):
+            field.bytes_list.value.append(value.encode("utf-8"))
+        elif isinstance(value, float):
+            field.float_list.value.append(value)
+        else:
+            field.int64_list.value.append(int(value))
+    # Otherwise the order of a map changes with every process.
+    return example.SerializeToString(deterministic=True)
+
+
+def deserialized(data: bytes) -> Record:
+    """Invert `serialized`: arrays int32 or float32, the id as bytes."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    record: Record = {}
+    for name, field in tf_example_pb2.Example.FromString(data).features.feature.items():
+        (value,) = getattr(field, field.WhichOneof("kind")).value
+        if isinstance(value, bytes) and name != "id":
+            value = np.frombuffer(value, np.int32 if name in _INT32 else np.float32)
+        record[name] = value
+    return record
 
 
 # ---------------------------------------------------------------------------------------------- writing the store
@@ -217,9 +255,13 @@ def write_store(
     made_from = {**manifest, "format": _FORMAT, "num_pairs": sum(shard_pairs), "shard_pairs": shard_pairs}
     made_from["scorers"] = list(scorers)
 
-    # 1. What is there already must have been made from the same.
+    # 1. What is there already must have been made from the same; in an older form it is written anew.
     final, progress = folder / MANIFEST, folder / _PROGRESS
     advice = "Remove that folder to make it again, or choose another."
+    for path in (final, progress):
+        older = (artifacts.read_json(path) or made_from)["format"]
+        if older < _FORMAT and opened(path, {**made_from, "format": older}, advice):
+            path.unlink()
     if opened(final, made_from, advice) is not None:
         return
     begun = opened(progress, made_from, advice)
@@ -231,7 +273,7 @@ def write_store(
         if shard < len(done) and path.is_file() and sha256_file(path) == done[shard]["sha256"]:
             continue
         beside = path.with_name(path.name + artifacts.PARTIAL)
-        num_bytes = _write_shard(beside, features, records(shard, pairs), len(pairs))
+        num_bytes = _write_shard(beside, records(shard, pairs), len(pairs))
         entry = {"file": path.name, "bytes": num_bytes, "sha256": sha256_file(beside)}
         os.replace(beside, path)
         done[shard : shard + 1] = [entry]
@@ -245,20 +287,16 @@ def write_store(
     progress.unlink(missing_ok=True)
 
 
-def _write_shard(path: Path, features: Any, records: Iterable[Record], expected: int) -> int:
+def _write_shard(path: Path, records: Iterable[Record], expected: int) -> int:
     """Write a file whose bytes are a function of the records; return how many bytes these have, serialized."""
-    import tensorflow_datasets as tfds
     from array_record.python import array_record_module
 
     # Groups of one record: training reads them in any order.
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
     sizes = []
     try:
         for record in records:
-            example = serializer.get_tf_example(features.encode_example(record))
-            # Otherwise the order of a map changes with every process.
-            data = example.SerializeToString(deterministic=True)
+            data = serialized(record)
             writer.write(data)
             sizes.append(len(data))
     finally:
@@ -296,13 +334,18 @@ class Store:
     """The pairs of a store, in their order: a random access source (`len`, `[i]`) that can be pickled."""
 
     manifest: dict[str, Any]
-    records: Any  # the TFDS data source: len, [i] -> Record
+    records: Any  # the TFDS data source of serialized records
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[AlignedPair, Scores]:
-        return from_record(self.records[range(len(self))[index]])  # the range refuses an index outside
+        return from_record(deserialized(self.records[range(len(self))[index]]))  # the range refuses an index outside
+
+    def __iter__(self) -> Iterator[tuple[AlignedPair, Scores]]:
+        for first in range(0, len(self), TOGETHER):
+            for data in self.records.__getitems__(range(first, min(first + TOGETHER, len(self)))):
+                yield from_record(deserialized(data))
 
 
 def open_store(
@@ -331,4 +374,5 @@ def open_store(
         artifacts.check_files(folder, files, read=verify)
     except artifacts.Broken as reason:
         raise UserError(f"{reason}; remove {path} and annotate again to restore it.") from None
-    return Store(manifest, tfds.builder_from_directory(folder).as_data_source(SPLIT))
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    return Store(manifest, tfds.builder_from_directory(folder).as_data_source(SPLIT, deserialize_method=raw))

@@ -114,7 +114,8 @@ def _pairs_of_a_pass(
     items: Items, parts: Parts, most: int, packing: PackingConfig
 ) -> tuple[int, tuple[BatchShape, ...]]:
     """Return how many pairs a pass takes, `most` or a half, a quarter, ... of it, and the shapes for that."""
-    # Fewer pairs of about one length leave less padding; but every pass adds a gradient to that of the update.
+    # Fewer pairs of about one length leave less padding; but every pass adds a gradient to that of the update, and
+    # more lengths want more programs.
     sizes = [most]
     while packing.fewer and sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
@@ -123,7 +124,7 @@ def _pairs_of_a_pass(
         units = _units(items, parts, size, packing)
         shapes = choose_shapes(units, packing)
         laid_out = sum(cost(shapes[number]) + PASS for number in fit(units, shapes, packing)[0])
-        found.append((laid_out, -size, shapes))
+        found.append((laid_out + len(shapes) * packing.program, -size, shapes))
     _, size, shapes = min(found)
     return -size, shapes
 

@@ -37,6 +37,7 @@ class PackingConfig:
     length: int = 0  # L; 0: chosen from the data
     row_multiple: int = 1  # R is a multiple of it: the devices that the rows are divided among
     fewer: bool = False  # an update may take more passes, of fewer pairs, where that lays out less
+    program: float = 0.0  # tokens that take as long as compiling for one more shape: it has to save so many
 
 
 class Units(NamedTuple):
@@ -152,16 +153,17 @@ def fit(units: Units, shapes: Sequence[BatchShape], packing: PackingConfig) -> t
 def choose_shapes(units: Units, packing: PackingConfig) -> tuple[BatchShape, ...]:
     """Choose at most `packing.buckets` shapes that take all micro-batches at the least cost, the cheapest first.
 
-    Raises UserError where a unit is longer than `packing.length`.
+    Each but the first saves more than `packing.program`. Raises UserError where a unit is longer than `packing.length`.
     """
     # 1. Kinds of rows are compared on the beginning of the stage, and on the longest unit.
     kinds = _kinds(units, packing)
     longest = np.argmax(units.tokens[:, 0])
     some = np.unique(np.append(np.arange(min(len(units.tokens), -(-SAMPLE // units.tokens.shape[1]))), longest))
-    few = _cheapest(place(units.part(some), kinds, packing)[1], kinds, packing.buckets)
+    price = packing.program * len(some) / len(units.tokens)
+    few = _cheapest(place(units.part(some), kinds, packing)[1], kinds, packing.buckets, price)
     # 2. How many rows of those kinds are needed is counted on all of it.
     kinds = np.unique([(shape.length, shape.scored) for shape in few], axis=0)
-    return tuple(_cheapest(place(units, kinds, packing)[1], kinds, packing.buckets))
+    return tuple(_cheapest(place(units, kinds, packing)[1], kinds, packing.buckets, packing.program))
 
 
 def _kinds(units: Units, packing: PackingConfig) -> np.ndarray:
@@ -203,8 +205,11 @@ def cost(shape: BatchShape) -> float:
     return shape.rows * (shape.length + shape.scored / 4 + shape.length**2 / 16384)
 
 
-def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchShape]:
-    """Return at most `count` shapes that take all micro-batches, by the rows that each needs of each kind, [C, B]."""
+def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int, price: float) -> list[BatchShape]:
+    """Return at most `count` shapes that take all micro-batches, by the rows that each needs of each kind, [C, B].
+
+    price: what a shape has to save.
+    """
     # 1. The candidates, and what each micro-batch costs in each of them.
     found: list[tuple[float, BatchShape, np.ndarray]] = []
     for (length, scored), own in zip(kinds.tolist(), needed):
@@ -218,15 +223,17 @@ def _cheapest(needed: np.ndarray, kinds: np.ndarray, count: int) -> list[BatchSh
         """Return the cost of all micro-batches with each of the shapes added to the chosen ones: [S]."""
         return np.minimum(costs, costs[chosen].min(axis=0, initial=np.inf)).sum(axis=1)
 
-    # 2. The cheapest one that takes all; then what saves most.
-    chosen: list[int] = []
-    for _ in range(count):
-        chosen.append(int(np.argmin(totals(chosen))))
+    # 2. The cheapest one that takes all; then what saves most, and enough.
+    chosen = [int(np.argmin(totals([])))]
+    best = costs[chosen].min(axis=0).sum()
+    while len(chosen) < count and best - (sums := totals(chosen)).min() > price:
+        chosen.append(int(np.argmin(sums)))
+        best = sums.min()
     # 3. One is exchanged for another as long as that saves.
-    best, improved = costs[chosen].min(axis=0).sum(), True
+    improved = True
     while improved:
         improved = False
-        for other in range(count):
+        for other in range(len(chosen)):
             rest = chosen[:other] + chosen[other + 1 :]
             sums = totals(rest)
             if sums.min() < best * (1 - 1e-9):

@@ -63,9 +63,9 @@ OF_PREFERENCES: tuple[tuple[str, Range], ...] = (
     ("eval_pairs", POSITIVE),
 )
 OF_OTHERS: tuple[tuple[str, Range], ...] = (
-    ("data.max_prompt_tokens data.max_response_tokens rows.buckets rows.multiple log_every", POSITIVE),
+    ("data.max_prompt_tokens data.max_response_tokens rows.multiple log_every", POSITIVE),
     ("annotate.micro_batch annotate.pairs_per_shard evaluate.max_new_tokens weights.k", POSITIVE),
-    ("data.limit data.test_limit rows.length annotate.compared_pairs stall_minutes", NOT_NEGATIVE),
+    ("data.limit data.test_limit rows.buckets rows.length annotate.compared_pairs stall_minutes", NOT_NEGATIVE),
     ("evaluate.samples evaluate.temperature train.regression train.offset", NOT_NEGATIVE),
     ("train.target_clip", POSITIVE),
     ("train.tau train.trust", NOT_NEGATIVE),

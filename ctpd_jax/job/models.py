@@ -22,6 +22,7 @@ from ctpd_jax.models.hf import model_directory
 from ctpd_jax.models.hf.config import read_config
 from ctpd_jax.schema import MODELS, Model
 from ctpd_jax.sharding import check_heads, first_process
+from ctpd_jax.text.parallel import Source
 from ctpd_jax.text.prompts import TextModel, load_text_model
 
 
@@ -43,8 +44,13 @@ def decoder_of(job: Job, model: Model) -> DecoderConfig:
 @lru_cache(maxsize=8)  # probing a tokenizer takes a second
 def text_of(job: Job, model: Model) -> TextModel:
     """The model's tokenizer and template, probed."""
+    return load_text_model(*source_of(job, model))
+
+
+def source_of(job: Job, model: Model) -> Source:
+    """Where the model's tokenizer and template come from."""
     settings = job.config[model]
-    return load_text_model(str(folder(job, model)), settings.template, settings.template_variables)
+    return Source(str(folder(job, model)), settings.template, settings.template_variables)
 
 
 def weights_digest(job: Job, model: Model) -> str:

@@ -15,13 +15,14 @@ from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import prepared as on_disk
 from ctpd_jax.job.job import Job
-from ctpd_jax.job.models import decoder_of, folder, text_digest, text_of
+from ctpd_jax.job.models import decoder_of, folder, source_of, text_digest, text_of
 from ctpd_jax.report import terminal
 from ctpd_jax.report.format import overlap_line
 from ctpd_jax.schema import CHOSEN, MODELS, REJECTED, AlignedPair, Counters, Model, PreferencePair
 from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import first_process
 from ctpd_jax.text.columns import Reading
+from ctpd_jax.text.parallel import prepare_in_processes, workers_for
 from ctpd_jax.text.preferences import load_preferences, overlap, require_kept
 from ctpd_jax.text.prepare import BATCH, RULES, Limits, prepare_pairs
 from ctpd_jax.train.metrics import Progress
@@ -64,14 +65,17 @@ def prepared(job: Job, split: Split, spec: str, raw: list[PreferencePair], repor
     data, limits = job.config.data, Limits.of(job.config.data)
     if split == "answers":  # each is measured by itself, whatever answer it stands beside
         limits = dataclasses.replace(limits, end_of_turn_both=False)
-    teacher, student = text_of(job, "teacher"), text_of(job, "student")
+    models = text_of(job, "teacher"), text_of(job, "student")
     made = {"limits": dataclasses.asdict(limits), "rules": RULES, "texts": on_disk.digest(raw)}
     made |= {model: text_digest(job, model) for model in MODELS}
 
     def prepare() -> tuple[list[AlignedPair], Counters]:
         seen = first_process() and len(raw) >= MANY
         with Progress(len(raw), f"{split}: tokenized and aligned", unit="pair", active=seen) as progress:
-            return prepare_pairs(raw, teacher, student, limits, progress.update)
+            if (workers := workers_for(len(raw))) > 1:
+                sources = source_of(job, "teacher"), source_of(job, "student")
+                return prepare_in_processes(raw, sources, models, limits, workers, progress.update)
+            return prepare_pairs(raw, *models, limits, progress.update)
 
     writes = first_process() and not job.looks_only
     aligned, counters = on_disk.prepared_once(job.workdir / "prepared" / split, made, prepare, writes)

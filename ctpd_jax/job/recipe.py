@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from ctpd_jax.job.table import STAGES, base_dtype, columns, is_sft, left_out, tr
 from ctpd_jax.models.attention_backends import platform_of
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.decoder import Params
+from ctpd_jax.models.decoder import Params, param_shapes
 from ctpd_jax.models.hf.families import FAMILIES
 from ctpd_jax.models.lora import adapter_shapes
 from ctpd_jax.schema import Model
@@ -31,6 +31,8 @@ from ctpd_jax.sharding import row_devices, shard_shapes
 from ctpd_jax.train.distill import distill_sums, method_of, projector_shapes
 from ctpd_jax.train.loop import Objective, Recipe, preference_sums, sft_sums
 
+PROGRAM = 1e11  # parameters times tokens that a CPU trains on, or three times as many that it reads, while it compiles
+MOST_SHAPES = 12  # where programs are cheap
 UNKNOWN_STEPS = 100  # where no data says how many updates there are; no shape depends on it
 
 
@@ -183,13 +185,20 @@ def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[
     return [tuple(names) for names in groups.values()]
 
 
-def packing(config: ConfigDict, mesh: Mesh, platform: str | None = None) -> PackingConfig:
-    """How responses are laid out in rows.
+def packing(
+    config: ConfigDict, mesh: Mesh, decoder: DecoderConfig | None, platform: str | None = None
+) -> PackingConfig:
+    """How responses are laid out in rows for a decoder; None where no model is at hand, as in a plan.
 
-    Not packed on a CPU: its attention costs the square of a row's length. There, few rows at once are as fast as many.
+    Not packed on a CPU: its attention costs the square of a row's length. There, few rows at once are as fast as many,
+    and a program is compiled in seconds: as many shapes as save more time than that.
     """
     rows, platform = config.rows, platform or platform_of(mesh.devices.flat[0])
     packed = rows.packed == "yes" or (rows.packed == "auto" and platform != "cpu")
     layout = layout_of(config, platform)
     fewer = rows.fewer == "yes" or (rows.fewer == "auto" and platform == "cpu" and not packed)
-    return PackingConfig(layout, packed, rows.buckets, rows.multiple, rows.length, row_devices(mesh), fewer)
+    found = PackingConfig(layout, packed, rows.buckets or 4, rows.multiple, rows.length, row_devices(mesh), fewer)
+    if rows.buckets or platform != "cpu" or not decoder:
+        return found
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)))
+    return replace(found, buckets=MOST_SHAPES, program=PROGRAM / parameters)

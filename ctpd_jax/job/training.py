@@ -90,7 +90,7 @@ def train_and_leave(job: Job, recipe: Recipe, items: Sequence[PairItem], figures
     """Trains a stage on its items, from its newest checkpoint if there is one, and leaves what later stages need."""
     config, settings, stage = job.config, recipe.settings, recipe.stage
     # 1. Which items every update sees, in rows of a few shapes.
-    rows = packing(config, job.mesh)
+    rows = packing(config, job.mesh, recipe.decoder)
     updates = plan_updates(items, config.seed, recipe.steps, settings.batch_size, settings.micro_batch, rows)
     job.say(f"{stage}: {in_words(updates.padding)}")
     # 2. What is looked at on the way.
@@ -113,7 +113,7 @@ def held_out(job: Job, recipe: Recipe) -> HeldOut:
     # 2. The first of them, as this stage sees pairs.
     some = slice(settings.eval_pairs)
     items = dpo_items(pairs.aligned[some], recipe.model, before[some], swapped=stage in REVERSED)
-    rows = packing(config, job.mesh)
+    rows = packing(config, job.mesh, recipe.decoder)
     shapes = plan_shapes(items, [range(len(items))], settings.micro_batch, rows)
     batches = [batch for batch, _ in micro_batches(items, settings.micro_batch, rows, shapes)]
     sums = partial(preference_sums, recipe.decoder, Objective(settings.beta), recipe.compute)

@@ -164,7 +164,7 @@ def usual_padding(config: ConfigDict, name: str, mesh: Mesh) -> float:
 
     items = [item(*row) for row in np.ceil(lengths * limits).astype(int).tolist()]
     # Laid out as the run would lay them out.
-    rows = packing(config, mesh, "tpu")
+    rows = packing(config, mesh, None, "tpu")
     parts = np.arange(len(items)).reshape(-1, part)
     micro_batch = min(settings.micro_batch, part)
     return padding(items, parts, micro_batch, rows, plan_shapes(items, parts, micro_batch, rows))
@@ -224,7 +224,7 @@ def training(
 
     # A micro-batch and its memory, what lies beside it included.
     micro_batch = min(settings.micro_batch, settings.batch_size)
-    rows = packing(config, mesh, platform)
+    rows = packing(config, mesh, None, platform)
     shape = shape or largest_shape(config, micro_batch, 1 if is_sft(config, name) else 2, rows)
     batch = abstract_batch(mesh, shape, micro_batch, what.extra)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
@@ -250,7 +250,7 @@ def training(
 def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shape: BatchShape | None) -> Programs:
     """A program for everything that is read in one pass."""
     settings, asked = config.annotate, columns(config)
-    shape = shape or largest_shape(config, settings.micro_batch, 2, packing(config, mesh, platform))
+    shape = shape or largest_shape(config, settings.micro_batch, 2, packing(config, mesh, None, platform))
     batch = abstract_batch(mesh, shape, settings.micro_batch)
     programs = []
     for names in passes(config, bases):

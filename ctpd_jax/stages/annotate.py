@@ -194,7 +194,7 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
 
     # 2. The first pairs in float32 and as they will be read, one model after the other: two may not fit.
     ratios, places = [], range(min(count, len(pairs.aligned)))
-    rows, micro_batch = packing(config, job.own), config.annotate.micro_batch
+    rows, micro_batch = packing(config, job.own, None), config.annotate.micro_batch
     for wide in (True, False):
         sums: list[np.ndarray] = []
         for column in both.values():

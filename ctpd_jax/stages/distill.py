@@ -45,7 +45,7 @@ def run(job: Job, stage: str) -> None:
     features = teacher_features(job, pairs, settings.teacher, k)
 
     # 4. Which responses every update sees, one a row, with the teacher's tokens beside them.
-    rows = one_response_a_row(packing(config, job.mesh))
+    rows = one_response_a_row(packing(config, job.mesh, student))
     updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
     job.say(f"{stage}: {updates.padding:.0%} of the tokens in rows are padding; a row is one response here.")
 

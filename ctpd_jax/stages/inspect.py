@@ -54,7 +54,7 @@ def show(
     if known.stats:
         found: dict[str, Any] = {"groups": span_statistics(pairs, raw)}
         if store is not None:
-            examples = [store[i] for i in range(len(store))]
+            examples = list(store)
             _, figures = span_values(examples, config.weights, config.train, config.seed)
             found["weights"] = weight_statistics(examples, figures)
         say(terminal.statistics_text(found))
@@ -102,7 +102,7 @@ def shown_by_evaluation(job: Job) -> dict[str, Any]:
     if store is None:
         return {"example": record(pairs.aligned[0], pairs.raw, texts)}
     # Weighed all at once: each call compiles a program of its own.
-    examples, config = [store[i] for i in range(len(store))], job.config
+    examples, config = list(store), job.config
     values, figures = span_values(examples, config.weights, config.train, config.seed)
 
     def one(place: int) -> dict[str, Any]:

@@ -33,8 +33,7 @@ def run(job: Job, stage: str) -> None:
     store = open_store(folder, expected, made_by="propose" if own is not job else "annotate")
 
     # 2. What is learnt: the student's tokens with their weights, and one constant a response.
-    examples = [store[i] for i in range(len(store))]
-    items, figures = training_items(examples, config.weights, settings, config.seed)
+    items, figures = training_items(store, config.weights, settings, config.seed)
 
     # 3. What is executed.
     steps = steps_of(config, stage, len(items))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,33 +54,55 @@ def prepare_pairs(
 
     Raises UserError where no pair is left.
     """
+    parts = parts_of(pairs)
+    return gathered(parts, (prepare_part(part, teacher, student, limits) for part in parts), done)
+
+
+Part = tuple[list[AlignedPair], Counters]
+
+
+def parts_of(pairs: Sequence[PreferencePair]) -> list[Sequence[PreferencePair]]:
+    """Cut pairs into those that are prepared together."""
+    return [pairs[first : first + BATCH] for first in range(0, len(pairs), BATCH)]
+
+
+def gathered(parts: Sequence[Sequence[PreferencePair]], found: Iterable[Part], done: Callable[[int], object]) -> Part:
+    """Return all that was found in the parts, which come in their order. Raises UserError where that is nothing."""
     counters = Counters()
     prepared: list[AlignedPair] = []
-    for first in range(0, len(pairs), BATCH):
-        preempt.check("the data are prepared anew")
-        part = pairs[first : first + BATCH]
-        kept: list[tuple[PreferencePair, FittedPrompt]] = []
-        # 1. Responses are tokenized together, prompts one by one.
-        for pair, both in zip(part, _aligned(part, teacher, student, limits.unit)):
-            try:
-                if isinstance(both, LeftOut):
-                    raise both
-                ready, prompt = _prepare(pair, both, teacher, student, limits, counters)
-            except LeftOut as reason:
-                counters.leave_out(reason.reason, pair.source or pair.id, reason.detail)
-                continue
-            prepared.append(ready)
-            kept.append((pair, prompt))
-        # 2. What is worth knowing of the texts that are used.
-        for name, model in (("teacher", teacher), ("student", student)):
-            _count_texts(name, model, kept, counters)
+    for part, (own, counted) in zip(parts, found, strict=True):
+        prepared += own
+        counters.merge(counted)
         done(len(part))
+        preempt.check("the data are prepared anew")
     if not prepared:
         raise UserError(
-            f"None of {len(pairs)} pairs is left after tokenization ({counters.reasons()}); "
+            f"None of {sum(map(len, parts))} pairs is left after tokenization ({counters.reasons()}); "
             "where the limits are the reason, raise data.max_prompt_tokens or data.max_response_tokens."
         )
     counters.add("pairs", len(prepared))
+    return prepared, counters
+
+
+def prepare_part(part: Sequence[PreferencePair], teacher: TextModel, student: TextModel, limits: Limits) -> Part:
+    """Align some pairs; what cannot be used is left out and counted."""
+    counters = Counters()
+    prepared: list[AlignedPair] = []
+    kept: list[tuple[PreferencePair, FittedPrompt]] = []
+    # 1. Responses are tokenized together, prompts one by one.
+    for pair, both in zip(part, _aligned(part, teacher, student, limits.unit)):
+        try:
+            if isinstance(both, LeftOut):
+                raise both
+            ready, prompt = _prepare(pair, both, teacher, student, limits, counters)
+        except LeftOut as reason:
+            counters.leave_out(reason.reason, pair.source or pair.id, reason.detail)
+            continue
+        prepared.append(ready)
+        kept.append((pair, prompt))
+    # 2. What is worth knowing of the texts that are used.
+    for name, model in (("teacher", teacher), ("student", student)):
+        _count_texts(name, model, kept, counters)
     return prepared, counters
 
 

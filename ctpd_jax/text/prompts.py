@@ -167,7 +167,7 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
         ids = tok.backend.encode(whole, add_special_tokens=False).ids
     else:
         ids = encode_beside_typed(tok, pieces)
-    ids = tokens.spelling_of(tok, ids, whole, control=True).tolist()
+    ids = tokens.spelling_of(tok, ids, whole, control=True).ids.tolist()
     if bos and tok.bos_id is not None and ids[:1] != [tok.bos_id]:
         ids = [tok.bos_id, *ids]
     if not ids:

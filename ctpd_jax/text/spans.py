@@ -21,6 +21,7 @@ from ctpd_jax.schema import Aligned, Counters, TokenSide
 from ctpd_jax.text import tokens
 from ctpd_jax.text.cuts import code_points, per_character, utf8_lengths
 from ctpd_jax.text.shown import spans_html
+from ctpd_jax.text.spelling import Spelt
 from ctpd_jax.text.tokens import TextTokenizer, load_tokenizer, normalize
 
 Unit = Literal["character", "byte"]
@@ -62,12 +63,10 @@ def align(
 def align_batch(responses: Sequence[str], teacher: Any, student: Any, unit: Unit = "character") -> list[Aligned]:
     """Do `align` for several responses, tokenized together."""
     teacher, student = load_tokenizer(teacher), load_tokenizer(student)
-    teacher_ids = tokens.encode_batch(teacher, responses)
-    same = teacher.fingerprint == student.fingerprint
-    student_ids = teacher_ids if same else tokens.encode_batch(student, responses)
+    own = tokens.spell_batch(teacher, responses)
+    other = own if teacher.fingerprint == student.fingerprint else tokens.spell_batch(student, responses)
     return [
-        align_ids(response, teacher, own_ids, student, other_ids, unit)
-        for response, own_ids, other_ids in zip(responses, teacher_ids, student_ids)
+        _align(response, _Side(teacher, a), _Side(student, b), unit) for response, a, b in zip(responses, own, other)
     ]
 
 
@@ -84,10 +83,21 @@ def align_ids(
     Either may stop before the response does; tokens past the last common boundary get span id -1.
     Raises UserError if the ids do not spell the response.
     """
+
+    def spelt(tok: TextTokenizer, ids: np.ndarray) -> Spelt:
+        normalized = normalize(tok, response)
+        return Spelt(np.asarray(ids, np.int32), tokens.byte_ends(tok, ids, normalized), normalized)
+
+    sides = _Side(teacher, spelt(teacher, teacher_ids)), _Side(student, spelt(student, student_ids))
+    return _align(response, *sides, unit)
+
+
+def _align(response: str, teacher: _Side, student: _Side, unit: Unit) -> Aligned:
+    """Cut two tokenizations of a response, spelt out, into aligned spans."""
     if unit not in ("character", "byte"):
         raise UserError(f"Unknown span unit {unit!r}: use 'character' or 'byte'.")
     # 1. Where the text can be cut at all: in its own bytes, and in those of both normalised texts.
-    sides = _Side(response, teacher, teacher_ids), _Side(response, student, student_ids)
+    sides = teacher, student
     lengths = utf8_lengths(code_points(response))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     cuts = [tokens.cut_offsets(side.tok, response, side.normalized) for side in sides]
@@ -107,10 +117,9 @@ def align_ids(
 class _Side:
     """One tokenization, in offsets of its own normalised text."""
 
-    def __init__(self, text: str, tok: TextTokenizer, ids: np.ndarray) -> None:
-        self.tok, self.normalized = tok, normalize(tok, text)
-        self.ids = np.asarray(ids, np.int32)
-        self.ends = tokens.byte_ends(tok, self.ids, self.normalized)  # int64 [T]
+    def __init__(self, tok: TextTokenizer, spelt: Spelt) -> None:
+        self.tok = tok
+        self.ids, self.ends, self.normalized = spelt
         self.ends_here = np.zeros(len(self.normalized.encode("utf-8")) + 1, bool)  # [B + 1]
         self.ends_here[0] = True
         self.ends_here[self.ends] = True

@@ -10,10 +10,19 @@ Letters: T tokens, B bytes of the text.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from ctpd_jax.text.tokenizer_json import Prefix, Vocabulary
+
+
+class Spelt(NamedTuple):
+    """A text as tokens."""
+
+    ids: np.ndarray  # int32 [T]
+    ends: np.ndarray  # int64 [T]: where each ends in the bytes of N(text), the normalised text
+    normalized: str  # N(text)
 
 
 def compare(

@@ -28,6 +28,7 @@ from tokenizers import AddedToken, Tokenizer
 from ctpd_jax.errors import UserError
 from ctpd_jax.text import backends, spelling, tokenizer_json
 from ctpd_jax.text.cuts import clean_cuts, code_points, utf8_lengths
+from ctpd_jax.text.spelling import Spelt
 from ctpd_jax.text.tokenizer_json import CONTROL, Prefix, Vocabulary
 
 BORDER = 64  # characters on either side of a border that decide whether a token reaches over it
@@ -241,14 +242,19 @@ def encode(tok: TextTokenizer, text: str) -> np.ndarray:
 
 def encode_batch(tok: TextTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Do `encode` for several texts at once, on all cores: int32 [T] each."""
+    return [spelt.ids for spelt in spell_batch(tok, texts)]
+
+
+def spell_batch(tok: TextTokenizer, texts: Sequence[str]) -> list[Spelt]:
+    """Do `encode_batch`, and keep where the tokens end, which is found on the way."""
     for text in texts:
         require_readable(tok, text)
     encodings = tok.ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
     return [spelling_of(tok, without_control(tok, encoding.ids), text) for text, encoding in zip(texts, encodings)]
 
 
-def spelling_of(tok: TextTokenizer, ids: Sequence[int], text: str, control: bool = False) -> np.ndarray:
-    """Return the ids of a text, int32 [T], after `byte_ends` has held them against its bytes.
+def spelling_of(tok: TextTokenizer, ids: Sequence[int], text: str, control: bool = False) -> Spelt:
+    """Return the ids of a text after `byte_ends` has held them against its bytes.
 
     A typed "<0x41>", which some models take for the byte piece, is taken apart into characters.
     """
@@ -264,8 +270,7 @@ def spelling_of(tok: TextTokenizer, ids: Sequence[int], text: str, control: bool
                 typed = token_id in names and size > 1
                 apart += _in_characters(tok, names[token_id].decode()) if typed else [token_id]
             found = np.array(apart, np.int32)
-    byte_ends(tok, found, normalized, whole=True, control=control)
-    return found
+    return Spelt(found, byte_ends(tok, found, normalized, whole=True, control=control), normalized)
 
 
 def without_control(tok: TextTokenizer, ids: Sequence[int]) -> list[int]:
@@ -376,11 +381,9 @@ def merges_across(tok: TextTokenizer, contexts: Sequence[str], responses: Sequen
     # A token that reaches over the border is decided long before the response ends.
     heads = [(context, response[:BORDER]) for context, response in zip(contexts, responses) if context and response]
     count = 0
-    for (context, head), ids in zip(heads, encode_batch(tok, [context + head for context, head in heads])):
-        text = context + head
-        normalized = normalize(tok, text)
-        border = int(cut_offsets(tok, text, normalized)[len(context)])
-        count += border < 0 or border not in byte_ends(tok, ids, normalized)
+    for (context, head), spelt in zip(heads, spell_batch(tok, [context + head for context, head in heads])):
+        border = int(cut_offsets(tok, context + head, spelt.normalized)[len(context)])
+        count += border < 0 or border not in spelt.ends
     return count
 
 

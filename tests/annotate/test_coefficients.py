@@ -18,7 +18,7 @@ from ctpd_jax.schema import CHOSEN, REJECTED, SIDES
 @pytest.fixture(scope="module")
 def examples(finished_micro):
     store = open_store(finished_micro / "annotations", {})
-    return [store[i] for i in range(len(store))]
+    return list(store)
 
 
 def items_of(examples, *overrides, **train):

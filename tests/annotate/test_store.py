@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import pickle
 import signal
 import subprocess
@@ -15,8 +16,11 @@ from ctpd_jax.annotate.store import (
     MANIFEST,
     NAME,
     Column,
+    _features,
+    deserialized,
     from_record,
     open_store,
+    serialized,
     shard_ranges,
     to_record,
     write_store,
@@ -224,6 +228,36 @@ print(len(source), source[7]["id"].decode(), *source[7]["chosen_positive"].tolis
     number, name, *values = done.stdout.replace("/7 ", "/7_").split()
     assert (number, name) == ("11", "pär/7_🎈"), done.stderr
     assert [float(v) for v in values] == make_scores(7)["chosen"]["positive"].tolist()
+
+
+def test_records_are_those_of_tfds(written):
+    """Byte for byte what its own serializer writes, and what its own data source reads."""
+    import tensorflow_datasets as tfds
+
+    features = _features(SCORERS)
+    theirs = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    source = tfds.builder_from_directory(written).as_data_source("train")
+    for index in range(11):
+        record = to_record(make_pair(index), make_scores(index))
+        data = serialized(record)
+        assert data == theirs.get_tf_example(features.encode_example(record)).SerializeToString(deterministic=True)
+        for read in (source[index], deserialized(data)):
+            pair, scores = from_record(read)
+            assert_equal(pair, make_pair(index))
+            assert_equal(scores, make_scores(index))
+
+
+def test_a_store_in_an_older_form_is_written_anew(copy, written):
+    older = {**json.loads((copy / MANIFEST).read_text()), "format": 2}
+    (copy / MANIFEST).write_text(json.dumps(older))
+    with pytest.raises(UserError, match="format is 2 there and 3 here"):
+        open_store(copy)
+    with pytest.raises(UserError, match="spans is 'character' there and 'byte' here"):
+        write_store(copy, shard_ranges(11, 4), records, SCORERS, {**FEW, "spans": "byte"})
+    for path in copy.glob("*array_record*"):
+        path.write_bytes(b"another form")
+    write_store(copy, shard_ranges(11, 4), records, SCORERS, FEW)
+    assert content(copy) == content(written)
 
 
 def test_the_names_of_the_scorers_are_free_but_for_those_of_the_pair(tmp_path):

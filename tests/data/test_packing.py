@@ -190,6 +190,23 @@ def test_the_shapes_are_nearly_the_best_there_are():
     assert min(excess) > -1e-9 and np.mean(excess) < 0.003 and max(excess) < 0.05
 
 
+def test_a_shape_has_to_save_what_its_program_costs():
+    items = make_items(np.random.default_rng(3), 96, longest=400)
+    parts = [batch_indices(0, step, 96, 4) for step in range(24)]
+
+    def chosen(program: float, buckets: int = 12) -> tuple[int, float]:
+        rows = PackingConfig("shared", False, buckets, 8, program=program)
+        units = units_of(needs_of(items, "shared"), [part[[i]] for part in parts for i in range(4)])
+        return len(choose_shapes(units, rows)), spent(units, rows)
+
+    counts, costs = zip(*(chosen(program) for program in (0, 100, 400, 1600, 6400, 1e9)))
+    assert counts[0] == 12 and counts[-1] == 1 and sorted(counts, reverse=True) == list(counts) and len(set(counts)) > 3
+    # Of two numbers of shapes the one that is taken costs less, its programs included.
+    for program, count, cost_ in zip((100, 400, 1600, 6400), counts[1:], costs[1:]):
+        for other in {1, count - 1} - {0, count}:
+            assert cost_ + count * program < chosen(0, other)[1] + other * program
+
+
 def test_packing_leaves_little_padding():
     needs = needs_of(make_items(np.random.default_rng(4), 1600, longest=200), "response")
     units = units_of(needs, [np.arange(16 * b, 16 * b + 16) for b in range(100)])

@@ -93,7 +93,7 @@ def test_two_adapters_over_one_bfloat16_base_read_together(runs):
     store, pairs = open_store(half.workdir / "annotations", verify=False), load_pairs(half, "train").aligned[:4]
     items = [plain_item(pair, "teacher") for pair in pairs]
     spans = [tuple(pair.tokens("teacher", side).span_ids for side in (CHOSEN, REJECTED)) for pair in pairs]
-    config, rows = adapted(half, "positive", "teacher"), packing(half.config, half.mesh)
+    config, rows = adapted(half, "positive", "teacher"), packing(half.config, half.mesh, None)
     shapes = plan_shapes(items, [range(4)], 2, rows)
     scorer, gaps = make_scorer(config, Compute(mesh=half.mesh)), {}
     for dtype in ("bfloat16", "float32"):
