@@ -99,7 +99,7 @@ def base_config(arguments: argparse.Namespace) -> ConfigDict:
     config.teacher.path, config.student.path = str(arguments.teacher), str(arguments.student)
     config.data.train, config.data.test = pairs_on_disk(arguments.data, arguments.dir)
     config.data.update({"max_prompt_tokens": 128, "max_response_tokens": 256, "limit": 4 * arguments.updates})
-    config.rows.fewer = "no"  # the passes that the tables were made with
+    config.rows.fewer, config.rows.buckets = "no", 4  # the passes that the tables were made with
     config.annotate.micro_batch = 2
     config.evaluate.length_tolerance = TOLERANCE
     config.teacher_sft.update({"lr": 1e-5, "steps": arguments.updates // 2, "batch_size": 4, "micro_batch": 2})

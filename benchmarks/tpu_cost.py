@@ -11,7 +11,7 @@ at the peak rate, which is too good for them. What the estimate does not know: w
 where several operations want it at once. It is for finding what is worth mending, not for promises; how far it is off
 for one plain product and for one pass over memory is printed first.
 
-layer  a stack of two under the scan and the rematerialisation of training, and its gradient, divided by two
+layer  a stack of two under the scan and the rematerialisation of training, its gradient added, divided by two
 head   log-probabilities of all tokens and their gradient, float32 unembedding
 step   the program that adds a micro-batch to the gradient, on the smallest slice where it fits by arithmetic
 
@@ -29,6 +29,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def layer_case(model: str, mesh: Any, rows: int, length: int, remat: str) -> Cas
     import jax
     import jax.numpy as jnp
 
+    from ctpd_jax.models.adding import add_gradient
     from ctpd_jax.models.attention_backends import choose_backend
     from ctpd_jax.models.decoder import hidden_states, param_shapes
     from ctpd_jax.plan.programs import abstract_batch
@@ -74,16 +76,16 @@ def layer_case(model: str, mesh: Any, rows: int, length: int, remat: str) -> Cas
     backend = choose_backend("auto", decoder, "bfloat16", False, "tpu")
     cotangent = jax.ShapeDtypeStruct((rows, length, decoder.hidden_size), jnp.bfloat16, sharding=replicated(mesh))
 
-    def gradient(layers: Any, params: Any, batch: Any, cotangent: Any) -> Any:
-        def states(layers: Any) -> Any:
-            changed = params | {"model": params["model"] | {"layers": layers}}
-            return hidden_states(decoder, changed, batch.tokens, batch.layout, remat, jnp.bfloat16, backend, mesh)
+    @partial(jax.jit, donate_argnums=1)
+    def gradient(params: Any, earlier: Any, batch: Any, cotangent: Any) -> Any:
+        def loss(params: Any) -> Any:
+            found = hidden_states(decoder, params, batch.tokens, batch.layout, remat, jnp.bfloat16, backend, mesh)
+            return jnp.vdot(found.astype(jnp.float32), cotangent), None
 
-        return jax.vjp(states, layers)[1](cotangent)
+        return add_gradient(loss, params, earlier, layers=True)[0]
 
-    layers = params["model"]["layers"]
-    traced = jax.jit(gradient).trace(layers, params, batch, cotangent)
-    return Case(traced, traced.jaxpr, 6.0 * rows * length * matrices(layers), LAYERS)
+    traced = gradient.trace(params, params, batch, cotangent)
+    return Case(traced, traced.jaxpr, 6.0 * rows * length * matrices(params["model"]["layers"]), LAYERS)
 
 
 def head_case(model: str, mesh: Any, rows: int, length: int, remat: str) -> Case:

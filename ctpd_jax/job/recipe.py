@@ -31,7 +31,7 @@ from ctpd_jax.sharding import row_devices, shard_shapes
 from ctpd_jax.train.distill import distill_sums, method_of, projector_shapes
 from ctpd_jax.train.loop import Objective, Recipe, preference_sums, sft_sums
 
-PROGRAM = 1e11  # parameters times tokens that a CPU trains on, or three times as many that it reads, while it compiles
+PROGRAM = 5e10  # parameters times tokens that a CPU trains on, or three times as many that it reads, while it compiles
 MOST_SHAPES = 12  # where programs are cheap
 UNKNOWN_STEPS = 100  # where no data says how many updates there are; no shape depends on it
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ctpd_jax.models import attention, attention_backends
+from ctpd_jax.models import adding, attention, attention_backends
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.layers import Layer, Norm, matmul
 from ctpd_jax.schema import RowLayout
@@ -153,19 +153,22 @@ def hidden_states(
     on_tpu = attention_backend in ("splash", "splash_segments")
     rotate = attention.rotate_by_product if on_tpu else attention.rotate
 
-    # The body of the scan: weights and kind of one layer, the residual stream in and out.
-    def layer(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
-        weights, kind = scanned
+    # The body of the scan: weights, kind and number of one layer, the residual stream in and out.
+    def layer(carry: tuple[jax.Array, Any], scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[tuple, None]:
+        (x, through), (weights, kind, number) = carry, scanned
+        weights, through = adding.tap(weights, through, number)
         module = nnx.merge(graph, weights)
         x = module(x, lambda heads: rotate(heads, cos[kind], sin[kind]), lambda q, k, v: attend(q, k, v, kind))
-        return constrain(mesh, x, ROWS, None, None), None
+        return (constrain(mesh, x, ROWS, None, None), through), None
 
     # 2. Embed, scan over the stacked layers, norm. Of each layer the backward pass finds what `remat` keeps.
     x = embed(config, params, tokens, compute_dtype, mesh)
-    kinds = np.asarray(config.layer_kinds, np.int32)
+    kinds, numbers = np.asarray(config.layer_kinds, np.int32), np.arange(config.num_layers, dtype=np.int32)
     body: Any = jax.checkpoint(layer, policy=_KEPT[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, (params["model"]["layers"], kinds))
-    return final_norm(config, params, x)
+    layers = params["model"]["layers"]
+    weights, through = adding.begun(layers)
+    (x, through), _ = jax.lax.scan(body, (x, through), (weights, kinds, numbers))
+    return final_norm(config, params, adding.ended(layers, x, through))
 
 
 def logits_of(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:

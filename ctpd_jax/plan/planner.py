@@ -145,7 +145,8 @@ def activations(stage: Programs, program: Program) -> float:
 
     What each layer keeps for the backward pass; the work on one layer, whose widest arrays live about four at a time;
     two layers' matrices, where they are gathered; all matrices in the compute dtype, where they are stored in a wider
-    one; two blocks of logits; the gradients of the unembedding and of this micro-batch, before they are added.
+    one; two blocks of logits; this micro-batch's gradient of what lies outside the layers, or of adapters, before it is
+    added, and of the unembedding as it is multiplied.
     """
     if program.name == "update":
         return 0.0
@@ -168,7 +169,8 @@ def activations(stage: Programs, program: Program) -> float:
     logits = 2 * BLOCK_BYTES + scored * config.hidden_size * 6
     gradient = program.memory["gradient"] if training else 0.0
     if program.trained == program.parameters:
-        gradient += config.vocab_size * config.hidden_size / (fsdp * tensor) * size
+        tables = config.vocab_size * config.hidden_size / (fsdp * tensor)
+        gradient = tables * (4 * (1 if config.tied else 2) + size)
     return config.num_layers * per_layer + working + gathered + narrowed + logits + gradient
 
 

@@ -38,6 +38,7 @@ from ctpd_jax.core.objectives import response_errors
 from ctpd_jax.core.projection import response_sums
 from ctpd_jax.data.loader import Updates, ahead
 from ctpd_jax.errors import UserError
+from ctpd_jax.models.adding import add_gradient
 from ctpd_jax.models.compute import Compute, scored_logprobs
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
@@ -369,9 +370,8 @@ def make_steps(
 
     @partial(jax.jit, donate_argnums=(2,), out_shardings=(of_state.params, of_sums), compiler_options=options)
     def accumulate(params: Params, frozen: Params, gradient: Params, batch: Batch) -> tuple[Params, Sums]:
-        of_trainable = jax.value_and_grad(lambda params: loss(join(frozen, params), batch), has_aux=True)
-        (_, sums), new = of_trainable(params)
-        return jax.tree.map(jnp.add, gradient, new), sums
+        whole = "layers" in params.get("model", {}) and "model" not in frozen  # else adapters, which are small
+        return add_gradient(lambda params: loss(join(frozen, params), batch), params, gradient, layers=whole)
 
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_state, of_state.params, of_sums))
     def update(state: TrainState, gradient: Params, count: Array) -> tuple[TrainState, Params, Array]:
