@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser().parse_known_args(arguments)
     try:
         # These have nothing that could go on: SIGTERM ends them at once.
-        if known.command in ("inspect", "generate", "plan", "report", "judge") or asks_harness(known):
+        if known.command in ("inspect", "generate", "plan", "report", "status", "judge") or asks_harness(known):
             return look(known, overrides)
         with preempt.listening():
             # 1. What is asked for. JAX reads its environment when it is imported: until here it is not.
@@ -100,6 +100,11 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     # 1. Those that need no run.
     if known.command == "report":
         return reported(known.workdir)
+    if known.command == "status":
+        from ctpd_jax.job.status import status
+
+        print(status(known.workdir))
+        return 0
     if known.command == "plan":
         return planned(known, overrides)
     if known.command == "judge":

@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
     "inspect": "one pair as both models read it, or --stats of all; --data: what becomes of a data set's rows",
     "report": "the page of a run as far as it has come, DIR/report.html; every stage writes it too",
+    "status": "how far a run has come, from any machine that sees DIR",
     "judge": "which of two models answers better, by a judge behind an OpenAI-compatible endpoint",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
@@ -96,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         needed = name not in ("generate", "inspect")
-        if name not in ("report", "judge"):
+        if name not in ("report", "status", "judge"):
             command.add_argument(
                 "--config", required=needed and name != "evaluate", metavar="FILE.py", help="a file with get_config()"
             )

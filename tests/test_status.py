@@ -1,0 +1,54 @@
+"""How far a run has come, as another process reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from ctpd_jax.cli import main
+from ctpd_jax.errors import UserError
+from ctpd_jax.job.job import alone_in
+from ctpd_jax.job.status import spoken, status
+
+
+@pytest.fixture
+def half_done(finished_micro, tmp_path):
+    """A run that is at its student, three updates after a restart."""
+    shutil.copytree(finished_micro, tmp_path / "run")
+    run = tmp_path / "run"
+    for name in ("train/done.json", "evaluation.json", "export.json"):
+        (run / name).unlink()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["stage"] != "train" and not line["stage"].startswith("eval")]
+    steps = [{"stage": "train", "step": step, "time": 1000.0 + step, "seconds": 40.0, "loss": 0.5} for step in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept + steps))
+    return run
+
+
+def test_a_run_that_is_at_work_is_told_stage_by_stage(half_done):
+    with alone_in(half_done):
+        told = status(half_done, now=1075.0).splitlines()
+    assert told[0].startswith(f"{half_done}: process ") and told[0].endswith(" is at work, last heard 1:13 min ago")
+    states = {line.split()[0]: line.split(maxsplit=1)[1] for line in told[1:]}
+    assert states["positive"] == "finished, 4 updates" and states["annotate"] == "finished"
+    assert states["train"] == "update 3 of 4, 40 s each, 40 s left; loss 0.5"
+    assert states["evaluate"] == states["export"] == "not finished"
+    assert "student_uld" in states["left"] and "student_uld" not in states
+
+
+def test_nothing_is_written_and_nobody_has_to_be_at_work(half_done, capsys):
+    before = {path: path.stat().st_mtime_ns for path in half_done.rglob("*")}
+    assert main(["status", "--workdir", str(half_done)]) == 0
+    assert "no process is at work" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in half_done.rglob("*")} == before
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        status(tmp_path)
+
+
+def test_times_are_spoken():
+    assert [spoken(s) for s in (0.2, 59.4, 61, 3599, 3661)] == ["0 s", "59 s", "1:01 min", "59:59 min", "1:01:01 h"]
