@@ -37,6 +37,7 @@ _PROGRESS = "manifest.json.progress"
 _FORMAT = 3
 _OWN_FIELDS = ("format", "num_pairs", "shard_pairs", "scorers", "shards", "metadata", "written_with")
 _ALIGNED = ("bounds", "teacher_ids", "teacher_span_ids", "student_ids", "student_span_ids")  # of each side, int32
+_SCALARS = {"id", "weight", "margin", *(f"{side}_{what}" for side in SIDES for what in ("bytes", "truncated"))}
 _INT32 = {"teacher_prompt", "student_prompt", *(f"{side}_{what}" for side in SIDES for what in _ALIGNED)}
 
 Scores = dict[str, dict[str, np.ndarray]]  # side -> scorer -> float32 [S]: log-probability of each span
@@ -223,10 +224,11 @@ def deserialized(data: bytes) -> Record:
 
     record: Record = {}
     for name, field in tf_example_pb2.Example.FromString(data).features.feature.items():
-        (value,) = getattr(field, field.WhichOneof("kind")).value
-        if isinstance(value, bytes) and name != "id":
-            value = np.frombuffer(value, np.int32 if name in _INT32 else np.float32)
-        record[name] = value
+        if name in _SCALARS:
+            (record[name],) = getattr(field, field.WhichOneof("kind")).value
+        else:
+            (data,) = field.bytes_list.value
+            record[name] = np.frombuffer(data, np.int32 if name in _INT32 else np.float32)
     return record
 
 

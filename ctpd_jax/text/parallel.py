@@ -30,7 +30,7 @@ class Source(NamedTuple):
 def workers_for(pairs: int) -> int:
     """Return how many processes are worth their start, which takes seconds, for so many pairs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST, pairs // (2 * BATCH))
+    return min(cores, MOST, pairs // (4 * BATCH))
 
 
 def prepare_in_processes(

@@ -141,6 +141,6 @@ def alive(pid: int) -> bool:
 
 def test_few_pairs_are_not_worth_a_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(100)), raising=False)
-    assert parallel.workers_for(4000) < 2 and parallel.workers_for(4096) == 2 and parallel.workers_for(61_000) == 16
+    assert parallel.workers_for(8000) < 2 and parallel.workers_for(8192) == 2 and parallel.workers_for(90_000) == 16
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     assert parallel.workers_for(61_000) == 2
