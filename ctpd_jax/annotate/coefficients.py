@@ -254,7 +254,7 @@ def training_items(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Millions of small objects are made here, which all stay: looking for garbage among them takes a fifth of the time."""
+    """Millions of small objects are made, which all stay: a fifth of the time goes into looking for garbage."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -112,7 +112,7 @@ def _measure(
 
     # 2. The chosen responses, one a row.
     items, micro_batch = response_items(pairs.aligned, "teacher", CHOSEN), job.config.annotate.micro_batch
-    rows = one_response_a_row(packing(job.config, job.own, decoder))
+    rows = one_response_a_row(packing(job.config, job.own, decoder, reads=True))
     shapes = plan_shapes(items, ranges, micro_batch, rows)
 
     # 3. Shard by shard.

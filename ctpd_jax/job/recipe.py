@@ -31,7 +31,7 @@ from ctpd_jax.sharding import row_devices, shard_shapes
 from ctpd_jax.train.distill import distill_sums, method_of, projector_shapes
 from ctpd_jax.train.loop import Objective, Recipe, preference_sums, sft_sums
 
-PROGRAM = 5e10  # parameters times tokens that a CPU trains on, or three times as many that it reads, while it compiles
+PROGRAM = 5e10  # parameters times tokens that a CPU trains on, or half of those that it reads, while it compiles
 MOST_SHAPES = 12  # where programs are cheap
 UNKNOWN_STEPS = 100  # where no data says how many updates there are; no shape depends on it
 
@@ -186,9 +186,9 @@ def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[
 
 
 def packing(
-    config: ConfigDict, mesh: Mesh, decoder: DecoderConfig | None, platform: str | None = None
+    config: ConfigDict, mesh: Mesh, decoder: DecoderConfig | None, platform: str | None = None, reads: bool = False
 ) -> PackingConfig:
-    """How responses are laid out in rows for a decoder; None where no model is at hand, as in a plan.
+    """How responses are laid out in rows for a decoder that trains or `reads`; None where none is at hand, as in a plan.
 
     Not packed on a CPU: its attention costs the square of a row's length. There, few rows at once are as fast as many,
     and a program is compiled in seconds: as many shapes as save more time than that.
@@ -201,4 +201,4 @@ def packing(
     if rows.buckets or platform != "cpu" or not decoder:
         return found
     parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)))
-    return replace(found, buckets=MOST_SHAPES, program=PROGRAM / parameters)
+    return replace(found, buckets=MOST_SHAPES, program=PROGRAM * (2 if reads else 1) / parameters)
