@@ -188,7 +188,7 @@ def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[
 def packing(
     config: ConfigDict, mesh: Mesh, decoder: DecoderConfig | None, platform: str | None = None, reads: bool = False
 ) -> PackingConfig:
-    """How responses are laid out in rows for a decoder that trains or `reads`; None where none is at hand, as in a plan.
+    """How responses lie in rows for a decoder that trains or `reads`; None where none is at hand, as in a plan.
 
     Not packed on a CPU: its attention costs the square of a row's length. There, few rows at once are as fast as many,
     and a program is compiled in seconds: as many shapes as save more time than that.
