@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+import threading
 
 import pytest
 
@@ -36,6 +38,21 @@ def test_a_run_that_is_at_work_is_told_stage_by_stage(half_done):
     assert states["train"] == "update 3 of 4, 40 s each, 40 s left; loss 0.5"
     assert states["evaluate"] == states["export"] == "not finished"
     assert "student_uld" in states["left"] and "student_uld" not in states
+
+
+def test_a_loss_that_is_not_finite_is_told(half_done):
+    with open(half_done / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"stage": "train", "step": 3, "time": 1004.0, "seconds": 40.0, "loss": None}) + "\n")
+    assert "update 4 of 4, 40 s each, 0 s left; loss not finite" in status(half_done)
+
+
+def test_whoever_asks_keeps_no_command_from_starting(half_done):
+    """The lock is tried, which holds it for a moment; a command that begins just then tries again."""
+    with open(half_done / "lock") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.05, asking.close).start()
+        with alone_in(half_done):
+            assert "is at work" in status(half_done)
 
 
 def test_nothing_is_written_and_nobody_has_to_be_at_work(half_done, capsys):

@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -79,7 +80,14 @@ def alone_in(workdir: Path) -> Iterator[None]:
 
     def lock() -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for again in (True, True, False):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not again:
+                        raise
+                    time.sleep(0.1)  # `ctpd status` tries the lock, for a moment
         except BlockingIOError as error:
             raise UserError(
                 f"Another command is at work in {workdir}, process {file.read().strip() or 'unknown'}: two would spoil "

@@ -153,10 +153,8 @@ def _measure(
 
     # 1. The model's view of the pairs, in rows of a few shapes.
     items, spans = items_of(job, pairs, model, instruction), spans_of(pairs.aligned, model, by_token)
-    rows, micro_batch = (
-        packing(job.config, job.own, decoder_of(job, model), reads=True),
-        job.config.annotate.micro_batch,
-    )
+    rows = packing(job.config, job.own, decoder_of(job, model), reads=True)
+    micro_batch = job.config.annotate.micro_batch
     shapes = plan_shapes(items, ranges, micro_batch, rows)
     job.say(f"{name}: {in_words(padding(items, ranges[:16], micro_batch, rows, shapes))}")
 

@@ -69,8 +69,9 @@ def _state(workdir: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     # The next update is the one after the last that was told; a restart goes on from the last checkpoint.
     steps, step = begun["settings"]["steps"], lines[-1]["step"] + 1
     seconds = median(line["seconds"] for line in lines[-RECENT:])
-    left = spoken(seconds * (steps - step))
-    return f"update {step} of {steps}, {seconds:.3g} s each, {left} left; loss {lines[-1]['loss']:.4g}"
+    left, loss = spoken(seconds * (steps - step)), lines[-1]["loss"]
+    told = "not finite" if loss is None else f"{loss:.4g}"
+    return f"update {step} of {steps}, {seconds:.3g} s each, {left} left; loss {told}"
 
 
 def spoken(seconds: float) -> str:
