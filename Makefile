@@ -21,7 +21,7 @@ WORKDIR ?= runs/demo
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-BENCHMARKS := alignment input logprobs scaling startup generate
+BENCHMARKS := alignment input logprobs scaling startup generate pod
 
 .PHONY: bench demo test fast fast-and-medium test-slow test-newest parity lint clean
 

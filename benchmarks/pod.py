@@ -1,9 +1,9 @@
 """What surrounds the devices when there are many pairs: the store, and everything between `ctpd train` and its first
 update.
 
-    python benchmarks/pod.py                      # 61,000 pairs about as long as UltraFeedback's; about 4 GB of memory
+    python benchmarks/pod.py                # 61,000 pairs about as long as UltraFeedback's; about 2.5 GB of memory
     python benchmarks/pod.py --pairs 6100
-    python benchmarks/pod.py --teacher GEMMA_3_270M --student SMOLLM2_135M     # and preparing, with their tokenizers
+    python benchmarks/pod.py --data PAIRS --teacher DIR --student DIR       # and preparing, with their tokenizers
 
 No model is needed: pairs are random tokens in random spans, scores are random numbers.
 """
@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
-    if arguments.teacher:
+    if arguments.data:
+        if not (arguments.teacher and arguments.student):
+            parser.error("--data needs --teacher and --student.")
         preparing(arguments, found)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.dir or Path(temporary)

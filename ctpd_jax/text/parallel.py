@@ -1,4 +1,4 @@
-"""Pairs prepared by several processes of this machine: most of the work is Python, which takes one core alone."""
+"""Pairs prepared by several processes of this machine: much of the work is Python, which takes one core alone."""
 
 from __future__ import annotations
 

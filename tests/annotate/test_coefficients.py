@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import MICRO
 
+from ctpd_jax.annotate import coefficients
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import load_config
@@ -34,6 +35,24 @@ def constants(items):
 def test_the_papers_objective_needs_nothing_more(examples):
     items, _ = items_of(examples)
     assert {(item.label, item.weight, item.chosen.targets is None) for item in items} == {(None, None, True)}
+
+
+@pytest.mark.parametrize("overrides", [(), ("--config.weights.source=random",)])
+def test_parts_make_no_difference(examples, overrides, monkeypatch):
+    """Pairs come a few at a time, responses a few in a program, and rows that fill it up count nothing."""
+    whole, figures = items_of(examples, *overrides, objective="mixed")
+    monkeypatch.setattr(coefficients, "PAIRS", 3)
+    monkeypatch.setattr(coefficients, "ROWS", 2)
+    parts, again = items_of(iter(examples), *overrides, objective="mixed")
+    assert len(parts) == len(examples) > 3
+    for one, other in zip(parts, whole, strict=True):
+        for a, b in zip(one.responses, other.responses, strict=True):
+            np.testing.assert_allclose(a.weights, b.weights, rtol=1e-6)
+            np.testing.assert_allclose(a.targets, b.targets, rtol=1e-6)
+            np.testing.assert_allclose(
+                [a.constant, a.start, a.reference], [b.constant, b.start, b.reference], rtol=1e-5
+            )
+    assert again == pytest.approx(figures, rel=1e-5)
 
 
 def test_regression_targets_and_the_starts_constants(examples):
