@@ -47,7 +47,7 @@ def prepare_in_processes(
     """
     parts = parts_of(pairs)
     # Not by fork: JAX and the tokenizers have threads, and locks that would never open in a copy.
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, _begin, (sources, limits))
 
     def found() -> Iterator[Part]:
@@ -57,6 +57,9 @@ def prepare_in_processes(
                 yield one
                 number += 1
         except BrokenProcessPool:  # one was killed, perhaps for its memory: this process can do it alone
+            # The rest may wait for a lock that died with it, and the pool ends them by SIGTERM, which they ignore.
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.kill()
             yield from (prepare_part(part, *models, limits) for part in parts[number:])
 
     try:

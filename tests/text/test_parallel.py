@@ -69,7 +69,8 @@ def test_a_process_that_is_killed_costs_nothing_but_time(given, monkeypatch):
 
     def kill_one(number: int) -> None:
         if not killed:
-            (child, *_) = multiprocessing.active_children()
+            child, other = multiprocessing.active_children()
+            os.kill(other.pid, signal.SIGSTOP)  # as one that waits for a lock which the killed one held
             killed.append(child.pid)
             os.kill(child.pid, signal.SIGKILL)
             child.join()
