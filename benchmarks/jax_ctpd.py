@@ -37,7 +37,8 @@ from ctpd_jax.schema import CHOSEN, MODELS, REJECTED, SIDES, AlignedPair
 from ctpd_jax.settings import default_config
 from ctpd_jax.sharding import place_batch
 from ctpd_jax.stages import annotate, train
-from ctpd_jax.train.loop import init_state, mean_of
+from ctpd_jax.train.loop import init_state
+from ctpd_jax.train.sums import mean_of
 
 
 def config_of(given: Mapping[str, Any]) -> ConfigDict:
@@ -152,7 +153,7 @@ def update_of(job: Job) -> Callable[[], dict[str, Any]]:
         for batch in batches:
             gradient, new = accumulate(state.params, frozen, gradient, place_batch(job.mesh, batch))
             sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
-        state, gradient, norm = update(state, gradient, sums["loss"][1])
+        state, gradient, norm = update(state, gradient, sums["loss"])
         jax.block_until_ready(state)
         means = mean_of(jax.device_get(sums))
         return {"loss": means["loss"], "padding": means["padding"], "grad_norm": float(norm)}

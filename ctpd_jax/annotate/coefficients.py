@@ -227,7 +227,7 @@ def training_items(
     with _no_collection():
         for pair, both in _weighed(examples, weights, train, seed, 0, totals):
             sides = response(pair.chosen, both[CHOSEN]), response(pair.rejected, both[REJECTED])
-            items.append(PairItem(pair.student_prompt, *sides))
+            items.append(PairItem(pair.student_prompt, *sides, id=pair.id))
             worth.append((pair.id, pair.weight, pair.margin))
             counted += _spans_of(pair)
 

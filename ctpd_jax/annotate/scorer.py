@@ -26,12 +26,12 @@ from ctpd_jax.sharding import compiler_options
 def plain_item(pair: AlignedPair, model: Model, prompt: np.ndarray | None = None) -> PairItem:
     """Returns one model's view of a pair, every token counting once. `prompt` replaces the pair's own."""
     own = pair.prompt(model) if prompt is None else prompt
-    return PairItem(own, _plain_response(pair, model, CHOSEN), _plain_response(pair, model, REJECTED))
+    return PairItem(own, _plain_response(pair, model, CHOSEN), _plain_response(pair, model, REJECTED), id=pair.id)
 
 
 def response_items(pairs: Sequence[AlignedPair], model: Model, side: int) -> list[PairItem]:
     """Returns the responses of one side alone, every token counting once."""
-    return [PairItem(pair.prompt(model), _plain_response(pair, model, side), None) for pair in pairs]
+    return [PairItem(pair.prompt(model), _plain_response(pair, model, side), None, id=pair.id) for pair in pairs]
 
 
 def _plain_response(pair: AlignedPair, model: Model, side: int) -> ScoredResponse:
@@ -57,7 +57,7 @@ def dpo_items(
             total = float(scores[side].sum(dtype=np.float64))
             responses.append(ScoredResponse(ids, np.ones(len(ids), np.float32), total, total, total))
         chosen, rejected = reversed(responses) if swapped else responses
-        items.append(PairItem(pair.prompt(model), chosen, rejected, weight=weight))
+        items.append(PairItem(pair.prompt(model), chosen, rejected, weight=weight, id=pair.id))
     return items
 
 

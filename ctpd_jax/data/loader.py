@@ -87,15 +87,25 @@ class Updates:
     """The micro-batches of every update of a stage."""
 
     batches: Callable[[int], list[Batch]]  # of an update, counted from 0
+    alone: Callable[[int], Iterable[tuple[str, Batch]]]  # likewise, pair by pair: its id, a batch that holds it alone
     micro_batch: int  # pairs of a pass, at most
     shapes: tuple[BatchShape, ...]  # no batch has another one: a program is compiled for each
     padding: float  # share of the tokens laid out, over the first updates
 
 
 def plan_updates(
-    items: Sequence[PairItem], seed: int, steps: int, batch_size: int, micro_batch: int, packing: PackingConfig
+    items: Sequence[PairItem],
+    seed: int,
+    steps: int,
+    batch_size: int,
+    micro_batch: int,
+    packing: PackingConfig,
+    beside: Callable[[Batch, Sequence[int]], Batch] = lambda batch, places: batch,
 ) -> Updates:
-    """Decides which items each update sees, how many in a pass and in which shapes, before the first of them."""
+    """Decides which items each update sees, how many in a pass and in which shapes, before the first of them.
+
+    beside: lays more into a batch, given the places of its pairs in `items`.
+    """
 
     def parts(steps: int) -> list[np.ndarray]:
         return [batch_indices(seed, step, len(items), batch_size) for step in range(steps)]
@@ -103,11 +113,19 @@ def plan_updates(
     # All updates are looked at: one late long pair would need a shape that nobody has compiled.
     micro_batch, shapes = _pairs_of_a_pass(items, parts(steps), min(micro_batch, batch_size), packing)
 
-    def batches(step: int) -> list[Batch]:
-        own = [items[int(i)] for i in batch_indices(seed, step, len(items), batch_size)]
-        return [batch for batch, _ in micro_batches(own, micro_batch, packing, shapes)]
+    def laid_out(places: np.ndarray) -> list[Batch]:
+        found = micro_batches([items[int(i)] for i in places], micro_batch, packing, shapes)
+        return [beside(batch, places[own].tolist()) for batch, own in found]
 
-    return Updates(batches, micro_batch, shapes, padding(items, parts(min(steps, 64)), micro_batch, packing, shapes))
+    def batches(step: int) -> list[Batch]:
+        return laid_out(batch_indices(seed, step, len(items), batch_size))
+
+    def alone(step: int) -> Iterator[tuple[str, Batch]]:
+        for place in batch_indices(seed, step, len(items), batch_size):
+            yield items[int(place)].id, laid_out(np.array([place]))[0]
+
+    share = padding(items, parts(min(steps, 64)), micro_batch, packing, shapes)
+    return Updates(batches, alone, micro_batch, shapes, share)
 
 
 def _pairs_of_a_pass(

@@ -43,6 +43,7 @@ class PairItem(NamedTuple):
     rejected: ScoredResponse | None
     label: float | None = None  # probability that the chosen response is the better one, where that is not certain
     weight: float | None = None  # how much the pair counts, where that differs
+    id: str = ""  # of the pair, to name it
 
     @property
     def responses(self) -> tuple[ScoredResponse, ...]:

@@ -52,6 +52,7 @@ OF_STAGES: tuple[tuple[str, Range], ...] = (
     ("weight_decay", NOT_NEGATIVE),
     ("warmup", (SHARE[0], "it is a share of the steps, from 0 to 1")),
     ("moments lora.base", DTYPE),
+    ("nonfinite", (lambda x: x in ("stop", "skip"), "choose one of stop, skip")),
     ("adam_b1 adam_b2", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
     ("lora.rank", (lambda x: x >= 0, "it cannot be negative; 0 trains all parameters")),
     ("steps", (lambda x: x >= -1, "0 means as many as the epochs give, -1 leaves the stage out")),

@@ -29,7 +29,8 @@ from ctpd_jax.models.lora import adapter_shapes
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import row_devices, shard_shapes
 from ctpd_jax.train.distill import distill_sums, method_of, projector_shapes
-from ctpd_jax.train.loop import Objective, Recipe, preference_sums, sft_sums
+from ctpd_jax.train.loop import Recipe
+from ctpd_jax.train.sums import Objective, preference_sums, sft_sums
 
 PROGRAM = 5e10  # parameters times tokens that a CPU trains on, or half of those that it reads, while it compiles
 MOST_SHAPES = 12  # where programs are cheap

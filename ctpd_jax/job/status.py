@@ -60,7 +60,8 @@ def _at_work(workdir: Path) -> str:
 def _state(workdir: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     folder = workdir / name
     if done := read_json(workdir / SEALS[name] if name in SEALS else folder / "done.json"):
-        return f"finished, {done['steps']} updates" if "steps" in done else "finished"
+        left_out = f", {done['skipped']} of them left out" if "skipped" in done else ""
+        return f"finished, {done['steps']} updates{left_out}" if "steps" in done else "finished"
     begun = read_json(folder / "inputs.json") if STAGES[name].trains else None
     if not begun:
         return "not finished"
@@ -71,7 +72,9 @@ def _state(workdir: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     seconds = median(line["seconds"] for line in lines[-RECENT:])
     left, loss = spoken(seconds * (steps - step)), lines[-1]["loss"]
     told = "not finite" if loss is None else f"{loss:.4g}"
-    return f"update {step} of {steps}, {seconds:.3g} s each, {left} left; loss {told}"
+    skipped = sum("skipped" in line for line in lines)
+    left_out = f"; {skipped} updates left out" if skipped else ""
+    return f"update {step} of {steps}, {seconds:.3g} s each, {left} left; loss {told}{left_out}"
 
 
 def spoken(seconds: float) -> str:

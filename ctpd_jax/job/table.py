@@ -161,7 +161,8 @@ def fingerprint(config: ConfigDict, stage: str) -> dict[str, Any]:
     settings = config[stage].to_dict()
     if not settings["lora"]["rank"]:
         settings["lora"] = {"rank": 0}
-    without = {"save_every", "micro_batch", "epochs"}
+    # A stage that an update without a number has ended may go on without that update.
+    without = {"save_every", "micro_batch", "epochs", "nonfinite"}
     if not settings.get("keep_best"):  # then looking changes nothing
         without |= {"eval_every", "eval_pairs", "keep_best", "patience"}
     return {name: value for name, value in settings.items() if name not in without}

@@ -28,7 +28,9 @@ from ctpd_jax.models.lora import init_adapters
 from ctpd_jax.sharding import barrier, first_process, told_by_first
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.held_out import HeldOut
-from ctpd_jax.train.loop import Objective, Recipe, preference_sums, train
+from ctpd_jax.train.loop import Recipe, train
+from ctpd_jax.train.metrics import read_metrics
+from ctpd_jax.train.sums import Objective, preference_sums
 
 
 def steps_of(config: ConfigDict, stage: str, items: int) -> int:
@@ -130,6 +132,10 @@ def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) 
         before = read_json(directory / "inputs.json")["from"]
         digest = hashlib.sha256(f"{before} {digest}".encode()).hexdigest()
     if first_process():
+        lines = read_metrics(job.workdir)
+        if skipped := sum(line["stage"] == stage and "skipped" in line for line in lines):
+            job.say(f"{stage}: {skipped} of {recipe.steps} updates were not finite and were left out.")
+            figures = {**figures, "skipped": skipped}
         finish(directory, {"params": digest, "steps": recipe.steps, **figures})
         shutil.rmtree(directory / "checkpoints")
         shutil.rmtree(directory / "best", ignore_errors=True)

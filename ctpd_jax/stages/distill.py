@@ -6,13 +6,13 @@ models' spaces beside the student; they are dropped when it is saved.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from ctpd_jax.annotate.scorer import response_items
-from ctpd_jax.data.loader import batch_indices, micro_batches, plan_updates
+from ctpd_jax.data.loader import plan_updates
 from ctpd_jax.data.packing import round_up
 from ctpd_jax.job.features import Features, one_response_a_row, teacher_features
 from ctpd_jax.job.job import Job
@@ -44,18 +44,16 @@ def run(job: Job, stage: str) -> None:
     k = min(settings.get("top_k", 0), max(student.vocab_size, teacher.vocab_size))
     features = teacher_features(job, pairs, settings.teacher, k)
 
-    # 4. Which responses every update sees, one a row, with the teacher's tokens beside them.
+    # 4. Which responses every update sees, one a row, with the teacher's tokens beside them: as many a row as the
+    # longest response has, so that the whole stage has one shape of them.
     rows = one_response_a_row(packing(config, job.mesh, student))
-    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows)
-    job.say(f"{stage}: {updates.padding:.0%} of the tokens in rows are padding; a row is one response here.")
-
-    # As many teacher tokens a row as the longest response has: one shape for the whole stage.
     size = int(round_up(max(map(len, features.of_pairs)), rows.multiple))
 
-    def batches(step: int) -> list[Batch]:
-        places = batch_indices(config.seed, step, len(items), settings.batch_size)
-        found = micro_batches([items[i] for i in places], updates.micro_batch, rows, updates.shapes)
-        return [features.beside(batch, pairs.aligned, places[each].tolist(), size) for batch, each in found]
+    def beside(batch: Batch, places: Sequence[int]) -> Batch:
+        return features.beside(batch, pairs.aligned, places, size)
+
+    updates = plan_updates(items, config.seed, steps, settings.batch_size, settings.micro_batch, rows, beside)
+    job.say(f"{stage}: {updates.padding:.0%} of the tokens in rows are padding; a row is one response here.")
 
     # 5. The loop, from the newest checkpoint if there is one.
     initial, frozen = parameters(job, what)
@@ -67,8 +65,7 @@ def run(job: Job, stage: str) -> None:
 
     with_teacher = frozen | teacher_head(features, what.frozen)
     checkpoints = job.workdir / stage / "checkpoints"
-    laid_out = replace(updates, batches=batches)
-    params = train(what, checkpoints, begin, with_teacher, laid_out, job.log, log_every=config.log_every)
+    params = train(what, checkpoints, begin, with_teacher, updates, job.log, log_every=config.log_every)
 
     # 6. What evaluation needs.
     leave(job, what, {name: value for name, value in params.items() if name != "projectors"}, {})

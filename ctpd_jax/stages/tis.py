@@ -78,5 +78,5 @@ def tis_items(
     items = []
     for pair, both, weight in zip(pairs, start, pair_weights(pairs), strict=True):
         chosen, rejected = (response(pair, side, both[side]) for side in (CHOSEN, REJECTED))
-        items.append(PairItem(pair.student_prompt, chosen, rejected, weight=weight))
+        items.append(PairItem(pair.student_prompt, chosen, rejected, weight=weight, id=pair.id))
     return items

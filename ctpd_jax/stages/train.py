@@ -2,7 +2,7 @@
 
 The return of a response is r = sum_t a_span(t) log pi_theta(y_t) - c: the weights a come from the contrastive pair, the
 constant c from the reference, and both are in the store. So no teacher is loaded here, and its folder need not be on
-this machine. The loss is `train.loop.preference_sums`, its formulas are in `core.losses`.
+this machine. The loss is `train.sums.preference_sums`, its formulas are in `core.losses`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from ctpd_jax.models.compute import Compute, logprobs_of, scored_states
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, logits_of, unembedding
 from ctpd_jax.schema import Array, Batch, TeacherTokens
-from ctpd_jax.train.loop import Sums, token_sums
+from ctpd_jax.train.sums import Sums, token_sums
 
 OT_WEIGHT = 0.1  # of Multi-Level OT's sorted cross-entropy, and of its Sinkhorn distance (arXiv 2412.14528)
 

@@ -1,19 +1,17 @@
-"""One training stage: its loop, its two jitted programs, and the losses that they take the gradient of.
+"""One training stage: its loop, and its two jitted programs.
 
 Where the parameters of a stage come from, first match wins:
   1. its newest whole checkpoint: parameters, optimizer, step; the data follow from the step
   2. its beginning: the parameters handed in, a fresh optimizer, step 0
 
-Every number is a pair (sum, count) until it is logged, so that neither the split into micro-batches nor the devices
-change it.
-
-Letters: R rows, K scored tokens of a row, P pairs.
+An update whose loss or gradient is not finite changes nothing, so that no checkpoint ever holds one. It ends the run,
+or is left out (`nonfinite`); either way the pairs are named that are not finite by themselves.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,32 +24,23 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax.core.losses import (
-    lambda_diagnostics,
-    preference_loss,
-    response_returns,
-    reward_metrics,
-    sft_loss,
-    sft_term,
-)
-from ctpd_jax.core.objectives import response_errors
-from ctpd_jax.core.projection import response_sums
 from ctpd_jax.data.loader import Updates, ahead
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.adding import add_gradient
-from ctpd_jax.models.compute import Compute, scored_logprobs
+from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import join
 from ctpd_jax.processes import preempt
-from ctpd_jax.schema import CHOSEN, REJECTED, Array, Batch, Model
+from ctpd_jax.schema import Array, Batch, Model
 from ctpd_jax.sharding import compiler_options, place_batch, replicated
 from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.held_out import HeldOut, Looks
 from ctpd_jax.train.metrics import MetricLog, Progress
 from ctpd_jax.train.optimizer import learning_rate, make_optimizer
+from ctpd_jax.train.sums import Sums, mean_of
 
-Sums = dict[str, jax.Array]  # name -> float32 [2]: sum and count
+MOST_IN_A_ROW = 5  # updates that are not finite end a stage also where they are left out: it has diverged
 
 
 @dataclass(frozen=True)
@@ -105,7 +94,7 @@ def train(
         held_out: what is looked at on the way; it changes nothing unless the best update is to be kept.
 
     Raises:
-        UserError: the loss or the gradient stops being finite.
+        UserError: the loss or the gradient is not finite, and such updates are not to be left out.
         Preempted: the run was asked to stop, and the update before is saved.
     """
     name, settings, steps, mesh = recipe.stage, recipe.settings, recipe.steps, recipe.mesh
@@ -128,12 +117,12 @@ def train(
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
         prepared = ahead(updates.batches, first, steps)
-        began = 0.0  # when the update before had ended
+        began, in_a_row = 0.0, 0  # when the update before had ended; updates that were left out, up to it
         with Progress(steps, name, first, unit="update") as progress:
 
             def tell(step: int, sums: Sums, norm: Array, programs: int, ended: float | None) -> None:
                 """Log what an update did, which waits for it; where a look is due, `state` is still that update's."""
-                nonlocal began
+                nonlocal began, in_a_row
                 metrics = mean_of(jax.device_get(sums))
                 ended = ended or time.perf_counter()
                 seconds, began = ended - began, ended
@@ -145,15 +134,24 @@ def train(
                     "compiled_programs": programs,
                     **peak_memory(),
                 }
-                if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
-                    raise UserError(
-                        f"{name}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}. "
-                        f"Lower {name}.lr or look at the pairs of that update; its checkpoints are whole."
-                    )
+                fine = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+                in_a_row = 0 if fine else in_a_row + 1
+                if not fine:
+                    where = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}"
+                    pairs = not_finite(mesh, accumulate, zeros, state.params, frozen, updates.alone(step))
+                    where += f"; by themselves are not finite: {pairs}" if pairs else ""
+                    if settings.nonfinite == "stop" or in_a_row == MOST_IN_A_ROW:
+                        raise UserError(
+                            f"{name}: {where}. Lower {name}.lr, look at the pairs of that update, or leave such "
+                            f"updates out, {MOST_IN_A_ROW - 1} in a row at most ({name}.nonfinite=skip). Its "
+                            "checkpoints are whole."
+                        )
+                    progress.write(f"{name}: left out, {where}.")
+                    metrics["skipped"] = 1
                 if looks.due(step):
                     seen = mean_of(looks.at(step, state.params, frozen))
                     metrics |= {f"eval/{key}": value for key, value in seen.items()}
-                if step % log_every == 0 or step == steps - 1 or looks.due(step):
+                if step % log_every == 0 or step == steps - 1 or looks.due(step) or not fine:
                     log.log(name, step, metrics | dict(figures or {}))
                 progress.update(1, loss=metrics["loss"])
 
@@ -174,7 +172,7 @@ def train(
                 for batch in next(prepared):
                     gradient, new = accumulate(state.params, frozen, gradient, place_batch(mesh, batch))
                     sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
-                state, gradient, norm = update(state, gradient, sums["loss"][1])
+                state, gradient, norm = update(state, gradient, sums["loss"])
 
                 # It is told of while the next one runs, so that the devices do not wait for the host; but at once where
                 # something is made of its parameters, which a loss that is not finite has to prevent.
@@ -220,103 +218,6 @@ def peak_memory() -> dict[str, float]:
     return {"peak_memory_gb": found["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in found else {}
 
 
-# ------------------------------------------------------------------------------------------------ losses
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a preference stage minimises; see core.losses.preference_loss."""
-
-    beta: float
-    label_smoothing: float = 0.0
-    loss: str = "sigmoid"
-    sft_weight: float = 0.0
-    preference: bool = True  # without, the spans' regression is all of it
-    regression: float = 0.0  # of core.objectives.response_errors, both responses
-
-
-def response_ids(batch: Batch) -> Array:
-    """Returns the place of each slot's response among [P, 2], flattened: int32 [R, K], -1 in padding."""
-    return jnp.where(batch.pair >= 0, 2 * batch.pair + batch.side, -1)
-
-
-def preference_sums(
-    config: DecoderConfig, objective: Objective, compute: Compute, params: Params, batch: Batch
-) -> tuple[Array, Sums]:
-    """Returns the summed loss of the batch's pairs, and the sums that are logged.
-
-    The return of a response is sum_t w_t log pi(y_t) - c: the token form of arXiv 2601.11865's return,
-    which is what keeps the teacher out of the training job.
-    """
-    # 1. What the policy gives each scored token, and which response that token belongs to.
-    logps = scored_logprobs(config, params, batch, compute)
-    ids, shape = response_ids(batch), batch.constant.shape
-    plain = response_sums(logps, ids, batch.constant.size).reshape(shape)  # [P, 2]
-    counts = response_sums(jnp.ones_like(logps), ids, batch.constant.size).reshape(shape)
-
-    # 2. The loss of each pair.
-    returns = response_returns(logps, batch.weight, ids, batch.constant)
-    out = preference_loss(
-        returns[:, CHOSEN],
-        returns[:, REJECTED],
-        beta=objective.beta,
-        label_smoothing=objective.label_smoothing if batch.label is None else 1 - batch.label,
-        loss=objective.loss,
-    )
-    fluency = objective.sft_weight * sft_term(plain[:, CHOSEN], counts[:, CHOSEN])
-    loss, errors = out.loss + fluency, None
-    if batch.spans is not None:
-        errors = response_errors(logps, batch.spans, ids, batch.constant.size).reshape(shape).mean(axis=1)
-        loss = (loss if objective.preference else fluency) + objective.regression * errors
-    if batch.pair_weight is not None:
-        loss = batch.pair_weight * loss
-    real = batch.real
-    total = jnp.sum(loss * real)
-
-    # 3. What is logged. Rewards with weights of one: annotated weights know the label, and a policy that has learnt
-    # nothing would seem to agree with it.
-    moved = objective.beta * (plain - batch.start)
-    means = {
-        "loss": loss,
-        **reward_metrics("rewards/", *(objective.beta * (plain - batch.reference)).T),
-        **reward_metrics("rewards/weighted_", out.chosen_rewards, out.rejected_rewards),
-        "rewards/margin_from_start": moved[:, CHOSEN] - moved[:, REJECTED],
-        "logps/chosen": plain[:, CHOSEN],
-        "logps/rejected": plain[:, REJECTED],
-    }
-    if errors is not None:
-        means["regression/error"] = errors
-    pairs = jnp.sum(real)
-    sums = {name: jnp.stack([jnp.sum(jnp.where(real > 0, value, 0.0)), pairs]) for name, value in means.items()}
-    if objective.loss == "sigmoid" and objective.preference:  # else it is not the pair's weight in the gradient
-        weights = out.lam - (objective.label_smoothing if batch.label is None else 1 - batch.label)
-        sums |= {f"lambda/{name}": jnp.stack(part) for name, part in lambda_diagnostics(weights, real > 0).items()}
-    return total, sums | token_sums(batch)
-
-
-def sft_sums(config: DecoderConfig, compute: Compute, params: Params, batch: Batch) -> tuple[Array, Sums]:
-    """Returns the summed negative log-likelihood of the scored tokens; its count is the number of tokens."""
-    logps = scored_logprobs(config, params, batch, compute)
-    total, count = sft_loss(logps, batch.weight)
-    return total, {"loss": jnp.stack([total, count])} | token_sums(batch)
-
-
-def token_sums(batch: Batch) -> Sums:
-    """Tokens of the batch, scored tokens, and the share of the rows that is padding."""
-    used = jnp.sum(batch.layout.segment > 0).astype(jnp.float32)
-    one = jnp.ones((), jnp.float32)
-    return {
-        "num_tokens": jnp.stack([used, one * 0]),  # count 0: a total, not a mean
-        "num_scored_tokens": jnp.stack([jnp.sum(batch.pair >= 0).astype(jnp.float32), one * 0]),
-        "padding": jnp.stack([batch.tokens.size - used, one * batch.tokens.size]),
-    }
-
-
-def mean_of(sums: dict[str, Any]) -> dict[str, float]:
-    """Divides once, at the very end; a count of zero marks a total."""
-    return {name: float(part if count == 0 else part / count) for name, (part, count) in sums.items()}
-
-
 # ------------------------------------------------------------------------------------------------ programs
 
 
@@ -359,8 +260,9 @@ def make_steps(
 
     accumulate(params, frozen, gradient, batch) -> (gradient + this batch's, sums); the gradient's buffer is reused.
     `frozen` are parameters that are not trained: the base under adapters, or {}.
-    update(state, gradient, count) -> (state, a gradient of zeros, norm of gradient / count before clipping). The
-    buffers of state and gradient are reused: an update that is enqueued behind another one takes no more memory.
+    update(state, gradient, loss float32 [2]: sum and count) -> (state, a gradient of zeros, norm of gradient / count
+    before clipping). The buffers of state and gradient are reused: an update that is enqueued behind another one takes
+    no more memory. Where loss or norm is not finite, only the counters of steps go on.
     """
 
     # Where results lie is said for both programs: left to the compiler, the state could wander between updates.
@@ -374,14 +276,45 @@ def make_steps(
         return add_gradient(lambda params: loss(join(frozen, params), batch), params, gradient, layers=whole)
 
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_state, of_state.params, of_sums))
-    def update(state: TrainState, gradient: Params, count: Array) -> tuple[TrainState, Params, Array]:
-        mean = jax.tree.map(lambda g: g / count, gradient)
-        changes, opt_state = optimizer.update(mean, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
-        cleared = jax.tree.map(jnp.zeros_like, gradient)
-        return TrainState(state.step + 1, params, opt_state), cleared, optax.global_norm(mean)
+    def update(state: TrainState, gradient: Params, loss: Array) -> tuple[TrainState, Params, Array]:
+        mean = jax.tree.map(lambda g: g / loss[1], gradient)
+        norm = optax.global_norm(mean)
+
+        def spend() -> tuple[Params, Any]:
+            changes, opt_state = optimizer.update(mean, state.opt_state, state.params)
+            return optax.apply_updates(state.params, changes), opt_state
+
+        def keep() -> tuple[Params, Any]:
+            # The learning rate follows the number of updates all the same.
+            counted = jax.tree.map(lambda x: x + jnp.issubdtype(x.dtype, jnp.integer), state.opt_state)
+            return state.params, counted
+
+        # A finite norm has finite squares, so that Adam's moments are finite with it.
+        fine = jnp.isfinite(norm) & jnp.isfinite(loss[0])
+        params, opt_state = jax.lax.cond(fine, spend, keep)
+        return TrainState(state.step + 1, params, opt_state), jax.tree.map(jnp.zeros_like, gradient), norm
 
     return accumulate, update
+
+
+def not_finite(
+    mesh: Mesh,
+    accumulate: jax.stages.Wrapped,
+    zeros: Callable[[Params], Params],
+    params: Params,
+    frozen: Params,
+    alone: Iterable[tuple[str, Batch]],
+) -> str:
+    """Names the pairs that have no finite loss or gradient by themselves, with commas; "" where there is none.
+
+    `params` may be one update later than those with which the update failed.
+    """
+    found = []
+    for pair, batch in alone:
+        gradient, sums = accumulate(params, frozen, zeros(params), place_batch(mesh, batch))
+        if not np.isfinite(sums["loss"][0]) or not np.isfinite(optax.global_norm(gradient)):
+            found.append(pair)
+    return ", ".join(found)
 
 
 def compiled_programs(stage: str, program: Any, shapes: int) -> int:

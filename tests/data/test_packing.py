@@ -254,3 +254,15 @@ def test_much_padding_is_told_with_what_lowers_it():
         shares[length] = 1 - units.tokens.sum() / laid_out
     assert shares[1024] > 0.4 and shares[0] < shares[1024]
     assert "rows.length=0" in in_words(shares[1024]) and in_words(0.12) == "12% of the tokens in rows are padding."
+
+
+def test_the_pairs_of_an_update_alone_fit_the_shapes_that_were_planned():
+    items = [item._replace(id=f"pair {n}") for n, item in enumerate(make_items(np.random.default_rng(0), 9))]
+    updates = plan_updates(items, 0, 2, 4, 4, PackingConfig("shared", False, 2, 8))
+    sizes = {(shape.rows, shape.length, shape.scored) for shape in updates.shapes}
+    for step in range(2):
+        alone = list(updates.alone(step))
+        assert [name for name, _ in alone] == [f"pair {n}" for n in batch_indices(0, step, 9, 4)]
+        for name, batch in alone:
+            assert (*batch.tokens.shape, batch.target.shape[1]) in sizes and batch.real.tolist() == [1, 0, 0, 0]
+            assert set(batch.target[batch.pair == 0].tolist()) == {int(name.split()[1])}

@@ -23,8 +23,9 @@ from ctpd_jax.models.decoder import init_params, param_shapes
 from ctpd_jax.models.lora import adapter_shapes, init_adapters, with_lora
 from ctpd_jax.settings import preference
 from ctpd_jax.sharding import make_mesh, row_devices, shard_shapes
-from ctpd_jax.train.loop import Objective, preference_sums, train
+from ctpd_jax.train.loop import train
 from ctpd_jax.train.metrics import MetricLog, read_metrics
+from ctpd_jax.train.sums import Objective, preference_sums
 from helpers.recipes import recipe_of
 from helpers.tiny import CONFIGS
 

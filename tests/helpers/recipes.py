@@ -27,4 +27,4 @@ def recipe_of(
 
 def updates_of(batches: Callable, shapes: int) -> Updates:
     """Batches of a number of planned shapes, whatever those are."""
-    return Updates(batches, 1, (None,) * shapes, 0.0)  # type: ignore[arg-type]
+    return Updates(batches, lambda step: (), 1, (None,) * shapes, 0.0)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from ctpd_jax.data.loader import micro_batches, plan_shapes
 from ctpd_jax.data.packing import PackingConfig
 from ctpd_jax.data.rows import LAYOUTS, PairItem, ScoredResponse
 from ctpd_jax.models.compute import Compute
-from ctpd_jax.train.loop import Objective, preference_sums
+from ctpd_jax.train.sums import Objective, preference_sums
 
 PAIRS = 5
 ALONE = PackingConfig("response", packed=False, buckets=1, multiple=8)

@@ -24,7 +24,7 @@ from ctpd_jax.models.hf import load_hf, save_hf
 from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.models.hf.load import tensor_table
 from ctpd_jax.schema import RowLayout
-from ctpd_jax.train.loop import Objective, preference_sums
+from ctpd_jax.train.sums import Objective, preference_sums
 
 pytestmark = pytest.mark.parity
 SCRIPT = HELPERS / "torch_reference.py"

@@ -27,7 +27,7 @@ from ctpd_jax.models.decoder import init_params
 from ctpd_jax.models.lora import init_adapters, join
 from ctpd_jax.schema import SIDES
 from ctpd_jax.train.checkpoint import save_params
-from ctpd_jax.train.loop import Objective, mean_of, preference_sums
+from ctpd_jax.train.sums import Objective, mean_of, preference_sums
 
 SFT = {"none": ["steps=-1"], "full": [], "adapters": ["lora.rank=3", "lora.alpha=4", "lora.targets=q_proj,up_proj"]}
 HALF = ["lora.rank=4", "lora.base=bfloat16", "lora.targets=q_proj,o_proj"]

@@ -19,7 +19,7 @@ from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.schema import Batch, TeacherTokens
 from ctpd_jax.settings import default_config
 from ctpd_jax.train import distill
-from ctpd_jax.train.loop import mean_of
+from ctpd_jax.train.sums import mean_of
 
 TEACHER_VOCABULARY = 300
 SETTINGS = {name: default_config()[name] for name in ("student_uld", "student_ot", "student_dskd")}

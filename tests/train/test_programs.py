@@ -20,7 +20,8 @@ from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import preference
-from ctpd_jax.train.loop import Objective, init_state, preference_sums
+from ctpd_jax.train.loop import init_state
+from ctpd_jax.train.sums import Objective, preference_sums
 
 SMOLLM2 = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -71,7 +72,7 @@ def test_no_logits_in_the_compiled_step(raw):
     state = jax.eval_shape(lambda p: init_state(p, recipe.optimizer), params)
     programs = {
         "accumulate": accumulate.lower(params, {}, params, abstract_batch()),
-        "update": update.lower(state, params, jax.ShapeDtypeStruct((), jnp.float32)),
+        "update": update.lower(state, params, jax.ShapeDtypeStruct((2,), jnp.float32)),
         "score": make_scorer(config, Compute()).lower(
             {}, params, abstract_batch(), jax.ShapeDtypeStruct((1, SCORED), jnp.int32)
         ),

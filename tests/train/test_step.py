@@ -19,14 +19,9 @@ from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.decoder import apply, init_params, param_shapes
 from ctpd_jax.models.hf.config import from_hf
 from ctpd_jax.settings import preference
-from ctpd_jax.train.loop import (
-    Objective,
-    init_state,
-    mean_of,
-    preference_sums,
-    sft_sums,
-)
+from ctpd_jax.train.loop import init_state
 from ctpd_jax.train.optimizer import decay_mask, learning_rate
+from ctpd_jax.train.sums import Objective, mean_of, preference_sums, sft_sums
 
 VOCABULARY = 512
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -256,7 +251,7 @@ def test_sft_counts_tokens_and_update_moves_every_matrix():
     gradient, sums = accumulate(params, {}, jax.tree.map(jnp.zeros_like, params), batch)
     assert float(sums["loss"][1]) == sum(len(i.chosen.tokens) for i in items)
     state = init_state(jax.tree.map(jnp.array, before), recipe.optimizer)
-    state, cleared, norm = update(state, gradient, sums["loss"][1])
+    state, cleared, norm = update(state, gradient, sums["loss"])
     assert int(state.step) == 1 and float(norm) > 0
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(cleared))
     for path, value in jax.tree_util.tree_leaves_with_path(state.params):
