@@ -153,7 +153,7 @@ def update_of(job: Job) -> Callable[[], dict[str, Any]]:
         for batch in batches:
             gradient, new = accumulate(state.params, frozen, gradient, place_batch(job.mesh, batch))
             sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
-        state, gradient, norm = update(state, gradient, sums["loss"])
+        state, gradient, norm = update(state, gradient, sums["loss"][1])
         jax.block_until_ready(state)
         means = mean_of(jax.device_get(sums))
         return {"loss": means["loss"], "padding": means["padding"], "grad_norm": float(norm)}

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ctpd_jax.errors import UserError
+from ctpd_jax.errors import UserError, lacking
 from ctpd_jax.job.arguments import parser
 from ctpd_jax.job.check import check_config
 from ctpd_jax.job.table import STAGES, why_left_out
@@ -78,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"\nctpd {known.command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
         )
         return 130
+    except Exception as error:
+        if (sentence := lacking(error)) is None:
+            raise
+        print(f"ctpd {known.command}: {sentence}", file=sys.stderr)
+        return 2
     return 0
 
 

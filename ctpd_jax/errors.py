@@ -1,5 +1,59 @@
-"""The one exception that a user's mistake raises; the command line prints its message alone and exits with 2."""
+"""What ends a command with one sentence, and exit code 2: a user's mistake, or something that the machine lacks."""
+
+from __future__ import annotations
+
+import errno
+
+_GOES_ON = "then give the same command again: it goes on from what is whole"
+_NO_ROOM = f"there is no space left; free some, {_GOES_ON}"
+_LACKS = {
+    errno.ENOSPC: _NO_ROOM,
+    errno.EDQUOT: _NO_ROOM,
+    errno.EROFS: "it lies on a file system that is read-only; mount it for writing, or take another --workdir",
+    errno.EACCES: "this user may not read or write it; change its owner or mode, or take another --workdir",
+    errno.EPERM: "this user may not read or write it; change its owner or mode, or take another --workdir",
+    errno.EIO: f"the disk does not answer; see the system's log, {_GOES_ON}",
+    errno.ESTALE: f"the network's file system has lost it; mount it again, {_GOES_ON}",
+    errno.EMFILE: f"too many files are open; raise `ulimit -n`, {_GOES_ON}",
+    errno.ENFILE: f"too many files are open on this machine; {_GOES_ON}",
+}
 
 
 class UserError(ValueError):
     """A sentence that names the file, line, field or example at fault and says what to do about it."""
+
+
+def lacking(error: BaseException) -> str | None:
+    """Return the sentence for an error that says that the machine lacks something: room, memory, a right.
+
+    None: it is of another kind, a fault of this program or of a library.
+    """
+    for one in _chain(error):
+        # 1. What the system says; a library in C++ has but a text.
+        if isinstance(one, OSError) and one.errno in _LACKS:
+            return f"{one.filename or 'a file'}: {_LACKS[one.errno]}."
+        if "No space left on device" in str(one):
+            return f"A file could not be written: {_NO_ROOM}."
+        # 2. Memory, of the host or of a device.
+        if isinstance(one, MemoryError):
+            return f"The host has too little memory ({one or 'an array could not be made'}); {_less('host')}."
+        if type(one).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(one):
+            said = str(one).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
+            return f"The device has too little memory ({said}); {_less('device')}."
+    return None
+
+
+def _less(where: str) -> str:
+    advice = "a smaller micro_batch of that stage, its model's remat=full, adapters (lora.rank) over a bfloat16 base"
+    more = "a mesh with fsdp over more devices" if where == "device" else "more processes"
+    return f"take {advice}, or {more}: `ctpd plan` with the same config says what fits"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return the error and those that it came from."""
+    found: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in found:
+        found.append(one)
+        one = one.__cause__ or one.__context__
+    return found

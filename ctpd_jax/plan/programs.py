@@ -227,7 +227,7 @@ def training(
     rows = packing(config, mesh, None, platform)
     shape = shape or largest_shape(config, micro_batch, 1 if is_sft(config, name) else 2, rows)
     batch = abstract_batch(mesh, shape, micro_batch, what.extra)
-    loss = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=replicated(mesh))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     memory = {
         "parameters": device_bytes(what.trainable) + device_bytes(what.frozen),
         "optimizer": device_bytes(state.opt_state),
@@ -239,7 +239,7 @@ def training(
     of_model = (what.decoder, what.compute, count(param_shapes(base)), count(what.trainable))
     micro_batches = -(-settings.batch_size // micro_batch)
     adding = accumulate.trace(what.trainable, what.frozen, what.trainable, batch)
-    spending = update.trace(state, what.trainable, loss)
+    spending = update.trace(state, what.trainable, scalar)
     programs = (
         Program("accumulate", adding, micro_batches, memory, memory["optimizer"], *of_model),
         Program("update", spending, 1, memory | {"batch": 0.0}, device_bytes(what.frozen), *of_model),

@@ -4,8 +4,8 @@ Where the parameters of a stage come from, first match wins:
   1. its newest whole checkpoint: parameters, optimizer, step; the data follow from the step
   2. its beginning: the parameters handed in, a fresh optimizer, step 0
 
-An update whose loss or gradient is not finite changes nothing, so that no checkpoint ever holds one. It ends the run,
-or is left out (`nonfinite`); either way the pairs are named that are not finite by themselves.
+An update whose loss or gradient is not finite ends the stage before anything of it is saved, or is left out where
+`nonfinite` is "skip". Either way the pairs are named that are not finite by themselves.
 """
 
 from __future__ import annotations
@@ -106,19 +106,37 @@ def train(
     accumulate, update = recipe.programs()
     begin = jax.jit(lambda params: init_state(params, recipe.optimizer), out_shardings=where)
     zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=where.params)
+    norm_of = jax.jit(lambda gradient, count: optax.global_norm(gradient) / count)
+    pass_over = jax.jit(passed_over, out_shardings=where, donate_argnums=0)
     schedule = learning_rate(settings, steps)
     looks = Looks(held_out, mesh, steps, directory.with_name("best"))
 
     with Checkpoints(directory, keep=2) as checkpoints:
         # The newest checkpoint, or the beginning; lines of updates that a killed run had not saved are taken back.
-        state: TrainState = checkpoints.restore_latest(placed) or begin(
-            require_shapes(name, recipe.trainable, initial())
-        )
+        def at_hand() -> TrainState:
+            return checkpoints.restore_latest(placed) or begin(require_shapes(name, recipe.trainable, initial()))
+
+        state: Any = at_hand()
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
         prepared = ahead(updates.batches, first, steps)
         began, in_a_row = 0.0, 0  # when the update before had ended; updates that were left out, up to it
+        gradient: Any = zeros(state.params)
         with Progress(steps, name, first, unit="update") as progress:
+
+            def blame(step: int, metrics: Mapping[str, float]) -> str:
+                """Tell what of an update is not finite, and which of its pairs are not by themselves."""
+                nonlocal state, gradient
+                # Where the update was made its parameters are spoilt, and those of the last checkpoint are looked at.
+                # Nothing is held twice, which might not fit.
+                gradient = None
+                if settings.nonfinite == "stop":
+                    state = None
+                    state = at_hand()
+                pairs = not_finite(mesh, accumulate, zeros, state.params, frozen, updates.alone(step))
+                gradient = zeros(state.params)
+                what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}"
+                return what + (f"; by themselves are not finite: {pairs}" if pairs else "")
 
             def tell(step: int, sums: Sums, norm: Array, programs: int, ended: float | None) -> None:
                 """Log what an update did, which waits for it; where a look is due, `state` is still that update's."""
@@ -137,16 +155,14 @@ def train(
                 fine = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
                 in_a_row = 0 if fine else in_a_row + 1
                 if not fine:
-                    where = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}"
-                    pairs = not_finite(mesh, accumulate, zeros, state.params, frozen, updates.alone(step))
-                    where += f"; by themselves are not finite: {pairs}" if pairs else ""
+                    what = blame(step, metrics)
                     if settings.nonfinite == "stop" or in_a_row == MOST_IN_A_ROW:
                         raise UserError(
-                            f"{name}: {where}. Lower {name}.lr, look at the pairs of that update, or leave such "
-                            f"updates out, {MOST_IN_A_ROW - 1} in a row at most ({name}.nonfinite=skip). Its "
-                            "checkpoints are whole."
+                            f"{name}: {what}. Lower {name}.lr, look at the pairs of that update, or leave such updates "
+                            f"out, {MOST_IN_A_ROW - 1} in a row at most ({name}.nonfinite=skip). Its checkpoints are "
+                            "whole."
                         )
-                    progress.write(f"{name}: left out, {where}.")
+                    progress.write(f"{name}: left out, {what}.")
                     metrics["skipped"] = 1
                 if looks.due(step):
                     seen = mean_of(looks.at(step, state.params, frozen))
@@ -157,7 +173,7 @@ def train(
 
             if first < steps:
                 progress.write(f"{name}: compiling, which can take minutes for a large model ...")
-            gradient, untold, began = zeros(state.params), None, time.perf_counter()
+            untold, began = None, time.perf_counter()
             for step in range(first, steps):
                 if preempt.stop_now():
                     if untold:
@@ -172,7 +188,14 @@ def train(
                 for batch in next(prepared):
                     gradient, new = accumulate(state.params, frozen, gradient, place_batch(mesh, batch))
                     sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
-                state, gradient, norm = update(state, gradient, sums["loss"])
+                fine = True
+                if settings.nonfinite == "skip":  # which has to wait for the devices
+                    norm = norm_of(gradient, sums["loss"][1])
+                    fine = bool(np.isfinite(norm) and np.isfinite(sums["loss"][0]))
+                if fine:
+                    state, gradient, norm = update(state, gradient, sums["loss"][1])
+                else:
+                    state = pass_over(state)
 
                 # It is told of while the next one runs, so that the devices do not wait for the host; but at once where
                 # something is made of its parameters, which a loss that is not finite has to prevent.
@@ -181,7 +204,7 @@ def train(
                     tell(*untold)
                 untold = step, sums, norm, compiled_programs(name, accumulate, len(updates.shapes)), ended
                 saves = (step + 1) % settings.save_every == 0
-                if saves or looks.due(step) or step + 1 == steps:
+                if saves or looks.due(step) or step + 1 == steps or not fine:
                     tell(*untold)
                     if saves and step + 1 < steps:
                         checkpoints.save(step + 1, state)
@@ -229,6 +252,11 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+def passed_over(state: TrainState) -> TrainState:
+    """The state after an update that was left out: its counters go on, the learning rate's too."""
+    return jax.tree.map(lambda leaf: leaf + jnp.issubdtype(leaf.dtype, jnp.integer), state)
+
+
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
@@ -260,9 +288,8 @@ def make_steps(
 
     accumulate(params, frozen, gradient, batch) -> (gradient + this batch's, sums); the gradient's buffer is reused.
     `frozen` are parameters that are not trained: the base under adapters, or {}.
-    update(state, gradient, loss float32 [2]: sum and count) -> (state, a gradient of zeros, norm of gradient / count
-    before clipping). The buffers of state and gradient are reused: an update that is enqueued behind another one takes
-    no more memory. Where loss or norm is not finite, only the counters of steps go on.
+    update(state, gradient, count) -> (state, a gradient of zeros, norm of gradient / count before clipping). The
+    buffers of state and gradient are reused: an update that is enqueued behind another one takes no more memory.
     """
 
     # Where results lie is said for both programs: left to the compiler, the state could wander between updates.
@@ -276,23 +303,12 @@ def make_steps(
         return add_gradient(lambda params: loss(join(frozen, params), batch), params, gradient, layers=whole)
 
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_state, of_state.params, of_sums))
-    def update(state: TrainState, gradient: Params, loss: Array) -> tuple[TrainState, Params, Array]:
-        mean = jax.tree.map(lambda g: g / loss[1], gradient)
-        norm = optax.global_norm(mean)
-
-        def spend() -> tuple[Params, Any]:
-            changes, opt_state = optimizer.update(mean, state.opt_state, state.params)
-            return optax.apply_updates(state.params, changes), opt_state
-
-        def keep() -> tuple[Params, Any]:
-            # The learning rate follows the number of updates all the same.
-            counted = jax.tree.map(lambda x: x + jnp.issubdtype(x.dtype, jnp.integer), state.opt_state)
-            return state.params, counted
-
-        # A finite norm has finite squares, so that Adam's moments are finite with it.
-        fine = jnp.isfinite(norm) & jnp.isfinite(loss[0])
-        params, opt_state = jax.lax.cond(fine, spend, keep)
-        return TrainState(state.step + 1, params, opt_state), jax.tree.map(jnp.zeros_like, gradient), norm
+    def update(state: TrainState, gradient: Params, count: Array) -> tuple[TrainState, Params, Array]:
+        mean = jax.tree.map(lambda g: g / count, gradient)
+        changes, opt_state = optimizer.update(mean, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        cleared = jax.tree.map(jnp.zeros_like, gradient)
+        return TrainState(state.step + 1, params, opt_state), cleared, optax.global_norm(mean)
 
     return accumulate, update
 
@@ -305,10 +321,7 @@ def not_finite(
     frozen: Params,
     alone: Iterable[tuple[str, Batch]],
 ) -> str:
-    """Names the pairs that have no finite loss or gradient by themselves, with commas; "" where there is none.
-
-    `params` may be one update later than those with which the update failed.
-    """
+    """Names the pairs that have no finite loss or gradient by themselves, with commas; "" where there is none."""
     found = []
     for pair, batch in alone:
         gradient, sums = accumulate(params, frozen, zeros(params), place_batch(mesh, batch))

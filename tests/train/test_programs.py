@@ -72,7 +72,7 @@ def test_no_logits_in_the_compiled_step(raw):
     state = jax.eval_shape(lambda p: init_state(p, recipe.optimizer), params)
     programs = {
         "accumulate": accumulate.lower(params, {}, params, abstract_batch()),
-        "update": update.lower(state, params, jax.ShapeDtypeStruct((2,), jnp.float32)),
+        "update": update.lower(state, params, jax.ShapeDtypeStruct((), jnp.float32)),
         "score": make_scorer(config, Compute()).lower(
             {}, params, abstract_batch(), jax.ShapeDtypeStruct((1, SCORED), jnp.int32)
         ),

@@ -251,7 +251,7 @@ def test_sft_counts_tokens_and_update_moves_every_matrix():
     gradient, sums = accumulate(params, {}, jax.tree.map(jnp.zeros_like, params), batch)
     assert float(sums["loss"][1]) == sum(len(i.chosen.tokens) for i in items)
     state = init_state(jax.tree.map(jnp.array, before), recipe.optimizer)
-    state, cleared, norm = update(state, gradient, sums["loss"])
+    state, cleared, norm = update(state, gradient, sums["loss"][1])
     assert int(state.step) == 1 and float(norm) > 0
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(cleared))
     for path, value in jax.tree_util.tree_leaves_with_path(state.params):
