@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -79,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     except Exception as error:
-        if (sentence := lacking(error)) is None:
+        if (sentence := lacking(error, getattr(known, "workdir", None))) is None:
             raise
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # other files of a save that failed would tell the same
         print(f"ctpd {known.command}: {sentence}", file=sys.stderr)
         return 2
     return 0

@@ -23,17 +23,18 @@ class UserError(ValueError):
     """A sentence that names the file, line, field or example at fault and says what to do about it."""
 
 
-def lacking(error: BaseException) -> str | None:
+def lacking(error: BaseException, workdir: object = None) -> str | None:
     """Return the sentence for an error that says that the machine lacks something: room, memory, a right.
 
-    None: it is of another kind, a fault of this program or of a library.
+    The place is the file, where the error names one, else the `workdir`. None: the error is of another kind, a fault
+    of this program or of a library.
     """
     for one in _chain(error):
         # 1. What the system says; a library in C++ has but a text.
         if isinstance(one, OSError) and one.errno in _LACKS:
-            return f"{one.filename or 'a file'}: {_LACKS[one.errno]}."
+            return f"{one.filename or workdir or 'a file'}: {_LACKS[one.errno]}."
         if "No space left on device" in str(one):
-            return f"A file could not be written: {_NO_ROOM}."
+            return f"{workdir or 'a file'}: {_NO_ROOM}."
         # 2. Memory, of the host or of a device.
         if isinstance(one, MemoryError):
             return f"The host has too little memory ({one or 'an array could not be made'}); {_less('host')}."

@@ -40,6 +40,11 @@ class Job:
     own: Mesh  # the devices of this process, for work that is divided among processes or done by one of them
     looks_only: bool = False  # it leaves the workdir as it is, where another command may be at work
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process may write what is written once."""
+        return first_process() and not self.looks_only
+
 
 @contextmanager
 def open_job(

@@ -21,7 +21,7 @@ from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf import model_directory
 from ctpd_jax.models.hf.config import read_config
 from ctpd_jax.schema import MODELS, Model
-from ctpd_jax.sharding import check_heads, first_process
+from ctpd_jax.sharding import check_heads
 from ctpd_jax.text.parallel import Source
 from ctpd_jax.text.prompts import TextModel, load_text_model
 
@@ -63,7 +63,7 @@ def weights_digest(job: Job, model: Model) -> str:
     if known.get(model, {}).get("files") != key:
         joined = "".join(sha256_file(file) for file in files)
         known[model] = {"files": key, "weights": hashlib.sha256(joined.encode()).hexdigest()}
-        if first_process():
+        if job.writes:
             write_json(job.workdir / "models.json", known)
     return known[model]["weights"]
 

@@ -77,12 +77,11 @@ def prepared(job: Job, split: Split, spec: str, raw: list[PreferencePair], repor
                 return prepare_in_processes(raw, sources, models, limits, workers, progress.update)
             return prepare_pairs(raw, *models, limits, progress.update)
 
-    writes = first_process() and not job.looks_only
-    aligned, counters = on_disk.prepared_once(job.workdir / "prepared" / split, made, prepare, writes)
+    aligned, counters = on_disk.prepared_once(job.workdir / "prepared" / split, made, prepare, job.writes)
     report.merge(counters)
 
     # 2. What became of the rows, in a file and on the screen, before anything refuses them.
-    if first_process():
+    if job.writes:
         first = {"first": report.notes} if report.notes else {}
         write_json(job.workdir / f"data_{split}.json", {"source": spec, **report.counts, **first})
     job.say(f"{split}: {spec}\n  {terminal.counts(report)}")

@@ -98,11 +98,16 @@ def _tear(before: tuple[str, int] | None) -> None:
 
 
 def forked(work: Callable[[], int], log: Path) -> int:
-    """Run `work` in a fork, its output appended to `log`; return its exit code, or minus the signal."""
+    """Run `work` in a fork to its end; return its exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(start(work, log), 0)[1])
+
+
+def start(work: Callable[[], int], log: Path) -> int:
+    """Begin `work` in a fork, its output appended to `log`; return the number of that process."""
     sys.stdout.flush(), sys.stderr.flush()
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
     code = 1
     try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
