@@ -21,10 +21,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ctpd_jax.errors import UserError, lacking
-from ctpd_jax.job.arguments import parser
+from ctpd_jax.job.arguments import LOOKING, parser
 from ctpd_jax.job.check import check_config
 from ctpd_jax.job.table import STAGES, why_left_out
-from ctpd_jax.processes import preempt
+from ctpd_jax.processes import messages, preempt
 from ctpd_jax.settings import default_config
 
 
@@ -35,17 +35,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     known, overrides = parser().parse_known_args(arguments)
     try:
+        # From here on everything that is said is logged too, if that is asked for.
+        with messages.heard(getattr(known, "log", None), getattr(known, "quiet", False)):
+            return carried_out(known, overrides)
+    except UserError as error:
+        print(f"ctpd {known.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Carries out a command and returns the exit code; whatever ends it is told in a sentence, but for our own bugs."""
+    try:
         # These have nothing that could go on: SIGTERM ends them at once.
-        if known.command in ("inspect", "generate", "plan", "report", "status", "judge") or asks_harness(known):
+        if known.command in LOOKING or asks_harness(known):
             return look(known, overrides)
         with preempt.listening():
             # 1. What is asked for. JAX reads its environment when it is imported: until here it is not.
             config = load_config(known.config, overrides)
             check_config(config)
             choose_platform(config)
-            from ctpd_jax.artifacts import write_json
             from ctpd_jax.job.job import open_job
             from ctpd_jax.job.preflight import preflight
+            from ctpd_jax.job.status import what_is_there
             from ctpd_jax.processes import distributed
             from ctpd_jax.report.page import write_report
             from ctpd_jax.sharding import first_process
@@ -54,10 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stages = {name: import_module(f"ctpd_jax.stages.{STAGES[name].kind}") for name in chosen_stages(known)}
 
             # 3. Each stage that is not left out knows whether it is finished or goes on.
-            with distributed.joined(), open_job(config, known.workdir) as job:
+            with distributed.joined(), open_job(config, known.workdir, messages.say) as job:
                 preflight(job, known.command)
-                if first_process():
-                    write_json(job.workdir / "config.json", config.to_dict())
+                job.note("config.json", config.to_dict())
                 for name, module in stages.items():
                     with preempt.during(name):
                         if why := why_left_out(config, name):
@@ -68,22 +78,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         write_report(job.workdir)
                 if known.command == "export" and known.push and first_process():
                     stages["export"].push(job.workdir / "export", known.push, known.private, known.dry_run, job.say)
+                if first_process():
+                    print(what_is_there(job.workdir))
     except UserError as error:
-        print(f"ctpd {known.command}: {error}", file=sys.stderr)
+        messages.fail(f"ctpd {known.command}: {error}")
         return 2
     except preempt.Preempted as stop:
-        print(f"ctpd {known.command}: stopped {stop}. The same command goes on from there.", file=sys.stderr)
+        messages.fail(f"ctpd {known.command}: stopped {stop}. The same command goes on from there.")
         return preempt.EXIT_CODE
     except KeyboardInterrupt:
-        print(
-            f"\nctpd {known.command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
+        messages.fail(f"\nctpd {known.command}: interrupted; the same command goes on from the last checkpoint")
         return 130
     except Exception as error:
         if (sentence := lacking(error, getattr(known, "workdir", None))) is None:
             raise
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # other files of a save that failed would tell the same
-        print(f"ctpd {known.command}: {sentence}", file=sys.stderr)
+        messages.fail(f"ctpd {known.command}: {sentence}")
         return 2
     return 0
 

@@ -21,6 +21,8 @@ COMMANDS = {
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
 
+LOOKING = ("inspect", "generate", "plan", "report", "status", "judge")  # they change no run
+
 EPILOG = """\
 Settings are keys of the config: --config.train.beta=0.2 --config.data.train=pairs.jsonl
 All of them, with their meaning: ctpd_jax/settings.py.
@@ -112,6 +114,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--parallel", type=int, default=4, metavar="N", help="questions at once (default: 4)")
             continue
         command.add_argument("--workdir", required=needed, metavar="DIR", type=Path, help="where the run lives")
+        if name not in LOOKING:
+            command.add_argument("--quiet", action="store_true", help="show only warnings, errors, and what is there")
+            command.add_argument("--log", metavar="FILE", type=Path, help="all that is said, as JSON lines too")
         if name == "sft":
             command.add_argument("--model", choices=["teacher", "student"], help="only this one")
         if name == "dpo":

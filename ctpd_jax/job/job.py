@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import read_json
+from ctpd_jax.artifacts import read_json, write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import STAGES
 from ctpd_jax.processes import distributed, preempt, stall
@@ -40,10 +40,11 @@ class Job:
     own: Mesh  # the devices of this process, for work that is divided among processes or done by one of them
     looks_only: bool = False  # it leaves the workdir as it is, where another command may be at work
 
-    @property
-    def writes(self) -> bool:
-        """Whether this process may write what is written once."""
-        return first_process() and not self.looks_only
+    def note(self, name: str, value: Any) -> None:
+        """Write a JSON file of the workdir, once for all processes; who only looks does without where he may not."""
+        if first_process():
+            with suppress(OSError) if self.looks_only else nullcontext():
+                write_json(self.workdir / name, value)
 
 
 @contextmanager

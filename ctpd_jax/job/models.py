@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import read_json, sha256_file, write_json
+from ctpd_jax.artifacts import read_json, sha256_file
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
 from ctpd_jax.models.attention_backends import choose_backend, platform_of, usual_dtype
@@ -63,8 +63,7 @@ def weights_digest(job: Job, model: Model) -> str:
     if known.get(model, {}).get("files") != key:
         joined = "".join(sha256_file(file) for file in files)
         known[model] = {"files": key, "weights": hashlib.sha256(joined.encode()).hexdigest()}
-        if job.writes:
-            write_json(job.workdir / "models.json", known)
+        job.note("models.json", known)
     return known[model]["weights"]
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import prepared as on_disk
 from ctpd_jax.job.job import Job
@@ -77,13 +76,13 @@ def prepared(job: Job, split: Split, spec: str, raw: list[PreferencePair], repor
                 return prepare_in_processes(raw, sources, models, limits, workers, progress.update)
             return prepare_pairs(raw, *models, limits, progress.update)
 
-    aligned, counters = on_disk.prepared_once(job.workdir / "prepared" / split, made, prepare, job.writes)
+    writes = first_process() and not job.looks_only
+    aligned, counters = on_disk.prepared_once(job.workdir / "prepared" / split, made, prepare, writes)
     report.merge(counters)
 
     # 2. What became of the rows, in a file and on the screen, before anything refuses them.
-    if job.writes:
-        first = {"first": report.notes} if report.notes else {}
-        write_json(job.workdir / f"data_{split}.json", {"source": spec, **report.counts, **first})
+    first = {"first": report.notes} if report.notes else {}
+    job.note(f"data_{split}.json", {"source": spec, **report.counts, **first})
     job.say(f"{split}: {spec}\n  {terminal.counts(report)}")
     require_kept(report, len(aligned), f"{split}: {spec}", data.min_kept)
     for model in MODELS:

@@ -44,6 +44,23 @@ def status(workdir: Path, now: float | None = None) -> str:
     return "\n".join([*told, *([f"  left out: {', '.join(left_out)}"] if left_out else [])])
 
 
+# What a run leaves, by the order in which people ask for it.
+LEFT = {
+    "export/": "the student in Hugging Face format",
+    "report.html": "the run as a page",
+    "evaluation.json": "the evaluation",
+    "train/params/": "the student's parameters",
+    "annotations/": "the annotated pairs",
+    "metrics.jsonl": "a line an update",
+}
+
+
+def what_is_there(workdir: Path) -> str:
+    """Return in one line what lies in the workdir."""
+    there = [f"{name} ({what})" for name, what in LEFT.items() if (workdir / name).exists()]
+    return f"In {workdir}: {', '.join(there) or 'nothing yet'}."
+
+
 def _at_work(workdir: Path) -> str:
     """Who holds the lock, which goes with its process; a file system without locks cannot tell."""
     try:

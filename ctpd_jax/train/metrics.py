@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ctpd_jax.artifacts import local_path, read_json, write_bytes, write_json
 from ctpd_jax.errors import UserError
-from ctpd_jax.processes import stall
+from ctpd_jax.processes import messages, stall
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -191,8 +191,9 @@ class Progress:
         self._values = ""
         self._start = self._said = clock(), done
         self._watched = self._stream.isatty()
+        self._draws = active and self._watched and not messages.quiet()
         bar = {"desc": description, "initial": done, "unit": unit, "dynamic_ncols": True}
-        self._bar = tqdm(total=total, file=self._stream, disable=not (active and self._watched), **bar)
+        self._bar = tqdm(total=total, file=self._stream, disable=not self._draws, **bar)
 
     def update(self, number: int = 1, **values: float | str) -> None:
         """Count `number` more; `values` stand beside the bar until the next ones."""
@@ -208,8 +209,11 @@ class Progress:
 
     def write(self, text: str) -> None:
         """Write a line of text, above the bar."""
-        if self._active:
-            self._bar.write(text, file=self._stream)
+        if not self._active:
+            return
+        if self._draws:
+            self._bar.clear()
+        messages.say(text, shown=self._stream)
 
     def __enter__(self) -> Progress:
         stall.alive()
@@ -235,4 +239,4 @@ class Progress:
         share = 100 * self.done // max(self.total, 1)
         parts = [f"{self.description} {self.done}/{self.total} ({share}%)", f"{rate:.3g} {self.unit}/s"]
         parts.append(f"{tqdm.format_interval(round(seconds)).removeprefix('0')} {what}")
-        print(", ".join(parts + [self._values] * bool(self._values)), file=self._stream, flush=True)
+        messages.say(", ".join(parts + [self._values] * bool(self._values)), shown=self._stream)
