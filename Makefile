@@ -9,6 +9,9 @@
 #   make test-newest make test with the newest Python, and so the newest jax and flax, in an environment of its own;
 #                    NEWEST=python3.14 where python3.13 is not it
 #
+#   make soak        a whole run killed, and without space, at every point where it writes; thousands of updates watched,
+#                    and repeated with a hundred kills (docs/reliability.md): about half an hour
+#
 # One file or one test: .venv/bin/python -m pytest tests/text, .venv/bin/python -m pytest tests/text/test_spans.py -k mark
 # Which file is in which tier stands in tests/conftest.py, the fixtures in tests/README.md.
 PYTHON ?= python3
@@ -23,7 +26,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 BENCHMARKS := alignment input logprobs scaling startup generate pod
 
-.PHONY: bench demo test fast fast-and-medium test-slow test-newest parity lint clean
+.PHONY: bench demo test fast fast-and-medium test-slow test-newest parity soak lint clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/ctpd run --config configs/demo.py --workdir $(WORKDIR)
@@ -46,6 +49,9 @@ test-slow: $(VENV)/.installed-test
 # torch comes into an environment of its own the first time.
 parity: $(VENV)/.installed-test
 	$(PYTEST) -m parity -s
+
+soak: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python tests/faults/run.py
 
 # One after the other: they share the cores that they measure.
 bench: $(VENV)/.installed-test

@@ -133,9 +133,11 @@ def train(
                 if settings.nonfinite == "stop":
                     state = None
                     state = at_hand()
+                what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}"
+                if not np.isfinite(optax.global_norm((state.params, frozen))):
+                    return f"{what}, whose own parameters are not finite: the model in use is damaged"
                 pairs = not_finite(mesh, accumulate, zeros, state.params, frozen, updates.alone(step))
                 gradient = zeros(state.params)
-                what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}"
                 return what + (f"; by themselves are not finite: {pairs}" if pairs else "")
 
             def tell(step: int, sums: Sums, norm: Array, programs: int, ended: float | None) -> None:
