@@ -11,7 +11,7 @@ An update whose loss or gradient is not finite ends the stage before anything of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ def train(
     accumulate, update = recipe.programs()
     begin = jax.jit(lambda params: init_state(params, recipe.optimizer), out_shardings=where)
     zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=where.params)
-    norm_of = jax.jit(lambda gradient, count: optax.global_norm(gradient) / count)
+    norm_of = jax.jit(optax.global_norm, out_shardings=where.step)
     pass_over = jax.jit(passed_over, out_shardings=where, donate_argnums=0)
     schedule = learning_rate(settings, steps)
     looks = Looks(held_out, mesh, steps, directory.with_name("best"))
@@ -134,11 +134,16 @@ def train(
                     state = None
                     state = at_hand()
                 what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}"
-                if not np.isfinite(optax.global_norm((state.params, frozen))):
+                if not np.isfinite(norm_of((state.params, frozen))):
                     return f"{what}, whose own parameters are not finite: the model in use is damaged"
-                pairs = not_finite(mesh, accumulate, zeros, state.params, frozen, updates.alone(step))
+                found = []
+                for pair, batch in updates.alone(step):
+                    alone, sums = accumulate(state.params, frozen, zeros(state.params), place_batch(mesh, batch))
+                    if not np.isfinite(sums["loss"][0]) or not np.isfinite(norm_of(alone)):
+                        found.append(pair)
+                    del alone
                 gradient = zeros(state.params)
-                return what + (f"; by themselves are not finite: {pairs}" if pairs else "")
+                return what + (f"; by themselves are not finite: {', '.join(found)}" if found else "")
 
             def tell(step: int, sums: Sums, norm: Array, programs: int, ended: float | None) -> None:
                 """Log what an update did, which waits for it; where a look is due, `state` is still that update's."""
@@ -192,7 +197,7 @@ def train(
                     sums = {key: value + sums.get(key, 0.0) for key, value in new.items()}
                 fine = True
                 if settings.nonfinite == "skip":  # which has to wait for the devices
-                    norm = norm_of(gradient, sums["loss"][1])
+                    norm = norm_of(gradient)
                     fine = bool(np.isfinite(norm) and np.isfinite(sums["loss"][0]))
                 if fine:
                     state, gradient, norm = update(state, gradient, sums["loss"][1])
@@ -313,23 +318,6 @@ def make_steps(
         return TrainState(state.step + 1, params, opt_state), cleared, optax.global_norm(mean)
 
     return accumulate, update
-
-
-def not_finite(
-    mesh: Mesh,
-    accumulate: jax.stages.Wrapped,
-    zeros: Callable[[Params], Params],
-    params: Params,
-    frozen: Params,
-    alone: Iterable[tuple[str, Batch]],
-) -> str:
-    """Names the pairs that have no finite loss or gradient by themselves, with commas; "" where there is none."""
-    found = []
-    for pair, batch in alone:
-        gradient, sums = accumulate(params, frozen, zeros(params), place_batch(mesh, batch))
-        if not np.isfinite(sums["loss"][0]) or not np.isfinite(optax.global_norm(gradient)):
-            found.append(pair)
-    return ", ".join(found)
 
 
 def compiled_programs(stage: str, program: Any, shapes: int) -> int:

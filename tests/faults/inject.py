@@ -1,4 +1,4 @@
-"""A fault at a point where a run writes: the process is killed there, or from there on the disk is full.
+"""A fault at a point where a run writes: the process is killed or interrupted there, or from there on the disk is full.
 
 An audit hook of Python is told of every file that is opened for writing, renamed, made or removed, before it happens.
 What libraries in C++ write (tensorstore's and array_record's data) lies between two such events.
@@ -31,18 +31,22 @@ ALIKE = (
 )
 
 
-def kind(operation: str, path: str) -> str:
-    """Return the name of a write point: the operation, and the path below the workdir with its names folded."""
-    for pattern, name in ALIKE:
+def kind(operation: str, path: str, each: bool = False) -> str:
+    """Return the name of a write point: the operation, and the path below the workdir with its names folded.
+
+    With `each` only numbers are: a point is another one in each stage.
+    """
+    for pattern, name in ALIKE[-1:] if each else ALIKE:
         path = re.sub(pattern, name, path)
     return f"{operation} {path}"
 
 
-def install(workdir: Path, points: Path, fault: str) -> None:
+def install(workdir: Path, points: Path, fault: str, each: bool = False) -> None:
     """Let the fault come at the first point that is not in the file `points`, which it is added to.
 
-    kill     SIGKILL before the operation; the file that was opened just before is left half-written
-    full     "no space left on device", there and at every point after it that needs room
+    kill       SIGKILL before the operation; the file that was opened just before is left half-written
+    interrupt  SIGINT, as by Ctrl-C
+    full       "no space left on device", there and at every point after it that needs room
     """
     root, known = os.path.join(workdir, ""), set(points.read_text().splitlines() if points.exists() else ())
     begun: tuple[str, int] | None = None  # the file that was opened last, and its size then
@@ -53,7 +57,7 @@ def install(workdir: Path, points: Path, fault: str) -> None:
         operation, path = _write_of(event, given)
         if not path or not path.startswith(root) or path == root + "lock":
             return
-        point, before = kind(operation, path.removeprefix(root)), begun
+        point, before = kind(operation, path.removeprefix(root), each), begun
         begun = (path, os.path.getsize(path) if os.path.exists(path) else 0) if operation == "open" else None
         if not struck and (point in known or (fault == "full" and operation not in NEEDS_ROOM)):
             return
@@ -63,7 +67,9 @@ def install(workdir: Path, points: Path, fault: str) -> None:
             if fault == "kill":
                 _tear(before)
                 os.kill(os.getpid(), signal.SIGKILL)
-        if operation in NEEDS_ROOM:
+            if fault == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+        if fault == "full" and operation in NEEDS_ROOM:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     sys.addaudithook(hook)

@@ -2,7 +2,10 @@
 
 python tests/faults/run.py kill      killed at every point where a run writes, and given again each time
 python tests/faults/run.py full      no space left, at every one of them
+python tests/faults/run.py interrupt Ctrl-C, likewise
 python tests/faults/run.py long      thousands of updates: memory, files, programs; then the same with a hundred kills
+
+With --each a point is another one in each stage, scorer and split: three times as many.
 """
 
 from __future__ import annotations
@@ -28,17 +31,18 @@ RUN = [
     "--config.positive.eval_every=2", "--config.positive.keep_best=rewards/accuracies",
 ]  # fmt: skip
 STAGES = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train", "student_proposed")
-MOST = 1000  # runs; no fault may come for ever
+PARTS = ("kill", "full", "interrupt", "long")
+MOST = 2000  # runs; no fault may come for ever
 
 
-def run(workdir: Path, fault: str = "", points: Path | None = None) -> int:
+def run(workdir: Path, fault: str = "", points: Path | None = None, each: bool = False) -> int:
     """The run in a process of its own; see `inject.install`. Returns its exit code."""
 
     def work() -> int:
         from ctpd_jax.cli import main
 
         if points:
-            install(workdir, points, fault)
+            install(workdir, points, fault, each)
         return main([*RUN, "--workdir", str(workdir)])
 
     return forked(work, workdir.with_suffix(".log"))
@@ -67,21 +71,22 @@ def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
     return [name for name in one if one[name] != other[name]]
 
 
-def at_every_point(fault: str, folder: Path, most: int) -> tuple[int, int]:
+def at_every_point(fault: str, folder: Path, most: int, each: bool) -> tuple[int, int]:
     """Gives the run again until no new point comes. Returns how often the fault came, and the failures."""
     whole, struck = folder / "whole", folder / fault
     if not (whole / "export.json").exists() and (code := run(whole)):
         sys.exit(f"The undisturbed run ended with {code}: see {whole.with_suffix('.log')}")
     points, log, failures, began = folder / f"{fault}.points", struck.with_suffix(".log"), 0, time.monotonic()
-    expected = {"kill": -9, "full": 2}[fault]
+    expected = {"kill": -9, "full": 2, "interrupt": 130}[fault]
+    sentence = {"kill": "", "full": "there is no space left", "interrupt": "the same command goes on"}[fault]
     for number in range(most):
         size = log.stat().st_size if log.exists() else 0
-        code = run(struck, fault, points)
+        code = run(struck, fault, points, each)
         said = log.read_bytes()[size:].decode(errors="replace") if log.exists() else ""
         if code == 0:
             break
         point = points.read_text().splitlines()[-1]
-        fine = code == expected and (fault == "kill" or "there is no space left" in said.splitlines()[-1])
+        fine = code == expected and (not sentence or sentence in said.splitlines()[-1])
         failures += not fine
         print(f"{number + 1:4} {'' if fine else f'FAILED with {code}: '}{point}", flush=True)
         if not fine:
@@ -96,14 +101,14 @@ def at_every_point(fault: str, folder: Path, most: int) -> tuple[int, int]:
         failures += 1
         print("FAILED: after all of them differ " + ", ".join(differs))
     count = len(points.read_text().splitlines())
-    what = {"kill": "killed", "full": "no space left"}[fault]
-    print(f"{fault}: {what} at {count} points, {failures} failures, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{fault}: at {count} points, {failures} failures, {time.monotonic() - began:.0f} s", flush=True)
     return count, failures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["kill", "full", "long"], choices=["kill", "full", "long"])
+    parser.add_argument("parts", nargs="*", metavar="PART", help="of " + ", ".join(PARTS) + " (default: all)")
+    parser.add_argument("--each", action="store_true", help="points of every stage by themselves")
     parser.add_argument("--dir", type=Path, help="where the runs lie, and stay; else a temporary folder")
     parser.add_argument("--most", type=int, default=MOST, help="faults of a kind")
     parser.add_argument("--updates", type=int, default=2000, help="of the long run")
@@ -113,12 +118,14 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     _import_everything(folder)
     told, failures = [], 0
-    for part in known.parts:
+    if unknown := set(known.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(unknown)}")
+    for part in known.parts or PARTS:
         if part == "long":
             said, failed = long_run.run(folder, known.updates, known.restarts)
         else:
-            count, failed = at_every_point(part, folder, known.most)
-            said = f"{count} points {'killed' if part == 'kill' else 'without space'}"
+            count, failed = at_every_point(part, folder, known.most, known.each)
+            said = f"{part} at {count} points"
         told, failures = [*told, said], failures + failed
     print(f"soak: {', '.join(told)}, {failures} failures")
     if not known.dir:

@@ -59,7 +59,7 @@ def launch(workdir: Path, **settings: str) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def two_processes(workdir: Path, arguments: list[str]) -> list[subprocess.Popen]:
+def two_processes(workdir: Path, arguments: list[str], ctpd: list[str] = CTPD) -> list[subprocess.Popen]:
     """The same without the launcher, which tells only how the first one ended; each has a log of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -70,7 +70,7 @@ def two_processes(workdir: Path, arguments: list[str]) -> list[subprocess.Popen]
         with open(workdir.with_suffix(f".{number}.log"), "wb") as log:
             started.append(
                 subprocess.Popen(
-                    [*CTPD, *arguments, "--workdir", str(workdir)],
+                    [*ctpd, *arguments, "--workdir", str(workdir)],
                     stdout=log, stderr=subprocess.STDOUT, env=environment(4) | own,
                 )
             )  # fmt: skip
@@ -200,6 +200,45 @@ def test_after_a_kill_the_launcher_starts_both_again_to_the_same_bits(annotated,
     assert first >= SAVED and first % SAVE_EVERY == 0
     assert losses(workdir).tolist() == losses(undisturbed).tolist()
     assert digest(workdir) == digest(undisturbed)
+
+
+SPOILT = """
+import sys
+from ctpd_jax import cli
+from ctpd_jax.stages import train
+
+made = train.training_items
+
+def spoil(*given):
+    items, figures = made(*given)
+    items[5].chosen.weights[0] = float("inf")
+    print("spoilt:", items[5].id, flush=True)
+    return items, figures
+
+train.training_items = spoil
+sys.exit(cli.main())
+"""
+
+
+def test_both_name_a_pair_that_is_not_finite_and_leave_it_out_together(annotated):
+    workdir = copy(annotated, "spoilt")
+    for setting, code in (("stop", 2), ("skip", 0)):
+        arguments = [*TRAIN, f"--config.train.nonfinite={setting}"]
+        started = two_processes(workdir, arguments, [sys.executable, "-c", SPOILT])
+        try:
+            codes = [process.wait(300) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        told = [workdir.with_suffix(f".{number}.log").read_text() for number in range(2)]
+        assert codes == [code, code], told[0][-3000:]
+        pair = re.search(r"spoilt: (\S+)", told[0])[1]
+        for text in told:
+            assert f"by themselves are not finite: {pair}." in text
+    skipped = [line["step"] for line in read_metrics(workdir, "train") if "skipped" in line]
+    # 48 pairs, 8 an update: once in each epoch of six.
+    assert len(skipped) == sum(1 for epoch in range(0, STEPS, 6) if any(epoch <= step < epoch + 6 for step in skipped))
+    assert skipped and f"train: {len(skipped)} of {STEPS} updates were not finite" in told[0]
 
 
 def test_two_processes_propose_as_one_does(annotated):
