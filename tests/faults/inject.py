@@ -49,6 +49,7 @@ def install(workdir: Path, points: Path, fault: str, each: bool = False) -> None
     full       "no space left on device", there and at every point after it that needs room
     """
     root, known = os.path.join(workdir, ""), set(points.read_text().splitlines() if points.exists() else ())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
     begun: tuple[str, int] | None = None  # the file that was opened last, and its size then
     struck = False
 

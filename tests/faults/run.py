@@ -80,12 +80,12 @@ def at_every_point(fault: str, folder: Path, most: int, each: bool) -> tuple[int
     expected = {"kill": -9, "full": 2, "interrupt": 130}[fault]
     sentence = {"kill": "", "full": "there is no space left", "interrupt": "the same command goes on"}[fault]
     for number in range(most):
-        size = log.stat().st_size if log.exists() else 0
+        size, before = log.stat().st_size if log.exists() else 0, lines(points)
         code = run(struck, fault, points, each)
         said = log.read_bytes()[size:].decode(errors="replace") if log.exists() else ""
-        if code == 0:
+        if code == 0 and lines(points) == before:
             break
-        point = points.read_text().splitlines()[-1]
+        point = lines(points)[-1]
         fine = code == expected and (not sentence or sentence in said.splitlines()[-1])
         failures += not fine
         print(f"{number + 1:4} {'' if fine else f'FAILED with {code}: '}{point}", flush=True)
@@ -100,9 +100,13 @@ def at_every_point(fault: str, folder: Path, most: int, each: bool) -> tuple[int
     elif differs := differences(outcome(whole), outcome(struck)):
         failures += 1
         print("FAILED: after all of them differ " + ", ".join(differs))
-    count = len(points.read_text().splitlines())
+    count = len(lines(points))
     print(f"{fault}: at {count} points, {failures} failures, {time.monotonic() - began:.0f} s", flush=True)
     return count, failures
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def main() -> int:
