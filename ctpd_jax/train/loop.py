@@ -133,9 +133,6 @@ def train(
                 if settings.nonfinite == "stop":
                     state = None
                     state = at_hand()
-                what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}"
-                if not np.isfinite(norm_of((state.params, frozen))):
-                    return f"{what}, whose own parameters are not finite: the model in use is damaged"
                 found = []
                 for pair, batch in updates.alone(step):
                     alone, sums = accumulate(state.params, frozen, zeros(state.params), place_batch(mesh, batch))
@@ -143,6 +140,7 @@ def train(
                         found.append(pair)
                     del alone
                 gradient = zeros(state.params)
+                what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at update {step}"
                 return what + (f"; by themselves are not finite: {', '.join(found)}" if found else "")
 
             def tell(step: int, sums: Sums, norm: Array, programs: int, ended: float | None) -> None:

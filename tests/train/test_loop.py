@@ -96,7 +96,7 @@ def towards(params, batch):
     return loss, {"loss": jnp.stack([loss, one]), "num_tokens": jnp.stack([one, 0 * one])}
 
 
-def trained(folder, values, nonfinite: str, start=(0.0, 1.0, 2.0, 3.0)) -> np.ndarray:
+def trained(folder, values, nonfinite: str) -> np.ndarray:
     """Two pairs an update: a good one, and one with the value of that update."""
     shapes = {"model": {"norm": {"weight": jax.ShapeDtypeStruct((4,), jnp.float32)}}}
     recipe = recipe_of(towards, shapes, training(lr=0.1, nonfinite=nonfinite, save_every=2), len(values))
@@ -105,7 +105,7 @@ def trained(folder, values, nonfinite: str, start=(0.0, 1.0, 2.0, 3.0)) -> np.nd
         lambda step: [("good", one_pair(1.0)), (f"pair {step}", one_pair(values[step]))],
         1, (None,), 0.0,  # type: ignore[arg-type]
     )  # fmt: skip
-    initial = {"model": {"norm": {"weight": jnp.asarray(start)}}}
+    initial = {"model": {"norm": {"weight": jnp.arange(4.0)}}}
     with MetricLog(folder, tensorboard=False) as log:
         params = train(recipe, folder / "checkpoints", lambda: initial, {}, updates, log, log_every=3)
     return np.asarray(params["model"]["norm"]["weight"])
@@ -148,11 +148,6 @@ def test_it_has_diverged_where_too_many_in_a_row_are_left_out(tmp_path):
     with pytest.raises(UserError, match=r"loss nan .* at update 5;"):
         trained(tmp_path, [1.0, *[np.nan] * 7], "skip")
     assert np.isfinite(trained(tmp_path / "few", [1.0, *[np.nan] * 4, 1.0, *[np.nan] * 2], "skip")).all()
-
-
-def test_parameters_that_are_not_finite_are_not_blamed_on_the_pairs(tmp_path):
-    with pytest.raises(UserError, match="at update 0, whose own parameters are not finite"):
-        trained(tmp_path, [1.0] * 8, "stop", start=np.array([1, np.inf, 2, 3], np.float32))
 
 
 def test_a_clock_that_jumps_changes_no_number(tmp_path, monkeypatch):
