@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(known.config, overrides)
             check_config(config)
             choose_platform(config)
-            from ctpd_jax.artifacts import write_json
-            from ctpd_jax.job.job import open_job
+            from ctpd_jax.artifacts import write_record
+            from ctpd_jax.job.job import open_job, told
             from ctpd_jax.job.preflight import preflight
             from ctpd_jax.processes import distributed
             from ctpd_jax.report.page import write_report
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with distributed.joined(), open_job(config, known.workdir) as job:
                 preflight(job, known.command)
                 if first_process():
-                    write_json(job.workdir / "config.json", config.to_dict())
+                    write_record(job.workdir / "config.json", told(config))
                 for name, module in stages.items():
                     with preempt.during(name):
                         if why := why_left_out(config, name):
@@ -69,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     stages["export"].push(job.workdir / "export", known.push, known.private, known.dry_run, job.say)
     except UserError as error:
         print(f"ctpd {known.command}: {error}", file=sys.stderr)
+        return 2
+    except (IsADirectoryError, NotADirectoryError) as error:
+        what = "a folder where a file belongs" if isinstance(error, IsADirectoryError) else "not a folder"
+        place = error.filename2 or error.filename
+        print(f"ctpd {known.command}: {place} is {what}; remove it and give the command again.", file=sys.stderr)
         return 2
     except preempt.Preempted as stop:
         print(f"ctpd {known.command}: stopped {stop}. The same command goes on from there.", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import write_json
+from ctpd_jax.artifacts import write_record
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import prepared as on_disk
 from ctpd_jax.job.job import Job
@@ -84,7 +84,7 @@ def prepared(job: Job, split: Split, spec: str, raw: list[PreferencePair], repor
     # 2. What became of the rows, in a file and on the screen, before anything refuses them.
     if first_process():
         first = {"first": report.notes} if report.notes else {}
-        write_json(job.workdir / f"data_{split}.json", {"source": spec, **report.counts, **first})
+        write_record(job.workdir / f"data_{split}.json", {"source": spec, **report.counts, **first})
     job.say(f"{split}: {spec}\n  {terminal.counts(report)}")
     require_kept(report, len(aligned), f"{split}: {spec}", data.min_kept)
     for model in MODELS:

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.scorer import dpo_items
-from ctpd_jax.artifacts import begin, finish, read_json
+from ctpd_jax.artifacts import begin, finish, read_record
 from ctpd_jax.data.loader import micro_batches, plan_shapes, plan_updates, steps_per_epoch
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import PairItem
@@ -29,6 +29,7 @@ from ctpd_jax.sharding import barrier, first_process, told_by_first
 from ctpd_jax.train.checkpoint import save_params
 from ctpd_jax.train.held_out import HeldOut
 from ctpd_jax.train.loop import Objective, Recipe, preference_sums, train
+from ctpd_jax.train.metrics import read_metrics
 
 
 def steps_of(config: ConfigDict, stage: str, items: int) -> int:
@@ -127,10 +128,11 @@ def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) 
     save_params(directory / "params", params, {"stage": stage, "steps": recipe.steps})
     digest = lineage.params_digest(params)
     if recipe.settings.lora.rank:  # adapters alone do not say which model this is
-        before = read_json(directory / "inputs.json")["from"]
+        before = (read_record(directory / "inputs.json") or {})["from"]
         digest = hashlib.sha256(f"{before} {digest}".encode()).hexdigest()
     if first_process():
-        finish(directory, {"params": digest, "steps": recipe.steps, **figures})
+        told = len(read_metrics(job.workdir, stage))
+        finish(directory, {"params": digest, "steps": recipe.steps, "told": told, **figures})
         shutil.rmtree(directory / "checkpoints")
         shutil.rmtree(directory / "best", ignore_errors=True)
     barrier(f"{stage} is finished")
