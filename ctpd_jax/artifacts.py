@@ -4,7 +4,8 @@ Whole: everything is written beside its place and renamed; a folder counts once 
 last, lies in it. A kill at any moment leaves the old artifact, the new one, or none.
 Made from the same: the seal holds the fields that decide the artifact. `opened` refuses another one, naming the first
 field that differs and both values; `kept` takes it for absent, where making it anew is cheap.
-As it was written: the seal also holds the SHA-256 of the files, where a flipped bit would go unnoticed.
+As it was written: a record, which is a JSON object of ours, holds the SHA-256 of itself; a seal also that of the files,
+where a flipped bit would go unnoticed.
 
     workdir/STAGE/       inputs.json (what it is made from, written first), done.json (the seal)
     a checkpoint         checksums.json, with the SHA-256 of its files and of itself
@@ -28,6 +29,7 @@ from ctpd_jax.errors import UserError
 
 FORMAT = 1  # of seals that hold checksums
 PARTIAL = ".partial"  # what is written beside carries this suffix until it is whole
+ANEW = "remove it, and the command of its stage makes it anew"
 
 
 class Broken(UserError):
@@ -62,14 +64,14 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"))  # half of a surrogate pair, as JSON spells it
 
 
-def read_json(path: Path, advice: str = "remove that folder and run the stage again") -> Any:
+def read_json(path: Path, advice: str = ANEW) -> Any:
     """Return what a JSON file holds, or None where there is none. Raises Broken, with `advice`, if it is damaged."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise Broken(f"{path} cannot be read ({error.strerror or error}); {advice}.") from None
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -85,9 +87,38 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object of ours as indented JSON, whole or not at all, with the SHA-256 of itself."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # as it will be read
+    write_json(path, {**plain, "sha256": hashlib.sha256(canonical_json(plain)).hexdigest()})
+
+
+def read_record(path: Path, advice: str = ANEW) -> dict[str, Any] | None:
+    """Return what `write_record` wrote, or None where there is no file.
+
+    Raises Broken, with `advice`, if it is damaged. An object without a SHA-256 is one of an earlier version's.
+    """
+    value = read_json(path, advice)
+    if value is not None and not unchanged(value):
+        raise Broken(f"{path} is damaged (it is not what was written); {advice}.")
+    return value
+
+
+def unchanged(value: Any) -> bool:
+    """Tell whether a JSON value is an object as it was written, by the SHA-256 in it, which is taken out."""
+    if not isinstance(value, dict) or not value:
+        return False
+    claimed = value.pop("sha256", None)
+    try:
+        return claimed is None or claimed == hashlib.sha256(canonical_json(value)).hexdigest()
+    except (ValueError, RecursionError):  # NaN, or deeper than anything that is written
+        return False
+
+
 def canonical_json(value: Any) -> bytes:
     """Spell equal values alike: what the hash of a JSON value is taken over."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace")  # as `write_json` spells it
 
 
 def sha256_file(path: Path) -> str:
@@ -148,12 +179,13 @@ def require_same(expected: Any, found: Any, where: Path, advice: str, exactly: b
         raise UserError(f"{where} was made otherwise: {field} is {there!r} there and {wanted!r} here. {advice}")
 
 
-def opened(path: Path, made_from: Mapping[str, Any], advice: str) -> dict[str, Any] | None:
+def opened(path: Path, made_from: Mapping[str, Any], advice: str, mend: str = ANEW) -> dict[str, Any] | None:
     """Return what the seal `path` holds, or None where there is none.
 
-    The seal may have more fields than `made_from`. Raises UserError, with `advice`, where one of these differs.
+    The seal may have more fields than `made_from`. Raises UserError, with `advice`, where one of these differs, and
+    Broken, with `mend`, where it is damaged.
     """
-    found = read_json(path)
+    found = read_record(path, mend)
     if found is not None:
         require_same(made_from, found, path, advice)
     return found
@@ -161,7 +193,9 @@ def opened(path: Path, made_from: Mapping[str, Any], advice: str) -> dict[str, A
 
 def kept(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what the seal `path` holds if it has exactly these fields, beside others; None means: make it anew."""
-    found = read_json(path)
+    found = None
+    with contextlib.suppress(Broken):
+        found = read_record(path)
     compared = {name: value for name, value in (found or {}).items() if name in made_from}
     return None if first_difference(made_from, compared, exactly=True) else found
 
@@ -180,10 +214,13 @@ def begin(
     # 1. What went in before, and whether it is finished.
     directory.mkdir(parents=True, exist_ok=True)
     path, noted = directory / "inputs.json", dict(noted or {})
-    stored, done = read_json(path), read_json(directory / "done.json")
+    advice = f"remove {directory} to make the stage again"
+    stored, done = read_record(path, advice), read_record(directory / "done.json", advice)
+    if done and stored is None:
+        raise Broken(f"{path} is missing, so that nobody can say what is finished there; {advice}.")
     if stored is not None:
         # 2. Other numbers are refused; other rounding is told, where there is work left.
-        before = stored.pop("noted", {}) if isinstance(stored, dict) else {}
+        before = stored.pop("noted", {})
         if not done and (changed := first_difference(noted, before)):
             field, now, then = changed
             say(f"{directory.name} goes on with {field} {now!r}, begun with {then!r}: its numbers change by rounding.")
@@ -191,13 +228,13 @@ def begin(
         require_same(inputs, stored, path, advice, exactly=True)
     # 3. From here on the folder says what it is made from.
     if not done:
-        write_json(path, {**inputs, "noted": noted})
+        write_record(path, {**inputs, "noted": noted})
     return done
 
 
 def finish(directory: Path, result: Mapping[str, Any]) -> None:
     """Seal the folder of a stage; `result` is what later stages need to know of it."""
-    write_json(directory / "done.json", dict(result))
+    write_record(directory / "done.json", result)
 
 
 # ------------------------------------------------------------------------------------------------ as it was written
@@ -213,8 +250,10 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def check_files(folder: Path, files: Mapping[str, str], read: bool = True) -> None:
     """Raise Broken where one of `files`, {name: SHA-256}, is missing or, if they are `read`, is not as written."""
-    # First what costs nothing to see.
+    # First what costs nothing to see. Of what strangers wrote nothing outside of the folder is looked at.
     for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Broken(f"{folder} lists {name}, which lies outside of it")
         if not (folder / name).is_file():
             raise Broken(f"{folder / name} is missing")
     for name, sha256 in checksums(folder, files if read else ()).items():
@@ -239,15 +278,14 @@ def unseal(path: Path, read: bool = True) -> dict[str, Any]:
 
     Raises Broken where one was not, and UserError where another version wrote the seal.
     """
-    # 1. The seal itself.
+    # 1. The seal itself, which no version writes without its SHA-256.
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise Broken(f"{path} is missing") from None
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         content = None
-    claimed = content.pop("sha256", None) if isinstance(content, dict) else None
-    if claimed != hashlib.sha256(canonical_json(content)).hexdigest():
+    if not isinstance(content, dict) or "sha256" not in content or not unchanged(content):
         raise Broken(f"{path} is damaged")
     # 2. A whole seal of another version is refused, not taken for a broken one: what is broken gets removed.
     if content["format"] != FORMAT:
@@ -286,7 +324,7 @@ def replacing_folder(directory: Path, holds: str, what: str, ours: Callable[[str
     # 1. Put right what a killed process has left; refuse a folder of somebody else's.
     clear()
     if directory.exists() and not (directory / holds).exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not {what}; choose another place.")
+        raise UserError(f"{directory} exists and is not {what}; remove it, or choose another place.")
     # 2. The caller fills the new folder; then it changes places with the old one.
     beside.mkdir(parents=True)
     try:

@@ -54,7 +54,7 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
             config = load_config(known.config, overrides)
             check_config(config)
             choose_platform(config)
-            from ctpd_jax.job.job import open_job
+            from ctpd_jax.job.job import open_job, told
             from ctpd_jax.job.preflight import preflight
             from ctpd_jax.job.status import what_is_there
             from ctpd_jax.processes import distributed
@@ -67,7 +67,7 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
             # 3. Each stage that is not left out knows whether it is finished or goes on.
             with distributed.joined(), open_job(config, known.workdir, messages.say) as job:
                 preflight(job, known.command)
-                job.note("config.json", config.to_dict())
+                job.note("config.json", told(config))
                 for name, module in stages.items():
                     with preempt.during(name):
                         if why := why_left_out(config, name):
@@ -82,6 +82,11 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
                     print(what_is_there(job.workdir))
     except UserError as error:
         messages.fail(f"ctpd {known.command}: {error}")
+        return 2
+    except (IsADirectoryError, NotADirectoryError) as error:
+        what = "a folder where a file belongs" if isinstance(error, IsADirectoryError) else "not a folder"
+        place = error.filename2 or error.filename
+        print(f"ctpd {known.command}: {place} is {what}; remove it and give the command again.", file=sys.stderr)
         return 2
     except preempt.Preempted as stop:
         messages.fail(f"ctpd {known.command}: stopped {stop}. The same command goes on from there.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 _GOES_ON = "then give the same command again: it goes on from what is whole"
 _NO_ROOM = f"there is no space left; free some, {_GOES_ON}"
@@ -17,10 +18,20 @@ _LACKS = {
     errno.EMFILE: f"too many files are open; raise `ulimit -n`, {_GOES_ON}",
     errno.ENFILE: f"too many files are open on this machine; {_GOES_ON}",
 }
+# https://name:password@host; one slash is what pathlib leaves of two.
+_IN_ADDRESS = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,3})[^/\s@\"'\\]+@", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the names and passwords of the addresses in it."""
+    return _IN_ADDRESS.sub(r"\1***@", text)
 
 
 class UserError(ValueError):
     """A sentence that names the file, line, field or example at fault and says what to do about it."""
+
+    def __init__(self, sentence: object = "") -> None:
+        super().__init__(without_secrets(str(sentence)))
 
 
 def lacking(error: BaseException, workdir: object = None) -> str | None:

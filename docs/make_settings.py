@@ -22,7 +22,8 @@ HEAD = """\
 
 Every key of the config, its default and its meaning. This page is made from
 `ctpd_jax/settings.py` by `docs/make_settings.py`. A key is given as `--config.train.beta=0.2`, or in a file with
-`get_config()` that begins with `default_config()`; one that does not exist is an error.
+`get_config()` that begins with `default_config()`; one that does not exist is an error. Such a file is Python and is
+run: give `--config` only what you would run yourself. Models, tokenizers and data are only ever read.
 """
 # The functions of settings.py that sections are made of, and what is said of each.
 SHARED = {

@@ -44,6 +44,7 @@ MEDIUM = (
     "train/test_programs.py",
     "examples/test_one_page.py",
     "pipeline/test_sigterm.py",
+    "pipeline/test_secrets.py",
     "annotate/test_coefficients.py",
     "core/test_baselines.py",
     "pipeline/test_baselines.py",

@@ -8,16 +8,20 @@ import pytest
 
 from ctpd_jax.artifacts import (
     Broken,
+    begin,
     check_files,
     checksums,
+    finish,
     first_difference,
     kept,
     opened,
     read_json,
+    read_record,
     replacing_folder,
     seal,
     unseal,
     write_json,
+    write_record,
 )
 from ctpd_jax.errors import UserError
 
@@ -124,3 +128,72 @@ def test_a_folder_takes_its_place_with_what_others_laid_there(tmp_path):
     refused = pytest.raises(UserError, match="is not a model folder")
     with refused, replacing_folder(tmp_path / "other", "model.json", "a model folder", ours):
         pass
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def test_a_record_is_what_was_written_or_broken(tmp_path):
+    path, value = tmp_path / "record.json", {"loss": 0.25, 3: (1, 2), "text": "é \ud800 \\ud800", "none": None}
+    write_record(path, value)
+    expected = {"loss": 0.25, "3": [1, 2], "text": "é \ud800 \\ud800", "none": None}
+    assert read_record(path) == expected and read_record(tmp_path / "none.json") is None
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            found = read_record(path, "do that")
+        except Broken as error:
+            assert str(path) in str(error) and str(error).endswith("; do that.")
+        else:  # white space, or the name of the checksum, which then is one field more
+            assert found.items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '"x"', "null", "3", "{", '{"a": NaN, "sha256": ""}', "[" * 10**5, '{"a":' * 10**5, "\x00"]
+)
+def test_what_is_no_record_is_broken(tmp_path, text):
+    if text != "null":  # as if there were none
+        (tmp_path / "record.json").write_text(text)
+        with pytest.raises(Broken, match=r"record\.json is damaged .*; remove it, and the command"):
+            read_record(tmp_path / "record.json")
+    (tmp_path / "seal.json").write_text(text)
+    with pytest.raises(Broken, match=r"seal\.json is damaged"):
+        unseal(tmp_path / "seal.json")
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "seal.json").mkdir()
+    with pytest.raises(Broken, match=r"seal\.json is damaged"):
+        unseal(tmp_path / "seal.json")
+    with pytest.raises(Broken, match=r"seal\.json cannot be read .*; remove it"):
+        read_record(tmp_path / "seal.json")
+
+
+def test_an_object_of_an_earlier_version_has_no_checksum(tmp_path):
+    write_json(tmp_path / "done.json", {"params": "abc"})
+    assert read_record(tmp_path / "done.json") == {"params": "abc"}
+
+
+def test_a_damaged_seal_is_as_good_as_none_where_it_can_be_made_anew(tmp_path):
+    write_record(tmp_path / "seal.json", FEW)
+    assert kept(tmp_path / "seal.json", FEW) is not None
+    (tmp_path / "seal.json").write_text("{")
+    assert kept(tmp_path / "seal.json", FEW) is None
+
+
+def test_a_stage_whose_inputs_are_lost_is_not_taken_for_finished(tmp_path):
+    begin(tmp_path / "sft", FEW)
+    finish(tmp_path / "sft", {"params": "abc"})
+    assert begin(tmp_path / "sft", FEW) == {"params": "abc"}
+    (tmp_path / "sft" / "inputs.json").unlink()
+    with pytest.raises(Broken, match=r"inputs\.json is missing.*remove .*sft to make the stage again"):
+        begin(tmp_path / "sft", FEW)
+
+
+@pytest.mark.parametrize("name", ["../outside", "deep/../../outside", "/etc/hostname"])
+def test_a_seal_does_not_lead_out_of_its_folder(tmp_path, name):
+    (tmp_path / "outside").write_text("x")
+    (tmp_path / "store").mkdir()
+    with pytest.raises(Broken, match="lies outside"):
+        check_files(tmp_path / "store", {name: "0" * 64})

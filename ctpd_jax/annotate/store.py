@@ -73,9 +73,11 @@ class Column:
         if judge and replace and artifacts.kept(path, identity) is None:
             shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
-        advice = f"Remove {self.directory} to measure it again, or annotate in another folder."
-        if judge and opened(path, identity, advice) is None:
-            artifacts.write_json(path, dict(identity))
+        advice, mend = "or annotate in another folder.", f"remove {self.directory} to measure it again"
+        if judge and opened(path, identity, f"R{mend[1:]}, {advice}", mend) is None:
+            if any(self.directory.glob("*.f32")):  # it was written before them
+                raise artifacts.Broken(f"{path} is missing, so that nobody can say what lies beside it; {mend}.")
+            artifacts.write_record(path, identity)
 
     def missing_shards(self, num_shards: int) -> list[int]:
         """Return the shards that are still to be measured: not there, or not as they were written."""
@@ -110,7 +112,7 @@ class Column:
     def _load(self, shard: int) -> list[np.ndarray] | None:
         path = self._path(shard)
         # A file that is not there, or not as it was written: both are measured again.
-        data = path.read_bytes() if path.exists() else b""
+        data = path.read_bytes() if path.is_file() else b""
         payload = data[32:]
         if hashlib.sha256(payload).digest() != data[:32]:
             return None
@@ -261,7 +263,7 @@ def write_store(
     final, progress = folder / MANIFEST, folder / _PROGRESS
     advice = "Remove that folder to make it again, or choose another."
     for path in (final, progress):
-        older = (artifacts.read_json(path) or made_from)["format"]
+        older = (artifacts.read_record(path) or made_from)["format"]
         if older < _FORMAT and opened(path, {**made_from, "format": older}, advice):
             path.unlink()
     if opened(final, made_from, advice) is not None:
@@ -279,13 +281,13 @@ def write_store(
         entry = {"file": path.name, "bytes": num_bytes, "sha256": sha256_file(beside)}
         os.replace(beside, path)
         done[shard : shard + 1] = [entry]
-        artifacts.write_json(progress, {**made_from, "shards": done})
+        artifacts.write_record(progress, {**made_from, "shards": done})
 
     # 3. What makes the shards a data set, and the seal. A kill between them does no harm: without it nobody reads.
     _write_tfds_metadata(folder, features, shard_pairs, sum(entry["bytes"] for entry in done))
     metadata = artifacts.checksums(folder, ("dataset_info.json", "features.json"))
     written_with = {name: version(name) for name in ("ctpd-jax", "jax", "tensorflow-datasets")}  # told, not compared
-    artifacts.write_json(final, {**made_from, "shards": done, "metadata": metadata, "written_with": written_with})
+    artifacts.write_record(final, {**made_from, "shards": done, "metadata": metadata, "written_with": written_with})
     progress.unlink(missing_ok=True)
 
 
@@ -374,6 +376,7 @@ def open_store(
     patiently(lambda: all((folder / name).is_file() for name in files) or None)
     try:
         artifacts.check_files(folder, files, read=verify)
+        artifacts.check_files(folder, manifest["metadata"])
     except artifacts.Broken as reason:
         raise UserError(f"{reason}; remove {path} and annotate again to restore it.") from None
     raw = tfds.decode.DeserializeMethod.RAW_BYTES

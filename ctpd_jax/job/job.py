@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import json
 import os
 import platform
 import time
@@ -17,8 +18,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import read_json, write_json
-from ctpd_jax.errors import UserError
+from ctpd_jax.artifacts import read_record, write_record
+from ctpd_jax.errors import UserError, without_secrets
 from ctpd_jax.job.table import STAGES
 from ctpd_jax.processes import distributed, preempt, stall
 from ctpd_jax.sharding import first_process, make_mesh, patiently, told_by_first
@@ -41,10 +42,10 @@ class Job:
     looks_only: bool = False  # it leaves the workdir as it is, where another command may be at work
 
     def note(self, name: str, value: Any) -> None:
-        """Write a JSON file of the workdir, once for all processes; who only looks does without where he may not."""
+        """Write a record of the workdir, once for all processes; who only looks does without where he may not."""
         if first_process():
             with suppress(OSError) if self.looks_only else nullcontext():
-                write_json(self.workdir / name, value)
+                write_record(self.workdir / name, value)
 
 
 @contextmanager
@@ -71,13 +72,19 @@ def open_job(
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     with (
         nullcontext() if looks_only else alone_in(workdir),
-        MetricLog(workdir, first_process() and not looks_only, wandb=config.wandb, config=config.to_dict()) as log,
+        MetricLog(workdir, first_process() and not looks_only, wandb=config.wandb, config=told(config)) as log,
     ):
         job = Job(config, workdir, log, say if first_process() else lambda text: None, *meshes(config), looks_only)
         job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
         if job.mesh.devices.size > 1:
             job.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items()))
         yield job
+
+
+def told(config: ConfigDict) -> dict[str, Any]:
+    """The settings as they are written down: without the name and the password that an address may hold."""
+    found: dict[str, Any] = json.loads(without_secrets(json.dumps(config.to_dict())))
+    return found
 
 
 @contextmanager
@@ -153,7 +160,7 @@ def by_first(what: str, work: Callable[[], object]) -> None:
 
 def result(job: Job, stage: str) -> dict[str, Any] | None:
     """What a finished stage says of itself; None before it is finished."""
-    return read_json(job.workdir / stage / "done.json")
+    return read_record(job.workdir / stage / "done.json")
 
 
 def require(job: Job, stage: str) -> dict[str, Any]:

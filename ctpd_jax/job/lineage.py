@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import read_json, require_same
+from ctpd_jax.artifacts import read_record, require_same
 from ctpd_jax.job.job import Job, require
 from ctpd_jax.job.models import decoder_of, folder, weights_digest
 from ctpd_jax.job.table import fingerprint, left_out, starts_from, trained_model
@@ -176,7 +176,7 @@ class Files:
     def adapters(self, stage: str) -> Params:
         require(self.job, stage)
         path = self.job.workdir / stage / "inputs.json"
-        trained = (read_json(path) or {}).get("settings", {}).get("lora")
+        trained = (read_record(path) or {}).get("settings", {}).get("lora")
         if trained is not None:  # another alpha would fit their shapes, and count them another number of times
             expected = fingerprint(self.job.config, stage)["lora"]
             require_same(expected, trained, path, "Give the settings that it was trained with.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import read_json, sha256_file
+from ctpd_jax.artifacts import Broken, read_record, sha256_file
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
 from ctpd_jax.models.attention_backends import choose_backend, platform_of, usual_dtype
@@ -59,7 +60,9 @@ def weights_digest(job: Job, model: Model) -> str:
     where = folder(job, model)
     files = sorted([*where.glob("*.safetensors"), where / "config.json"])
     key = "|".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
-    known = read_json(job.workdir / "models.json") or {}
+    known: dict[str, Any] = {}
+    with contextlib.suppress(Broken):
+        known = read_record(job.workdir / "models.json") or {}
     if known.get(model, {}).get("files") != key:
         joined = "".join(sha256_file(file) for file in files)
         known[model] = {"files": key, "weights": hashlib.sha256(joined.encode()).hexdigest()}

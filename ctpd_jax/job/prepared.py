@@ -20,7 +20,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ctpd_jax.artifacts import first_difference, read_json, replacing_folder, seal, unseal, write_json
+from ctpd_jax.artifacts import first_difference, read_record, replacing_folder, seal, unseal, write_record
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import CHOSEN, REJECTED, Aligned, AlignedPair, Counters, PreferencePair, TokenSide
 
@@ -98,7 +98,7 @@ def write(folder: Path, pairs: Sequence[AlignedPair], counters: Counters, made_f
         np.save(beside / "ends.npy", np.cumsum(lengths).reshape(lengths.shape))
         np.save(beside / "numbers.npy", np.array(numbers, np.int64))
         np.save(beside / "worth.npy", np.array(worth, np.float64))
-        write_json(beside / "told.json", told)
+        write_record(beside / "told.json", told)
         seal(beside / SEAL, {"made_from": dict(made_from)})
 
 
@@ -112,7 +112,7 @@ def read(folder: Path, made_from: Mapping[str, Any]) -> tuple[PreparedPairs, Cou
 
 
 def _mapped(folder: Path) -> tuple[PreparedPairs, Counters]:
-    told = read_json(folder / "told.json")
+    told = read_record(folder / "told.json") or {}  # which the seal has vouched for
     names = ("values", "ends", "numbers", "worth")
     mapped = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in names)
     return PreparedPairs(told["ids"], *mapped), Counters(told["counts"], told["notes"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from ctpd_jax.annotate.scorer import Scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import Column, shard_ranges
-from ctpd_jax.artifacts import read_json, write_json
+from ctpd_jax.artifacts import read_record, write_record
 from ctpd_jax.data.loader import padding, plan_shapes
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import PairItem
@@ -110,10 +110,10 @@ def shard_size(job: Job, split: Split) -> int:
     """Pairs of a shard, as they were when the first one was begun: another setting would move every boundary."""
     # Columns of before are cut at the old boundaries, and a new one must be cut there too.
     path, wanted = job.workdir / HOMES[split] / "shards.json", job.config.annotate.pairs_per_shard
-    if (known := read_json(path)) is None:
+    if (known := read_record(path)) is None:
         known = {"pairs_per_shard": wanted}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
+        write_record(path, known)
     if known["pairs_per_shard"] != wanted:
         size = known["pairs_per_shard"]
         job.say(f"{path.parent} keeps its shards of {size} pairs; annotate.pairs_per_shard is {wanted} now.")

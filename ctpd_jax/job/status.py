@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctpd_jax.artifacts import read_json
+from ctpd_jax.artifacts import read_record
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import STAGES, why_left_out
 from ctpd_jax.train.metrics import read_metrics
@@ -30,7 +30,7 @@ def status(workdir: Path, now: float | None = None) -> str:
 
     Raises UserError where there is no run.
     """
-    settings = read_json(workdir / "config.json")
+    settings = read_record(workdir / "config.json")
     if settings is None:
         raise UserError(f"{workdir} holds no run: there is no config.json.")
     config, now, lines = ConfigDict(settings), time.time() if now is None else now, read_metrics(workdir)
@@ -76,10 +76,10 @@ def _at_work(workdir: Path) -> str:
 
 def _state(workdir: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     folder = workdir / name
-    if done := read_json(workdir / SEALS[name] if name in SEALS else folder / "done.json"):
+    if done := read_record(workdir / SEALS[name] if name in SEALS else folder / "done.json"):
         left_out = f", {done['skipped']} of them left out" if "skipped" in done else ""
         return f"finished, {done['steps']} updates{left_out}" if "steps" in done else "finished"
-    begun = read_json(folder / "inputs.json") if STAGES[name].trains else None
+    begun = read_record(folder / "inputs.json") if STAGES[name].trains else None
     if not begun:
         return "not finished"
     if not lines:

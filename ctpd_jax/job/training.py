@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.scorer import dpo_items
-from ctpd_jax.artifacts import begin, finish, read_json
+from ctpd_jax.artifacts import begin, finish, read_record
 from ctpd_jax.data.loader import micro_batches, plan_shapes, plan_updates, steps_per_epoch
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.data.rows import PairItem
@@ -129,14 +129,14 @@ def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) 
     save_params(directory / "params", params, {"stage": stage, "steps": recipe.steps})
     digest = lineage.params_digest(params)
     if recipe.settings.lora.rank:  # adapters alone do not say which model this is
-        before = read_json(directory / "inputs.json")["from"]
+        before = (read_record(directory / "inputs.json") or {})["from"]
         digest = hashlib.sha256(f"{before} {digest}".encode()).hexdigest()
     if first_process():
-        lines = read_metrics(job.workdir)
-        if skipped := sum(line["stage"] == stage and "skipped" in line for line in lines):
+        lines = read_metrics(job.workdir, stage)
+        if skipped := sum("skipped" in line for line in lines):
             job.say(f"{stage}: {skipped} of {recipe.steps} updates were not finite and were left out.")
             figures = {**figures, "skipped": skipped}
-        finish(directory, {"params": digest, "steps": recipe.steps, **figures})
+        finish(directory, {"params": digest, "steps": recipe.steps, "told": len(lines), **figures})
         shutil.rmtree(directory / "checkpoints")
         shutil.rmtree(directory / "best", ignore_errors=True)
     barrier(f"{stage} is finished")

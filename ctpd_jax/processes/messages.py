@@ -17,6 +17,7 @@ from ctpd_jax.errors import UserError
 
 LOG = logging.getLogger("ctpd_jax")
 LOG.setLevel(logging.INFO)
+LOG.propagate = False  # what is printed here must not be printed by a handler of the root's, too
 LOG.addHandler(logging.NullHandler())  # else Python would print by itself what no handler takes
 
 _quiet = False

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctpd_jax.artifacts import read_json, write_bytes
+from ctpd_jax.artifacts import read_record, write_bytes
 from ctpd_jax.report import format as wording
 from ctpd_jax.report.curves import curves, interval, series, short
 from ctpd_jax.report.format import TEMPLATES, figure
 from ctpd_jax.schema import SIDES
-from ctpd_jax.train.metrics import read_metrics
+from ctpd_jax.train.metrics import METRICS, lost_lines, read_metrics
 
 MANIFEST = "annotations/manifest.json"
 MAX_HEAT_SPANS = 2000  # of one response
@@ -44,27 +45,36 @@ def write_report(workdir: Path) -> Path:
     Reads evaluation.json, metrics.jsonl, data_train.json, data_test.json, config.json and the store's manifest; what is
     not there is left out of the page. Raises UserError naming the file that is not JSON.
     """
-    evaluation = read_json(workdir / "evaluation.json") or {}
-    config = read_json(workdir / "config.json")
-    data = {split: found for split in ("train", "test") if (found := read_json(workdir / f"data_{split}.json"))}
+    evaluation = read_record(workdir / "evaluation.json") or {}
+    config = read_record(workdir / "config.json")
+    data = {split: found for split in ("train", "test") if (found := read_record(workdir / f"data_{split}.json"))}
+    lines = read_metrics(workdir)
+    if lost := lost_lines(workdir, lines):
+        told = f"{workdir / METRICS} has lost lines of {', '.join(lost)}: their curves are not whole."
+        warnings.warn(told, stacklevel=2)
     # Values are made here, words and their order stand in the template.
     page = TEMPLATES.get_template("report.html.jinja").render(
         name=workdir.name,
         evaluation=evaluation,
-        stages=_stages(read_metrics(workdir)),
+        stages=_stages(lines),
+        lost=lost,
         shown=_shown(evaluation, wording.full_colour(config)),
         weights=evaluation.get("weights"),
         samples=_by_prompt(evaluation.get("samples") or {}),
         data=data,
         counted=list(dict.fromkeys(name for counts in data.values() for name in counts if name != "first")),
-        config=None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
-        manifest=(workdir / MANIFEST).read_text("utf-8", "replace") if (workdir / MANIFEST).exists() else None,
+        config=_told(config),
+        manifest=_told(read_record(workdir / MANIFEST)),
         format=wording,
         interval=interval,
     )
     path = workdir / "report.html"
     write_bytes(path, page.lstrip().encode("utf-8", errors="replace"))  # a lone surrogate in data is no reason to fail
     return path
+
+
+def _told(record: Mapping[str, Any] | None) -> str | None:
+    return None if record is None else json.dumps(record, indent=2, ensure_ascii=False)
 
 
 def _stages(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.scorer import score_pairs
 from ctpd_jax.annotate.store import shard_ranges, to_record, write_store
-from ctpd_jax.artifacts import kept, sha256_file, write_json
+from ctpd_jax.artifacts import kept, sha256_file, write_record
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.job.job import Job, by_first, result
 from ctpd_jax.job.lineage import identity
@@ -211,7 +211,7 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
     flat = any(np.ptp(ratio) == 0 for ratio in ratios)
     correlation = 0.0 if flat else float(np.corrcoef(ratios)[0, 1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"measured": measured, "correlation": correlation})
+    write_record(path, {"measured": measured, "correlation": correlation})
     job.say(
         f"The contrastive pair in bfloat16: over {len(places)} pairs log pi+ - log pi- correlates "
         f"{correlation:.3f} with that of float32."

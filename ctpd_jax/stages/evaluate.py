@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ctpd_jax.artifacts import kept, read_json, write_json
+from ctpd_jax.artifacts import kept, read_record, write_record
 from ctpd_jax.evaluate.accuracy import compare
 from ctpd_jax.job.job import Job, by_first
 from ctpd_jax.job.lineage import identity
@@ -80,7 +80,7 @@ def write(job: Job, pairs: Pairs, columns: Mapping[str, Measured]) -> None:
 
     # 4. Into files and onto the screen.
     plain = as_plain(found)
-    write_json(job.workdir / "evaluation.json", plain)
+    write_record(job.workdir / "evaluation.json", plain)
     write_report(job.workdir)
     job.say(terminal.pair_text(plain["example"]))
     job.say(terminal.evaluation_text(plain))
@@ -90,7 +90,7 @@ def write(job: Job, pairs: Pairs, columns: Mapping[str, Measured]) -> None:
 def beta_of(job: Job, stage: str) -> float:
     """The beta that a stage was trained with; CTPD's for a model that was not trained on pairs."""
     for name in (stage, "train"):
-        trained = read_json(job.workdir / name / "inputs.json") or {}
+        trained = read_record(job.workdir / name / "inputs.json") or {}
         if "beta" in trained.get("settings", {}):
             return trained["settings"]["beta"]
     return job.config.train.beta
@@ -121,7 +121,7 @@ def samples(job: Job, pairs: Pairs, row: str) -> list[dict[str, str]]:
     answers = sample(text_of(job, model), *reading_model(job, stage, job.own), asked, sampling, compute)
     drawn = [{"prompt": prompt[-1].content, "answer": answer} for prompt, answer in zip(asked, answers)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"inputs": inputs, "samples": drawn})
+    write_record(path, {"inputs": inputs, "samples": drawn})
     return drawn
 
 

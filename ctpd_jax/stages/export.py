@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import ctpd_jax
 from ctpd_jax.annotate.store import MANIFEST
-from ctpd_jax.artifacts import kept, read_json, write_json
+from ctpd_jax.artifacts import Broken, check_files, checksums, kept, read_record, sha256_file, write_record
 from ctpd_jax.errors import UserError
 from ctpd_jax.job import lineage
 from ctpd_jax.job.job import Job, by_first, result
@@ -44,8 +45,8 @@ def write(job: Job) -> None:
         "card": hashlib.sha256(card.encode("utf-8", errors="replace")).hexdigest(),
         **config.export.to_dict(),
     }
-    gone = config.export.adapters and not adapters.is_dir()
-    if not kept(marker, inputs) or not directory.is_dir() or gone:
+    folders = [directory, adapters] if config.export.adapters else [directory]
+    if not as_written(job, kept(marker, inputs), folders):
         files, decoder = lineage.Files(job, job.own), decoder_of(job, model)
 
         # 2. The model. Who serves it must stop where it was trained to stop, and ask as it was asked.
@@ -69,10 +70,35 @@ def write(job: Job) -> None:
         if config.export.adapters:
             base = config[model].path or str(folder(job, model))
             save_peft(adapters, lineage.with_adapters(config, stage, decoder), files.adapters(stage), base)
-        write_json(marker, inputs)
+        write_record(marker, {**inputs, "files": {one.name: checksums(one, files_of(one)) for one in folders}})
     job.say(f"The student in Hugging Face format: {directory}")
     if config.export.adapters:
         job.say(f"Its adapters, for PEFT: {adapters}")
+
+
+def files_of(directory: Path) -> list[str]:
+    """The files of an export that nobody is expected to edit: all but the card."""
+    return sorted(path.name for path in directory.iterdir() if path.is_file() and path.name != "README.md")
+
+
+def as_written(job: Job, known: Mapping[str, Any] | None, folders: Sequence[Path]) -> bool:
+    """Whether what was exported before still lies there, file by file: Hugging Face's format has no checksums."""
+    if known is None:
+        return False
+    # What is missing or changed is made anew; a card may be somebody's own by now.
+    card = folders[0] / "README.md"
+    try:
+        for one in (*folders, card):
+            if not one.exists():
+                raise Broken(f"{one} is missing")
+        for folder in folders:
+            check_files(folder, known.get("files", {}).get(folder.name, {}))  # an earlier version noted none
+    except Broken as reason:
+        job.say(f"export: {reason}; it is written anew.")
+        return False
+    if sha256_file(card) != known["card"]:
+        job.say(f"export: {card} is not as it was written; it stays. Remove {folders[0]} to have all of it anew.")
+    return True
 
 
 def push(directory: Path, repo: str, private: bool, dry_run: bool, say: Callable[[str], None]) -> None:
@@ -123,10 +149,10 @@ def card_of(job: Job, row: str) -> str:
     """The model card of a row of the table. An evaluation is told only if it was of these very parameters."""
     config, stage = job.config, rows(job.config)[row]
     # What was measured of an earlier model is not told of this one.
-    measured = read_json(job.workdir / "evaluation" / "samples" / f"{row}.json")
+    measured = read_record(job.workdir / "evaluation" / "samples" / f"{row}.json")
     fresh = measured is not None and measured["inputs"]["params"] == lineage.identity(job, stage)
     own, store = training_data(job, stage)
-    annotated = read_json(store / MANIFEST)
+    annotated = read_record(store / MANIFEST)
     results = {name: result(job, name) for name in TRAINED if not left_out(config, name)}
     return model_card(
         own.config.to_dict(),
@@ -135,6 +161,6 @@ def card_of(job: Job, row: str) -> str:
         says=way_to(config, row),
         pairs=annotated["data"]["count"] if annotated else None,
         template=text_of(job, trained_model(config, stage)).template.kind,
-        evaluation=read_json(job.workdir / "evaluation.json") if fresh else None,
+        evaluation=read_record(job.workdir / "evaluation.json") if fresh else None,
         versions={"ctpd-jax": ctpd_jax.__version__, "jax": jax.__version__},
     )

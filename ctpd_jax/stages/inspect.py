@@ -140,7 +140,7 @@ def annotated(job: Job, pairs: Pairs) -> Store | None:
         UserError: it was made from other data.
     """
     folder = job.workdir / "annotations"
-    return open_store(folder, {"data": pairs.identity}, verify=False) if (folder / MANIFEST).exists() else None
+    return open_store(folder, {"data": pairs.identity}) if (folder / MANIFEST).exists() else None
 
 
 def texts_of(job: Job) -> Texts:

@@ -95,7 +95,9 @@ def ask_all(questions: Sequence[str], known: argparse.Namespace) -> dict[str, st
     kept = replies_of(path)
     missing = [question for question in dict.fromkeys(questions) if names[question] not in kept]
     # 2. The others, several at once; each is on disk before the next is counted.
-    key = os.environ.get(KEY)
+    key = os.environ.get(KEY, "").strip()
+    if not all("!" <= character <= "~" for character in key):  # else the message about the header would show it
+        raise UserError(f"{KEY} holds what no key does, such as a blank or a line break; set it anew.")
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with (
@@ -140,6 +142,8 @@ def ask(session: requests.Session, url: str, model: str, question: str) -> str:
         except (requests.ConnectionError, requests.Timeout) as error:
             problem = type(error).__name__
             continue
+        except requests.RequestException as error:  # an address that is none, or leads in a circle
+            raise UserError(f"{url} cannot be asked: {error}") from None
         if response.status_code == 429 or response.status_code >= 500:  # too many at once, or its own trouble
             problem = f"status {response.status_code}"
             continue

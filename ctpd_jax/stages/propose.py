@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ctpd_jax.annotate.store import shard_ranges
-from ctpd_jax.artifacts import begin, canonical_json, finish, read_json, write_bytes, write_json
+from ctpd_jax.artifacts import begin, canonical_json, finish, read_record, write_bytes, write_record
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job, by_first
 from ctpd_jax.job.lineage import identity
@@ -155,15 +155,15 @@ def drawn(job: Job, prompts: Sequence[Prompt]) -> list[Answers]:
                 for shard in own:
                     preempt.check("the answers that were drawn are kept")
                     part = asked[ranges[shard].start : ranges[shard].stop]
-                    write_json(paths[shard], draw(part, jax.random.fold_in(key, shard)))
+                    write_record(paths[shard], {"answers": draw(part, jax.random.fold_in(key, shard))})
                     progress.update(len(part))
 
     # 3. All of them, from disk, by prompt.
     said = []
     for path in paths:
-        if (shard := patiently(partial(read_json, path))) is None:
+        if (shard := patiently(partial(read_record, path))) is None:
             raise UserError(f"{path} is missing; the same command draws it again.")
-        said += shard
+        said += shard["answers"]
     return [dict(map(tuple, said[first : first + times])) for first in range(0, len(said), times)]
 
 

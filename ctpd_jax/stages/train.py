@@ -11,7 +11,7 @@ import hashlib
 
 from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.annotate.store import MANIFEST, open_store
-from ctpd_jax.artifacts import canonical_json, read_json
+from ctpd_jax.artifacts import canonical_json, read_record
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.recipe import recipe
@@ -26,7 +26,7 @@ def run(job: Job, stage: str) -> None:
 
     # 1. The store, held against everything that this machine knows of what it should have been made from.
     own, folder = training_data(job, stage)
-    stored = patiently(lambda: read_json(folder / MANIFEST)) or {}
+    stored = patiently(lambda: read_record(folder / MANIFEST)) or {}
     expected = known_without_teacher(own, stored)
     if teacher_is_here(config):
         expected |= teacher_identity(job)

@@ -47,7 +47,11 @@ def open_tokenizer(source: str) -> tuple[Any, str]:
     try:
         hf = kind.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises anything here, KeyError included; the user needs the name
-        raise UserError(f"The tokenizer {source!r} cannot be loaded: {_first_line(error)}") from error
+        read_object(file)  # damaged, it is named as that
+        raise UserError(
+            f"The tokenizer {source!r} cannot be loaded, by its tokenizer.json and tokenizer_config.json: "
+            f"{_first_line(error)}"
+        ) from error
     if content is None:
         # 3. A folder without tokenizer.json: transformers has made one, or it cannot.
         if not getattr(hf, "is_fast", False):
@@ -125,6 +129,8 @@ def bos_of_post_processor(hf: Any, name: str) -> int | None:
     word = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     word.post_processor = hf.backend_tokenizer.post_processor
     encoding = word.encode("a")
+    if 0 not in encoding.special_tokens_mask:
+        raise UserError(f"The tokenizer {name!r} leaves out the text itself (post_processor in its tokenizer.json).")
     front = encoding.ids[: encoding.special_tokens_mask.index(0)]
     if len(front) > 1:
         raise UserError(

@@ -314,12 +314,12 @@ def load_params(directory: str | os.PathLike[str], target: PyTree, alone: bool =
     """
     folder = local_path(directory)
     if not patiently(lambda: folder.is_dir() or None):
-        raise UserError(f"There are no parameters at {folder}; run the stage that writes them first.")
+        raise UserError(f"There are no parameters at {folder}; remove {folder.parent} and run its stage.")
     try:
         record = _unseal_patiently(folder)
     except Broken as reason:
-        message = f"The parameters at {folder} are not whole: {reason}. Remove the folder and run its stage again."
-        raise UserError(message) from None
+        advice = f"Remove {folder.parent} and run its stage again."
+        raise UserError(f"The parameters at {folder} are not whole: {reason}. {advice}") from None
     # Orbax waits for all processes unless it is told who takes part.
     options = {}
     if alone and jax.process_count() > 1:

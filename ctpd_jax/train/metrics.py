@@ -12,19 +12,22 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from ctpd_jax.artifacts import local_path, read_json, write_bytes, write_json
+from ctpd_jax.artifacts import local_path, read_record, write_bytes, write_record
 from ctpd_jax.errors import UserError
 from ctpd_jax.processes import messages, stall
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 _RESERVED = ("stage", "step", "time")
+_SUM = "crc32"  # of the rest of its line, in hex
 
 
 def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> list[dict[str, Any]]:
@@ -41,13 +44,23 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
     for number, text in enumerate(whole, 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path}:{number} is not JSON; remove that line.") from None
         if not isinstance(line, dict) or not all(name in line for name in _RESERVED):
             raise UserError(f"{path}:{number} has no stage, step and time; remove that line.")
+        if line.pop(_SUM, None) not in (None, _sum(line)):  # a line of an earlier version has none
+            raise UserError(f"{path}:{number} is damaged (it is not what was written); remove that line.")
         if stage is None or line["stage"] == stage:
             lines.append(line)
     return lines
+
+
+def lost_lines(workdir: Path, lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the finished stages that told more updates than `lines`, the whole of metrics.jsonl, hold."""
+    # A stage notes how many lines it has told when it is finished.
+    counts = Counter(line["stage"] for line in lines)
+    finished = {path.parent.name: read_record(path) or {} for path in sorted(workdir.glob("*/done.json"))}
+    return [stage for stage, done in finished.items() if counts[stage] < done.get("told", 0)]
 
 
 class MetricLog:
@@ -86,14 +99,14 @@ class MetricLog:
         if not self._active:
             return
         values = {name: _plain(value) for name, value in metrics.items()}
-        for name in values.keys() & set(_RESERVED):
+        for name in values.keys() & {*_RESERVED, _SUM}:
             raise ValueError(f"A metric cannot be called {name!r}: every line has a field of that name.")
         # 1. The line: JSON has no NaN.
         now = time.time()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"stage": stage, "step": int(step), "time": round(now, 3), **finite}
         with open(self.workdir / METRICS, "ab") as out:
-            out.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            out.write(_as_line(line))
         # 2. TensorBoard has them, but no texts.
         if self._tensorboard:
             writer = self._writer(stage)
@@ -112,8 +125,7 @@ class MetricLog:
         lines = read_metrics(self.workdir)
         kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
         if len(kept) < len(lines):
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-            write_bytes(self.workdir / METRICS, text.encode())
+            write_bytes(self.workdir / METRICS, b"".join(map(_as_line, kept)))
         # TensorBoard hides them, once a writer begins at the step after.
         if stage in self._writers:
             self._writers.pop(stage).close()
@@ -146,14 +158,23 @@ class MetricLog:
         return self._writers[stage]
 
 
+def _as_line(line: Mapping[str, Any]) -> bytes:
+    return json.dumps({**line, _SUM: _sum(line)}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _sum(line: Mapping[str, Any]) -> str:
+    """Return the checksum of a line: a digit that was flipped would be another number."""
+    return f"{zlib.crc32(json.dumps(line).encode()):08x}"
+
+
 def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
     """Return the run of a workdir in a project of Weights & Biases; a repeated command goes on with it."""
     try:
         import wandb
     except ImportError:
         raise UserError("config.wandb needs the package wandb: pip install 'ctpd-jax[wandb]'.") from None
-    known = read_json(workdir / "wandb.json") or {"id": uuid.uuid4().hex}
-    write_json(workdir / "wandb.json", known)
+    known = read_record(workdir / "wandb.json") or {"id": uuid.uuid4().hex}
+    write_record(workdir / "wandb.json", known)
     return wandb.init(
         project=project, name=workdir.name, id=known["id"], resume="allow", config=dict(config), dir=str(workdir)
     )

@@ -247,8 +247,26 @@ def test_records_are_those_of_tfds(written):
             assert_equal(scores, make_scores(index))
 
 
+def test_shards_of_nobody_knows_what_are_not_taken(tmp_path):
+    column = Column(tmp_path, "positive", {"params": "abc"})
+    column.write(0, [np.zeros(3, np.float32)])
+    path = tmp_path / "columns" / "positive" / "identity.json"
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(UserError, match=r"identity\.json is missing.*remove .*positive to measure it again"):
+        Column(tmp_path, "positive", {"params": "abc"})
+    path.write_bytes(whole.replace(b"abc", b"abd"))
+    with pytest.raises(UserError, match=r"identity\.json is damaged.*remove .*positive to measure it again"):
+        Column(tmp_path, "positive", {"params": "abc"})
+    replaced = Column(tmp_path, "positive", {"params": "abc"}, replace=True)
+    assert replaced.missing_shards(1) == [0]
+    replaced._path(0).mkdir()
+    assert replaced.missing_shards(1) == [0]
+
+
 def test_a_store_in_an_older_form_is_written_anew(copy, written):
     older = {**json.loads((copy / MANIFEST).read_text()), "format": 2}
+    del older["sha256"]  # which that version did not write
     (copy / MANIFEST).write_text(json.dumps(older))
     with pytest.raises(UserError, match="format is 2 there and 3 here"):
         open_store(copy)

@@ -118,3 +118,30 @@ def test_what_cannot_be_judged_is_a_sentence(tmp_path, server, capsys, monkeypat
     told = capsys.readouterr().err
     for sentence in ("There is no file", "no instruction in common", "no JSON list of", "does not answer"):
         assert sentence in told
+
+
+@pytest.mark.parametrize(
+    ("key", "url", "sentence"),
+    [
+        ("sk-hidden\nX: y", "http://127.0.0.1:9", "OPENAI_API_KEY holds what no key does"),
+        ("sk-hidden", "http://somebody:hidden@127.0.0.1:9", "http://***@127.0.0.1:9 does not answer"),
+        ("sk-hidden", "ftp://somebody:hidden@host", "ftp://***@host cannot be asked"),
+        ("sk-hidden", "no address", "no address cannot be asked"),
+    ],
+)
+def test_keys_and_passwords_are_not_shown(tmp_path, monkeypatch, capsys, key, url, sentence):
+    monkeypatch.setattr("ctpd_jax.stages.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    ours = answers(tmp_path / "a.json", one="x")
+    arguments = ["judge", ours, ours, "--url", url, "--model", "j", "--out", str(tmp_path / "r.json")]
+    assert main(arguments) == 2
+    told = "".join(capsys.readouterr())
+    assert sentence in told and "hidden" not in told
+
+
+def test_a_key_may_end_with_a_line_break(tmp_path, server, monkeypatch):
+    monkeypatch.setattr("ctpd_jax.stages.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    ours, url = answers(tmp_path / "a.json", one="x"), f"http://127.0.0.1:{server.server_port}"
+    assert main(["judge", ours, ours, "--url", url, "--model", "j", "--out", str(tmp_path / "r.json")]) == 0
+    assert set(server.asked) == {"Bearer secret"}

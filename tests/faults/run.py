@@ -63,8 +63,8 @@ def outcome(workdir: Path) -> dict[str, object]:
 
 
 def timeless(found: dict[str, object]) -> dict[str, object]:
-    """Without what the clock says."""
-    return {name: value for name, value in found.items() if name not in ("time", "seconds", "tokens_per_second")}
+    """Without what the clock says, and the sums over it."""
+    return {name: value for name, value in found.items() if name not in long_run.CLOCK}
 
 
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:

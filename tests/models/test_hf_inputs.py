@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -283,3 +284,162 @@ def test_no_infinity_and_no_nan_is_exported(tmp_path, dtype, value, words):
     with pytest.raises(UserError, match=rf"tensor model\.layers\.1\.mlp\.up_proj\.weight holds {words}"):
         save_hf(tmp_path / "m", config, params, dtype=dtype)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ from strangers
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    """The header of a safetensors file, and what follows it."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: bytes, rest: bytes, length: int | None = None) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + rest
+
+
+def changed(**fields):
+    """A file whose first tensor has other fields in the header."""
+
+    def change(data: bytes) -> bytes:
+        header, rest = header_of(data)
+        name = next(one for one in header if one != "__metadata__")
+        header[name] |= fields
+        return with_header(json.dumps(header).encode(), rest)
+
+    return change
+
+
+def twice(data: bytes) -> bytes:
+    """A name that stands there twice, with the same span: JSON alone would take the last."""
+    header, rest = header_of(data)
+    name = next(one for one in header if one != "__metadata__")
+    text = json.dumps(header)
+    return with_header((text[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}").encode(), rest)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda data: with_header(b"", b"", 2**63), "not a safetensors file"),
+        (lambda data: with_header(b"{}", b"", 99_999_999), "cut short within its header"),
+        (lambda data: with_header(b"[" * 100_000, b""), "header cannot be read"),
+        (lambda data: with_header(b"[]", b""), "header cannot be read"),
+        (lambda data: with_header(b'{"x": 1}', b""), "header cannot be read"),
+        (changed(dtype="F33"), "dtype F33"),
+        (changed(dtype=["F32"]), r"dtype \['F32'\]"),
+        (changed(dtype="I8"), "dtype I8"),
+        (changed(shape=[-1, -3104]), "no sizes"),
+        (changed(shape=[97.0, 32]), "no sizes"),
+        (changed(shape=[True, 3104]), "no sizes"),
+        (changed(shape=[10**30]), "no sizes"),
+        (changed(shape=[2**62, 2**62]), "size of its shape"),
+        (changed(shape=3104), "list of sizes is none"),
+        (changed(data_offsets=[0, 10**12]), "overlap|cut short|size of its shape"),
+        (changed(data_offsets=[-4, 12412]), "no sizes"),
+        (changed(data_offsets=[0, float("inf")]), "no sizes"),
+        (changed(data_offsets=[0, 1, 2]), "list of sizes is none"),
+        (twice, "stands there twice"),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, whole, content, message):
+    for file, data in whole.items():
+        (tmp_path / file).write_bytes(data)
+    (tmp_path / SHARD).write_bytes(content(whole[SHARD]))
+    with pytest.raises(UserError, match=message) as error:
+        load_hf(tmp_path)
+    assert SHARD in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/{}/outside.safetensors", "..", ".", "", "a/b", "a\0b", "\ud800", "x" * 5000]
+)
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path, whole, shard):
+    (tmp_path / "m").mkdir()
+    for file, data in whole.items():
+        (tmp_path / "m" / file).write_bytes(data)
+    (tmp_path / "outside.safetensors").write_bytes(whole[SHARD])
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    name = next(one for one, file in found["weight_map"].items() if file == SHARD)
+    found["weight_map"][name] = shard.replace("{}", str(tmp_path))
+    index.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"index\.json lists .* no such file"):
+        load_hf(tmp_path / "m")
+
+
+@pytest.mark.parametrize("value", [[], {}, "x", 3, {"weight_map": []}, {"weight_map": {"x": 3}}])
+def test_an_index_of_another_kind_is_refused(tmp_path, whole, value):
+    for file, data in whole.items():
+        (tmp_path / file).write_bytes(data)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"index\.json is not a safetensors index"):
+        load_hf(tmp_path)
+
+
+def test_links_out_of_the_folder_are_followed(tmp_path, whole):
+    """The cache of the hub is made of them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, (file, data) in enumerate(whole.items()):
+        (tmp_path / "blobs" / str(number)).write_bytes(data)
+        (tmp_path / "snapshot" / file).symlink_to(f"../blobs/{number}")
+    load_hf(tmp_path / "snapshot")
+    (tmp_path / "snapshot" / SHARD).unlink()
+    (tmp_path / "snapshot" / SHARD).symlink_to(SHARD)  # in a circle
+    with pytest.raises(UserError, match="no such file"):
+        load_hf(tmp_path / "snapshot")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", SHARD, "generation_config.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, whole, name):
+    for file, data in whole.items():
+        (tmp_path / file).write_bytes(data)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=name):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**12},
+        {"num_hidden_layers": 10_000},
+        {"hidden_size": 10**12, "head_dim": 8},
+        {"vocab_size": 10**12},
+        {"vocab_size": 2**31 - 1},
+        {"intermediate_size": 10**30},
+        {"num_attention_heads": 10**12},
+        {"max_position_embeddings": 10**30},
+        {"rope_theta": 10**400},
+        {"rms_norm_eps": 10**400},
+        {"eos_token_id": 10**30},
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_absurd_sizes_are_refused_before_anything_of_that_size_is_made(tmp_path, family, fields):
+    config, params = random_model(family)
+    save_hf(tmp_path / "m", config, params)
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError) as error:
+            load_hf(tmp_path / "m")
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    assert str(tmp_path / "m") in str(error.value)
+
+
+def test_experts_without_number_are_refused(tmp_path):
+    config, params = random_model("mixtral")
+    save_hf(tmp_path / "m", config, params)
+    path = tmp_path / "m" / "config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 10_000, "num_local_experts": 10_000})
+    )
+    with pytest.raises(UserError, match="implies 100000000 at least"):
+        load_hf(tmp_path / "m")

@@ -22,7 +22,7 @@ def lines_of(path):
 def test_everything_is_logged_and_little_is_shown(tmp_path, capsys):
     log = tmp_path / "logs" / "run.jsonl"
     with messages.heard(log, quiet=True):
-        messages.say("half of it \ud800 is there")
+        messages.say("half of it is there")
         with Progress(3, "train") as progress:
             progress.write("compiling")
             progress.update(3, loss=0.5)

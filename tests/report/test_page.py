@@ -12,7 +12,7 @@ from helpers import made_up
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.report.curves import POINTS, curves, interval, series, short, thinned
-from ctpd_jax.report.page import write_report
+from ctpd_jax.report.page import pair_page, write_report
 
 EMPTY = {"meta", "br", "line", "circle", "polyline"}  # elements without an end
 
@@ -65,6 +65,62 @@ def test_what_comes_from_data_is_only_text(page):
     assert "\x1b" not in page.source
     titles = [value for name, value in page.attributes if name == "title"]
     assert any("<script> ¦ alert(1) ¦ </script>" in title for title in titles)
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}</pre></style>\x1b[2J\u202e"
+
+
+def poisoned(value):
+    """Every text of a record with something behind it that must not reach a page as what it is."""
+    if isinstance(value, dict):
+        return {name: poisoned(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [poisoned(part) for part in value]
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+def assert_only_text(page):
+    assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
+    assert not any(name.startswith("on") or name in ("src", "href") for name, _ in page.attributes)
+    assert (
+        "\x1b" not in page.source and "\u202e" not in page.source and "49" not in page.source.split("alert(2)")[1][:30]
+    )
+
+
+def test_whatever_the_files_of_a_run_say_is_only_text(tmp_path):
+    """Names of models, settings, counts and stages, text among the metrics, and the manifest."""
+    workdir = tmp_path / "run <script>alert(0)<script>"
+    made_up.write_run(workdir)
+    for name in ("evaluation.json", "config.json", "data_train.json", "data_test.json"):
+        (workdir / name).write_text(json.dumps(poisoned(json.loads((workdir / name).read_text()))))
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    for part in ("models", "samples"):
+        evaluation[part] = {name + HOSTILE: row for name, row in evaluation[part].items()}
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    (workdir / "annotations").mkdir()
+    (workdir / "annotations" / "manifest.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    data = json.loads((workdir / "data_train.json").read_text()) | {HOSTILE: 3}
+    (workdir / "data_train.json").write_text(json.dumps(data))
+    lines = [line | {"stage": line["stage"] + HOSTILE, "note": HOSTILE, "lr": HOSTILE} for line in made_up.metrics()]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(workdir))
+    assert_only_text(page)
+    shown = HOSTILE.replace("\x1b", "<U+001B>").replace("\u202e", "<U+202E>")
+    for name in ("train", "ctpd", "a & b.jsonl", ""):
+        assert name + shown in page.text, name
+
+
+def test_whatever_a_pair_says_is_only_text(tmp_path):
+    (tmp_path / "pair.html").write_bytes(pair_page(poisoned(made_up.example()), 1.5))
+    assert_only_text(Page(tmp_path / "pair.html"))
+
+
+def test_lost_lines_are_told_on_the_page(tmp_path):
+    made_up.write_run(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "done.json").write_text('{"told": 601}')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl has lost lines of train: their curves"):
+        assert "has lost lines of train" in Page(write_report(tmp_path)).text
 
 
 def test_nothing_is_fetched_and_nothing_runs(page):

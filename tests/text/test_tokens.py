@@ -387,3 +387,9 @@ def test_small_tokenizers_have_no_stray_special_tokens():
     """The trained stand-ins look like the real thing: byte pieces are not special."""
     added = {token["content"] for token in json.loads(core("bpe-prepend").to_str())["added_tokens"]}
     assert added == set(SPECIALS) and not added.intersection(BYTE_PIECES)
+
+
+def test_a_post_processor_that_leaves_out_the_text_is_refused():
+    template = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+    with pytest.raises(UserError, match="leaves out the text itself"):
+        load_tokenizer(fast(edited("byte", lambda state: state.update(post_processor=template))))

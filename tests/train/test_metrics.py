@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctpd_jax.artifacts import finish
 from ctpd_jax.errors import UserError
-from ctpd_jax.train.metrics import METRICS, MetricLog, Progress, read_metrics
+from ctpd_jax.train.metrics import METRICS, MetricLog, Progress, lost_lines, read_metrics
 
 
 def steps(workdir, stage=None):
@@ -26,12 +27,41 @@ def scalars(workdir, stage, tag):
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
+def test_a_line_that_was_changed_is_named(tmp_path):
+    with MetricLog(tmp_path) as log:
+        for step in range(3):
+            log.log("train", step, {"loss": 0.5, "note": "é", "lr": 1e-6, "none": float("nan")})
+    path = tmp_path / METRICS
+    whole, lines = path.read_bytes(), read_metrics(tmp_path)
+    assert [line["loss"] for line in lines] == [0.5] * 3 and "crc32" not in lines[0]
+    path.write_bytes(whole.replace(b"0.5", b"0.4", 1))
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1 is damaged .*; remove that line"):
+        read_metrics(tmp_path)
+    path.write_bytes(whole + b"[" * 10**5 + b"\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:4 is not JSON"):
+        read_metrics(tmp_path)
+    path.write_text('{"stage": "train", "step": 0, "time": 1.0, "loss": 0.5}\n')  # an earlier version's
+    assert read_metrics(tmp_path)[0]["loss"] == 0.5
+
+
+def test_lines_that_are_lost_are_counted(tmp_path):
+    with MetricLog(tmp_path) as log:
+        for step in range(3):
+            log.log("train", step, {"loss": 0.5})
+    (tmp_path / "train").mkdir()
+    finish(tmp_path / "train", {"told": 3})
+    (tmp_path / "sft").mkdir()
+    finish(tmp_path / "sft", {"params": "an earlier version's"})
+    lines = read_metrics(tmp_path)
+    assert lost_lines(tmp_path, lines) == [] and lost_lines(tmp_path, lines[:2]) == ["train"]
+
+
 def test_a_line_is_flat_json_of_plain_numbers(tmp_path):
     with MetricLog(tmp_path) as log:
         log.log("train", 3, {"loss": jnp.float32(0.5), "n": np.int64(7), "ok": True, "note": "é", "lr": 1e-6, "k": 2})
     (text,) = (tmp_path / METRICS).read_text("utf-8").splitlines()
     line = json.loads(text)
-    assert line.pop("time") > 1.7e9
+    assert line.pop("time") > 1.7e9 and len(line.pop("crc32")) == 8
     assert line == {"stage": "train", "step": 3, "loss": 0.5, "n": 7, "ok": True, "note": "é", "lr": 1e-6, "k": 2}
     assert isinstance(line["n"], int) and isinstance(line["ok"], bool)
 

@@ -44,7 +44,7 @@ def _is_integer(value: Any, least: int = 0) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < _LARGEST  # not NaN either
 
 
 def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
@@ -52,7 +52,9 @@ def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
 
 
 Kind = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is that
-_SIZE: Kind = ("a positive integer", lambda value: _is_integer(value, 1))
+_LARGEST, _MOST, _MANY = 1e38, 2**31 - 1, 10_000  # a number, a size, a number of parts that are listed one by one
+_SIZE: Kind = (f"a positive integer, at most {_MOST}", lambda value: _is_integer(value, 1) and value <= _MOST)
+_PARTS: Kind = (f"a positive integer, at most {_MANY}", lambda value: _is_integer(value, 1) and value <= _MANY)
 _COUNT: Kind = ("an integer, 0 or more", _is_integer)
 _FLAG: Kind = ("true or false", lambda value: isinstance(value, bool))
 _POSITIVE: Kind = ("a number above 0", lambda value: _is_number(value) and value > 0)
@@ -70,8 +72,9 @@ _IDS: Kind = ("a token id or a list of them, integers", lambda value: _ID[1](val
 
 # Every field that is read: of config.json, of its rotary parameters and of generation_config.json.
 _NAMES_OF_KINDS: tuple[tuple[Kind, str], ...] = (
-    (_SIZE, "hidden_size intermediate_size moe_intermediate_size vocab_size num_hidden_layers head_dim"),
-    (_SIZE, "num_attention_heads num_key_value_heads num_experts num_local_experts num_experts_per_tok"),
+    (_SIZE, "hidden_size intermediate_size moe_intermediate_size vocab_size head_dim num_attention_heads"),
+    (_SIZE, "num_key_value_heads num_experts_per_tok"),
+    (_PARTS, "num_hidden_layers num_experts num_local_experts"),
     (_SIZE, "max_position_embeddings original_max_position_embeddings sliding_window_pattern"),
     (_SIZE, "no_rope_layer_interval decoder_sparse_step"),
     (_FLAG, "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual"),

@@ -6,6 +6,7 @@ The host never holds more than one device's shard of one (stacked) parameter bes
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -193,7 +194,9 @@ def check_weights(directory: Path, config: DecoderConfig) -> dict[str, safetenso
         UserError: a file or a tensor that is missing, unexpected or of the wrong shape.
     """
     stored, shapes = _stored_tensors(directory), checkpoint_shapes(config)
-    # 1. What the config implies.
+    # 1. What the config implies. So many names are only made where the file may have them.
+    if (least := config.num_layers * max(1, config.experts)) > len(stored):
+        raise UserError(f"{directory} holds {len(stored)} tensors; its config.json implies {least} at least.")
     expected: dict[str, tuple[int, ...]] = {}
     for path, entry in tensor_table(config).items():
         expected |= dict.fromkeys(tensor_names(config, entry), shapes[path][entry.count("{}") :])
@@ -240,8 +243,8 @@ def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:
     stored: dict[str, safetensors.Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         # A shard is a plain name: the index may not lead out of the folder.
-        if Path(shard).name != shard or not (directory / shard).exists():
-            raise UserError(f"{index} lists {shard}, but there is no such file in {directory}.")
+        if Path(shard).name != shard or not os.path.isfile(directory / shard):  # False for names that can be none, too
+            raise UserError(f"{index} lists {shard[:200]}, but there is no such file in {directory}.")
         header = safetensors.read_header(directory / shard)
         if twice := sorted(stored.keys() & header.keys()):
             raise UserError(f"{shard} in {directory} holds tensors that another shard holds too: {_some(twice)}.")

@@ -47,6 +47,8 @@ class Tensor:
 def read_header(file: Path) -> dict[str, Tensor]:
     """Return the tensors of one file by name. Raises UserError if the file is not a whole safetensors file."""
     # 1. The header: its length in 8 bytes, then JSON.
+    if not file.is_file():
+        raise UserError(f"{file} is not a file. Fetch it again.")
     size = file.stat().st_size
     with open(file, "rb") as stream:
         start = stream.read(64)
@@ -58,11 +60,11 @@ def read_header(file: Path) -> dict[str, Tensor]:
             raise UserError(f"{file} was cut short within its header, or is no safetensors file. Fetch it again.")
         stream.seek(8)
         try:
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_each_once)
             header.pop("__metadata__", None)
-            spans = [(*map(int, entry["data_offsets"]), name) for name, entry in header.items()]
+            spans = [(*_sizes(entry["data_offsets"], 2), name) for name, entry in header.items()]
             tensors = {
-                name: Tensor(file, header[name]["dtype"], tuple(map(int, header[name]["shape"])), 8 + length + begin)
+                name: Tensor(file, str(header[name]["dtype"]), _sizes(header[name]["shape"]), 8 + length + begin)
                 for begin, _, name in spans
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -81,6 +83,24 @@ def read_header(file: Path) -> dict[str, Tensor]:
     if 8 + length + filled < size:
         raise UserError(f"{file} goes on after its last tensor. Fetch the file again.")
     return tensors
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make a JSON object of its fields. Of two of one name JSON would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _sizes(values: list[int], count: int | None = None) -> tuple[int, ...]:
+    """Return what has to be a list of so many integers that are not negative."""
+    # As strict as the format: int() would make a size of true, of "3" and of 3.7.
+    if not isinstance(values, list) or count not in (None, len(values)):
+        raise ValueError("a list of sizes is none")
+    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise ValueError(f"{str(values)[:60]} are no sizes")
+    return tuple(values)
 
 
 def read_into(tensor: Tensor, name: str, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
