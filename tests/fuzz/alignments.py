@@ -34,7 +34,7 @@ from fuzz import Found, smallest, texts
 MARKER = "\u2581"
 BATCH = 250  # texts of one pair of tokenizers
 DEFINITION = 60  # characters up to which a text that a normaliser changes is cut by the definition, in quadratic time
-UNDECIDED = 2000  # pairs of places for one token, from which on it is left open how they share white space
+UNDECIDED = 20_000  # ways of a token to lie in a text, from which on it is left open how they share white space
 WORDS = ("<ent>", "cat", "[word]", "<tool_call>", "\u00e9!", "e\u0301", "  two", "foo bar", "<|x|>", "dog.", "\n", " ")
 WORDS += (
     "\u65e5\u672c",
@@ -151,14 +151,16 @@ class Known:
                 return [list(accumulate(map(len, pieces)))]
         # 2. Forward, with every place where a token may end.
         steps: list[dict[int, set[int]]] = []
-        places = {0}
+        places, work = {0}, 0
         for token_id in ids:
             ends: dict[int, set[int]] = {}
             for place in places:
                 for end in self._ends(token_id, data, place, free, first and not steps):
                     ends.setdefault(end, set()).add(place)
-            if len(ends) * len(places) > UNDECIDED:  # white space that could be shared in thousands of ways
-                return [[], []]
+                    work += 1
+                # White space that could be shared in thousands of ways: in memory, and in time.
+                if work > UNDECIDED + 4 * len(ids):
+                    return [[], []]
             steps.append(ends)
             places, free = set(ends), token_id in self.added
         if len(data) not in places:

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fuzz import Found, files, run, smallest, templates
+from fuzz import Found, alignments, files, run, smallest, templates
+from helpers.small_tokenizers import core
+from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.text import preferences, spans
 from ctpd_jax.text.templates import render_chat
@@ -96,3 +98,12 @@ def test_the_command_ends_with_one_line_and_says_by_its_exit_whether_something_f
     monkeypatch.setattr(files, "MOST_SECONDS", -1.0)
     assert run.main(["--small", "--only", "files", "--task", "1", "--seed", "5"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_oracle_leaves_open_what_it_would_take_gigabytes_to_decide():
+    backend = Tokenizer.from_str(core("byte").to_str())
+    backend.add_tokens([AddedToken("\n", lstrip=True, rstrip=True), AddedToken(" ", lstrip=True, normalized=False)])
+    known = alignments.Known("mine", backend.to_str())
+    ids = known.tok.backend.token_to_id("\n"), known.tok.backend.token_to_id(" ")
+    assert known.endings([ids[0]] * 3000, b"\n" * 3000) == known.endings([*ids] * 900, b"\n " * 900) == [[], []]
+    assert known.endings([ids[0]], b"\n" * 30) == [[30]]
