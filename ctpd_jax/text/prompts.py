@@ -14,7 +14,7 @@ import numpy as np
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message, PreferencePair
 from ctpd_jax.text import tokens
-from ctpd_jax.text.backends import stand_in
+from ctpd_jax.text.backends import encoded, stand_in
 from ctpd_jax.text.templates import Piece, PromptTemplate, load_template, marks_for, render_chat, render_prompt
 from ctpd_jax.text.tokens import TextTokenizer
 
@@ -164,7 +164,7 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
     tokens.require_readable(tok, whole)
     # The tokenizer itself reads the whole prompt, if it takes nothing that was typed for a control token.
     if _only_template_control(tok, whole, pieces):
-        ids = tok.backend.encode(whole, add_special_tokens=False).ids
+        ids = encoded(tok.backend, [whole], tok.name)[0].ids
     else:
         ids = encode_beside_typed(tok, pieces)
     ids = tokens.spelling_of(tok, ids, whole, control=True).ids.tolist()
@@ -207,7 +207,7 @@ def encode_beside_typed(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[int
         # 2. The text with stand-ins, and where each of them lies in it.
         written = [text if token_id is None else stand_in(token_id) for text, token_id in parts]
         edges = list(accumulate(map(len, written), initial=0))
-        encoding = tok.ordinary.encode("".join(written), add_special_tokens=False)
+        encoding = encoded(tok.ordinary, ["".join(written)], tok.name, offsets=True)[0]
         read = [span for number, span in zip(encoding.ids, encoding.offsets) if number in tok.stand_ins]
         # 3. A token that is looked for after a space only, say, may be none here to the original either: it is text.
         missed = False

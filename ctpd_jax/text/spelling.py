@@ -9,12 +9,13 @@ Letters: T tokens, B bytes of the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from ctpd_jax.text.tokenizer_json import Prefix, Vocabulary
+from ctpd_jax.text.tokenizer_json import Added, Prefix, Vocabulary
+
+MOST_PLACES = 1_000_000  # that are looked at for one text
 
 
 class Spelt(NamedTuple):
@@ -59,15 +60,16 @@ def search(
     """
     # 1. Forward: for each token the places where it may end, one or two, and where it then began.
     steps: list[dict[int, int]] = []
-    places = [0]
+    places, tried = [0], 0
     after_added = True  # the start of a text is where a dummy space comes, too
     for token_id in ids.tolist():
-        step: dict[int, int] = {}
-        for place in places:
-            for end in _ends(vocabulary, prefix, token_id, data, place, after_added, names):
-                step.setdefault(end, place)
-        steps.append(step)
-        places = list(step)
+        spellings = _spellings(vocabulary, prefix, token_id, after_added, names)
+        steps.append(_ends(vocabulary.added.get(token_id), spellings, data, places))
+        # Many tokens that share very much white space could do so in too many ways to look at.
+        tried += len(places)
+        if tried > MOST_PLACES + 8 * len(ids):
+            return None
+        places = list(steps[-1])
         after_added = token_id in vocabulary.added
     if not places or (whole and len(data) not in places):
         return None
@@ -80,11 +82,8 @@ def search(
     return ends
 
 
-def _ends(
-    vocabulary: Vocabulary, prefix: Prefix, token_id: int, data: bytes, place: int, dummy: bool, names: bool
-) -> Iterator[int]:
-    """Yield the places where a token may end that begins at `place`, the likeliest first."""
-    # 1. What it may stand for.
+def _spellings(vocabulary: Vocabulary, prefix: Prefix, token_id: int, dummy: bool, names: bool) -> tuple[bytes, ...]:
+    """Return what a token may stand for, the likeliest first. `dummy`: a dummy space may come before it."""
     added = vocabulary.added.get(token_id)
     start = int(vocabulary.starts[token_id])
     usual = vocabulary.pool[start : start + int(vocabulary.sizes[token_id])].tobytes()
@@ -94,26 +93,32 @@ def _ends(
     if dummy and prefix.present:
         shorter = tuple(spelling[1:] for spelling in spellings if spelling.startswith(b" "))
         spellings = (*shorter, *spellings) if prefix.always else (*spellings, *shorter)
-    # 2. Where it may begin and end, white space included.
-    begins = _white(data, place) if added and added.lstrip else [place]
-    for begin in begins:
+    return spellings
+
+
+def _ends(added: Added | None, spellings: tuple[bytes, ...], data: bytes, places: list[int]) -> dict[int, int]:
+    """Return where a token may end that begins at one of the places, the likeliest first, and at which it began."""
+    begins: dict[int, int] = {}
+    for place in places:
+        _reach(begins, data, place, place, white=added is not None and added.lstrip)
+    ends: dict[int, int] = {}
+    for begin, place in begins.items():
         for spelling in spellings:
             if data.startswith(spelling, begin):
-                end = begin + len(spelling)
-                yield from _white(data, end) if added and added.rstrip else [end]
+                _reach(ends, data, begin + len(spelling), place, white=added is not None and added.rstrip)
+    return ends
 
 
-def _white(data: bytes, place: int) -> list[int]:
-    """Return how far white space may be taken along from `place`: the furthest first, not at all last."""
-    # Nearly every run is short, and a text may be long: ever more of it is decoded.
-    size, run = 32, ""
-    while len(run.encode("utf-8")) >= size - 32:
-        size *= 2
-        rest = data[place : place + size].decode("utf-8", "ignore")
-        run = rest[: len(rest) - len(rest.lstrip())]
-        if place + size >= len(data):
+def _reach(found: dict[int, int], data: bytes, at: int, place: int, white: bool) -> None:
+    """Note that `at` is reached from a place; with `white` also how far white space may be taken along from there.
+
+    The furthest comes first. Where somebody was before, all that follows is known: a run is gone through once.
+    """
+    new = []
+    while at not in found:
+        new.append(at)
+        letter = data[at : at + 4].decode("utf-8", "ignore")[:1] if white else ""
+        if not letter.isspace():
             break
-    # A part of it, where the rest is an added token of its own. Of a very long run all or none: two tokens that share
-    # one would try every pair of lengths.
-    lengths = range(len(run), -1, -1) if len(run) <= 1000 else (len(run), 0)
-    return [place + len(run[:count].encode("utf-8")) for count in lengths]
+        at += len(letter.encode("utf-8"))
+    found.update(dict.fromkeys(reversed(new), place))

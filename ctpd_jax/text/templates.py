@@ -11,25 +11,20 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jinja2
-import jinja2.ext
 import jinja2.meta
-import jinja2.nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message
+from ctpd_jax.text import sandbox
+from ctpd_jax.text.sandbox import TEMPLATE_DATE
 from ctpd_jax.text.tokens import TextTokenizer
 
-# Templates that print today's date would make another prompt of the same messages tomorrow; this is the date that
-# Llama 3's own template falls back to.
-TEMPLATE_DATE = datetime(2024, 7, 26)
 PLAIN_SEPARATOR = "\n\n"
 _OURS = {"messages", "add_generation_prompt"}
 _OPEN, _CLOSE = "\ue0f5", "\ue0f6"  # around the words of a message
@@ -57,6 +52,12 @@ class PromptTemplate:
     source: str
     variables: tuple[tuple[str, str], ...] = ()
     settings: str = "{}"
+    name: str = field(default="", compare=False)  # of its file or tokenizer, for messages
+
+    @property
+    def called(self) -> str:
+        """Say which template it is, at the beginning of a sentence."""
+        return f'The chat template of "{self.name}"' if self.name else "The chat template"
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +87,9 @@ def load_template(tokenizer: TextTokenizer, choice: str = "auto", template_varia
         if template_variables:
             raise UserError(f'The template of "{name}" is plain and takes no variables; template_variables has some.')
         return PromptTemplate("plain", PLAIN_SEPARATOR)
-    source = _own_template(named, wanted, name) if kind in ("auto", "chat") else _template_of_file(choice)
+    own_one = kind in ("auto", "chat")
+    source = _own_template(named, wanted, name) if own_one else _template_of_file(choice)
+    name = name if own_one else choice
     source = source.removeprefix("\ufeff")  # of some editors, and it would stand in every prompt
     # 2. Whether it is a template.
     try:
@@ -94,11 +97,12 @@ def load_template(tokenizer: TextTokenizer, choice: str = "auto", template_varia
     except jinja2.TemplateSyntaxError as error:
         reason = f", line {error.lineno}: {error.message}"
         raise UserError(f'The chat template of "{name}" is not valid Jinja{reason}') from None
-    except (SyntaxError, RecursionError) as error:  # of the Python that Jinja writes, whose lines say nothing
+    except Exception as error:  # of Python's numbers, or of the Python that Jinja writes, whose lines say nothing
         raise UserError(f'The chat template of "{name}" is not valid Jinja: {error}') from None
     # 3. What it is told.
     special = {key: str(value) for key, value in tokenizer.hf.special_tokens_map.items() if isinstance(value, str)}
-    return PromptTemplate("chat", source, tuple(sorted(special.items())), _settings(source, template_variables, name))
+    told = _settings(source, template_variables, name)
+    return PromptTemplate("chat", source, tuple(sorted(special.items())), told, name)
 
 
 def _own_template(named: dict[str, str], wanted: str, name: str) -> str:
@@ -142,7 +146,7 @@ def _settings(source: str, template_variables: str, name: str) -> str:
     if not isinstance(chosen, dict):
         raise UserError(f"template_variables = {template_variables!r} is not a JSON object of variables.")
     # A variable that a template reads without setting it is one that it can be told.
-    known = jinja2.meta.find_undeclared_variables(_environment().parse(source)) - _OURS
+    known = jinja2.meta.find_undeclared_variables(sandbox.ChatEnvironment().parse(source)) - _OURS
     for key in chosen:
         if key not in known:
             raise UserError(
@@ -177,7 +181,7 @@ def render_prompt(template: PromptTemplate, messages: Sequence[Message]) -> list
         pieces = _pieces(frame, contents)
         if "".join(piece.text for piece in pieces) == whole:
             return pieces
-    raise UserError("The chat template changes one message with another; give another template.")
+    raise UserError(f"{template.called} changes one message with another; give another template.")
 
 
 def _partings(template: PromptTemplate, messages: Sequence[Message]) -> Iterator[tuple[list[str], list[str]]]:
@@ -220,7 +224,7 @@ def _frame(template: PromptTemplate, roles: tuple[str, ...]) -> tuple[list[str],
     for index, mark in enumerate(marks):
         if around.count(mark) != 1:
             what = "leaves out" if mark not in around else "repeats"
-            raise UserError(f"The chat template {what} message {index + 1} of the prompt; give another template.")
+            raise UserError(f"{template.called} {what} message {index + 1} of the prompt; give another template.")
     parts = re.split("(" + "|".join(marks) + ")", around)
     return parts[::2], [marks.index(mark) for mark in parts[1::2]]
 
@@ -253,7 +257,7 @@ def _edited(template: PromptTemplate, messages: Sequence[Message]) -> list[str]:
         before, after = around.split(marks[index])
         text = _prompt_text(template, [*marked[:index], message, *marked[index + 1 :]])
         if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
-            raise UserError(f"The chat template changes its own text with message {index + 1}; give another template.")
+            raise UserError(f"{template.called} changes its own text with message {index + 1}; give another template.")
         contents.append(text[len(before) : len(text) - len(after)])
     return contents
 
@@ -274,7 +278,7 @@ def _prompt_text(template: PromptTemplate, messages: Sequence[Message]) -> str:
     text = render_chat(template, [*messages[:-1], last], ask=False)
     before, found, after = text.rpartition(_STOP.strip())
     if not found or messages[-1].content.strip() not in text:
-        raise UserError("The chat template leaves out the answer that the prompt begins, or a part of it.")
+        raise UserError(f"{template.called} leaves out the answer that the prompt begins, or a part of it.")
     # A template that trims messages has trimmed the mark's space, and would have trimmed the answer's.
     return before if after.startswith(" ") else before.rstrip()
 
@@ -284,45 +288,13 @@ def render_chat(template: PromptTemplate, messages: Sequence[Message], ask: bool
     turns = [{"role": message.role, "content": message.content} for message in messages]
     told = {"tools": None, "documents": None, **dict(template.variables), **json.loads(template.settings)}
     try:
-        return _compiled(template.source).render(messages=turns, add_generation_prompt=ask, **told)
+        with sandbox.limited(sum(len(message.content) for message in messages)):
+            return _compiled(template.source).render(messages=turns, add_generation_prompt=ask, **told)
+    except sandbox.TooMuch as error:
+        raise UserError(f"{template.called} was stopped: {error}; give another template.") from None
     except Exception as error:  # a template may divide by zero, or take a list for a text
         roles = ", ".join(message.role for message in messages) or "none"
-        raise UserError(f"The chat template refuses the messages (roles: {roles}): {error}") from None
+        raise UserError(f"{template.called} refuses the messages (roles: {roles}): {error}") from None
 
 
-@lru_cache(maxsize=256)
-def _compiled(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Make Hugging Face's dialect of Jinja, in a sandbox: a template comes with a model from anywhere."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
-    return environment
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} marks what an assistant says; here it is the text inside."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(inside).set_lineno(line)  # what is set inside is not set outside
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # Jinja's own would escape "<" as HTML does.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+_compiled = lru_cache(maxsize=256)(sandbox.compiled)

@@ -220,7 +220,7 @@ def _try_out(tok: TextTokenizer) -> None:
     except UserError as error:
         raise UserError(f"The tokenizer {tok.name!r} is not lossless and cannot be aligned. {error}") from error
     # 3. Where no control token was typed, the ids are those of the original.
-    theirs = tok.backend.encode_batch_fast(texts, add_special_tokens=False)
+    theirs = backends.encoded(tok.backend, texts, tok.name)
     for text, ids, encoding in zip(texts, found, theirs, strict=True):
         if ids.tolist() != encoding.ids:
             raise UserError(
@@ -249,7 +249,7 @@ def spell_batch(tok: TextTokenizer, texts: Sequence[str]) -> list[Spelt]:
     """Do `encode_batch`, and keep where the tokens end, which is found on the way."""
     for text in texts:
         require_readable(tok, text)
-    encodings = tok.ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+    encodings = backends.encoded(tok.ordinary, texts, tok.name)
     return [spelling_of(tok, without_control(tok, encoding.ids), text) for text, encoding in zip(texts, encodings)]
 
 

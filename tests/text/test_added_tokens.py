@@ -14,7 +14,10 @@ from helpers.small_tokenizers import HARD_TEXTS, KINDS, core, fast, small
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.text.prompts import encode_prompt, frame_tokens, load_text_model
+from ctpd_jax.schema import Message, PreferencePair
+from ctpd_jax.text import spelling
+from ctpd_jax.text.prepare import Limits, prepare_part
+from ctpd_jax.text.prompts import TextModel, encode_prompt, frame_tokens, load_text_model
 from ctpd_jax.text.spans import align
 from ctpd_jax.text.templates import Piece, PromptTemplate
 from ctpd_jax.text.tokens import encode, encode_batch, load_tokenizer, with_control
@@ -138,6 +141,53 @@ def test_white_space_taken_along_stops_where_an_added_token_begins():
     tok = load_tokenizer(fast(backend))
     for text in ("[word]  " + "\t" * n + "x" for n in (0, 1, 5, 31, 33, 40, 70)):
         assert encode(tok, text).tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+@pytest.mark.parametrize("token", [" ", "\n", "<a>"])
+def test_white_space_that_many_tokens_could_share_is_gone_through_once_for_each(token, flags, monkeypatch):
+    """Counted, not timed: of twice the text, four times the places and not eight times, each looked at once."""
+    backend = Tokenizer.from_str(core("byte").to_str())
+    backend.add_tokens([AddedToken(token, normalized=False, **flags)])
+    tok = load_tokenizer(fast(backend))
+    looked, real = [], spelling._ends
+    monkeypatch.setattr(spelling, "_ends", lambda *given: looked.append(found := real(*given)) or found)
+    counts = []
+    for size in (60, 120):
+        for text in ("a" + " \n" * size + "b", ("<a>" + " " * size) * 9):
+            looked.clear()
+            assert align(text, tok, small("byte")).bounds[-1] == len(text)
+            counts.append(sum(map(len, looked)))
+    assert counts[2] < 4.5 * max(counts[0], 100) and counts[3] < 2.5 * max(counts[1], 100)
+
+
+def test_white_space_that_could_be_shared_in_too_many_ways_is_refused_and_does_not_hang(monkeypatch):
+    monkeypatch.setattr(spelling, "MOST_PLACES", 1000)
+    backend = Tokenizer.from_str(core("byte").to_str())
+    backend.add_tokens([AddedToken(" ", lstrip=True, normalized=False)])
+    tok = load_tokenizer(fast(backend))
+    with pytest.raises(UserError, match="do not spell the text"):
+        encode(tok, " \n" * 500)
+    assert len(encode(tok, "<a> \n b " * 5000))  # long, and nothing is shared for long
+
+
+def test_a_text_on_which_the_tokenizers_library_fails_is_a_sentence_and_one_row_left_out():
+    """Where two tokens take the same white space it panics, and a panic is no Exception."""
+    backend = Tokenizer.from_str(core("byte").to_str())
+    backend.add_tokens([AddedToken("<a>", rstrip=True, normalized=False)])
+    backend.add_tokens([AddedToken("\n", lstrip=True, normalized=False)])
+    tok = load_tokenizer(fast(backend, name_or_path="mine"))
+    with pytest.raises(UserError, match=r"'mine' cannot read 'x<a>\\n\\t': the tokenizers library fails"):
+        encode_batch(tok, ["tea", "x<a>\n\t"])
+    model = TextModel(tok, PromptTemplate("plain", "\n"), end_of_turn=0)
+    asked = (Message("user", "Q"),)
+    pairs = [PreferencePair("0", asked, "tea", "x<a>\n\t"), PreferencePair("1", asked, "tea", "x")]
+    pairs += [PreferencePair("2", (Message("user", "x<a>\n\t"),), "tea", "x")]
+    prepared, report = prepare_part(pairs, model, model, Limits(64, 64))
+    assert [pair.id for pair in prepared] == ["1"] and sum(report.left_out.values()) == 2
+    backend.add_tokens([AddedToken(" ", lstrip=True, rstrip=True, normalized=False)])
+    with pytest.raises(UserError, match=r"'mine' is not lossless.*the tokenizers library fails"):
+        load_tokenizer(fast(backend, name_or_path="mine"))
 
 
 def test_a_text_cannot_pose_as_a_control_token():

@@ -239,6 +239,26 @@ def test_files_and_variables_that_cannot_be_read_are_named(student, tmp_path):
             load_template(student, template_variables=wrong)
 
 
+@pytest.mark.parametrize(
+    "source", ["{{ " + "1" * 5000 + " }}", "{{ '" + "a" * (1 << 20) + "' }}"], ids=["digits", "long"]
+)
+def test_a_file_that_cannot_be_compiled_is_named(student, tmp_path, source):
+    """Whatever Python makes of it: a number of thousands of digits is neither a syntax error nor too deep."""
+    (tmp_path / "odd.jinja").write_text(source)
+    with pytest.raises(UserError, match=r"odd\.jinja\" is not valid Jinja"):
+        load_template(student, str(tmp_path / "odd.jinja"))
+
+
+def test_a_template_that_refuses_or_is_stopped_is_named_by_its_file(student, tmp_path):
+    for source, reason in (
+        ("{{ raise_exception('no') }}", "refuses the messages"),
+        ("{{ 'a' * 10**9 }}", "was stopped"),
+    ):
+        (tmp_path / "odd.jinja").write_text(source)
+        with pytest.raises(UserError, match=rf'The chat template of "[^"]*odd\.jinja" {reason}'):
+            render_prompt(load_template(student, str(tmp_path / "odd.jinja")), ASK)
+
+
 def test_the_fingerprint_knows_every_part():
     templates = [
         PromptTemplate("plain", "\n"),
