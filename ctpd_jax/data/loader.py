@@ -120,6 +120,7 @@ def plan_updates(
     def batches(step: int) -> list[Batch]:
         return laid_out(batch_indices(seed, step, len(items), batch_size))
 
+    # For whoever looks for the one that is at fault.
     def alone(step: int) -> Iterator[tuple[str, Batch]]:
         for place in batch_indices(seed, step, len(items), batch_size):
             yield items[int(place)].id, laid_out(np.array([place]))[0]

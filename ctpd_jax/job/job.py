@@ -43,6 +43,7 @@ class Job:
 
     def note(self, name: str, value: Any) -> None:
         """Write a record of the workdir, once for all processes; who only looks does without where he may not."""
+        # A folder that is read-only is no reason not to look at it.
         if first_process():
             with suppress(OSError) if self.looks_only else nullcontext():
                 write_record(self.workdir / name, value)

@@ -36,6 +36,7 @@ def heard(log: Path | None, quiet: bool) -> Iterator[None]:
     Raises UserError where `log` cannot be written.
     """
     global _quiet
+    # A file that cannot be written is told before anything is done.
     handler: logging.Handler = logging.NullHandler()
     if log is not None:
         try:
@@ -61,6 +62,7 @@ def quiet() -> bool:
 
 def say(text: str, level: int = logging.INFO, shown: TextIO | None = None) -> None:
     """Tell a message, to stdout; to stderr what is at least a warning; or where it is to be `shown`."""
+    # The text is no format: it may hold a "%".
     LOG.log(level, "%s", text)
     if level >= logging.WARNING or not _quiet:
         print(text, file=shown or (sys.stderr if level >= logging.WARNING else sys.stdout), flush=True)

@@ -143,6 +143,7 @@ def _counted(values: Iterator[Any]) -> Iterator[Any]:
 
 def _text(value: Any) -> str:
     """Return a value as the text that it is written as, which is charged."""
+    # Before it is written: a few lists can be a very long text.
     if not isinstance(value, str):
         _charge(_written(value)[0], only_asked=True)
         value = str(value)

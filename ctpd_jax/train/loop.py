@@ -133,6 +133,7 @@ def train(
                 if settings.nonfinite == "stop":
                     state = None
                     state = at_hand()
+                # Each pair by itself, in the programs that there are.
                 found = []
                 for pair, batch in updates.alone(step):
                     alone, sums = accumulate(state.params, frozen, zeros(state.params), place_batch(mesh, batch))
