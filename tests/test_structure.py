@@ -1,6 +1,7 @@
 """The rules of the house: imports point one way and never in a circle; small, commented, few files at the door."""
 
 import ast
+import warnings
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -131,3 +132,13 @@ def test_templates_of_strangers_are_rendered_in_a_sandbox():
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Environment")
     }
     assert made == {("format.py", "jinja2.Environment"), ("templates.py", "ImmutableSandboxedEnvironment")}
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_what_our_own_lines_are_warned_of_ends_a_test(kind):
+    """The filters of pyproject.toml: what a library warns another one of is theirs."""
+    for module in ("ctpd_jax.cli", "tests.test_status", "test_status", "helpers.tiny", "toy"):
+        with pytest.raises(kind):
+            warnings.warn_explicit("it goes", kind, "file.py", 1, module)
+    if kind is DeprecationWarning:
+        warnings.warn_explicit("it goes", kind, "file.py", 1, "orbax.checkpoint")
