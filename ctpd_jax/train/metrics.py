@@ -57,10 +57,10 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
 
 def lost_lines(workdir: Path, lines: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the finished stages that told more updates than `lines`, the whole of metrics.jsonl, hold."""
-    # A stage notes how many lines it has told when it is finished.
+    # A stage notes how many lines it has told when it is finished. One that was copied from another run has none here.
     counts = Counter(line["stage"] for line in lines)
     finished = {path.parent.name: read_record(path) or {} for path in sorted(workdir.glob("*/done.json"))}
-    return [stage for stage, done in finished.items() if counts[stage] < done.get("told", 0)]
+    return [stage for stage, done in finished.items() if 0 < counts[stage] < done.get("told", 0)]
 
 
 class MetricLog:

@@ -106,7 +106,8 @@ def test_proposals_are_pairs_and_a_store(finished):
     assert len(rows) == len(pairs) == told["pairs"] and told["prompts"] == 6
     assert [(row["chosen"], row["rejected"]) for row in rows] == [(pair.chosen, pair.rejected) for pair in pairs]
     # Every answer is one that the student gave to that prompt, and the best of its answers is the chosen one.
-    drawn = [each for path in sorted(finished.glob("proposals/answers/*")) for each in json.loads(path.read_text())]
+    files = sorted(finished.glob("proposals/answers/*"))
+    drawn = [each for path in files for each in json.loads(path.read_text())["answers"]]
     for row in rows:
         assert row["contrast_chosen"] > row["contrast_rejected"]
         assert {row["chosen"], row["rejected"]} <= {text for text, _ in drawn}

@@ -54,6 +54,7 @@ def test_lines_that_are_lost_are_counted(tmp_path):
     finish(tmp_path / "sft", {"params": "an earlier version's"})
     lines = read_metrics(tmp_path)
     assert lost_lines(tmp_path, lines) == [] and lost_lines(tmp_path, lines[:2]) == ["train"]
+    assert lost_lines(tmp_path, []) == []  # a stage that was copied from another run
 
 
 def test_a_line_is_flat_json_of_plain_numbers(tmp_path):
