@@ -214,7 +214,7 @@ def test_a_damaged_file_is_mended_or_named(whole, tmp_path, damage, capsys):
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_damaged_file_of_a_half_trained_stage(whole, tmp_path, monkeypatch, capsys):
     """Of a checkpoint that is not whole the one before is taken; what the stage is made from has to be known."""
     workdir, _, wanted = whole
