@@ -15,7 +15,8 @@ import numpy as np
 
 from ctpd_jax.text.tokenizer_json import Added, Prefix, Vocabulary
 
-MOST_PLACES = 1_000_000  # that are looked at for one text
+# White space that two tokens could share in every way, in characters: of a longer run one takes all or none.
+LONGEST_SHARED = 1000
 
 
 class Spelt(NamedTuple):
@@ -60,15 +61,13 @@ def search(
     """
     # 1. Forward: for each token the places where it may end, one or two, and where it then began.
     steps: list[dict[int, int]] = []
-    places, tried = [0], 0
+    places = [0]
+    takes = {number for number, added in vocabulary.added.items() if added.lstrip or added.rstrip}
+    runs = {} if takes.isdisjoint(ids.tolist()) else _white_runs(data)
     after_added = True  # the start of a text is where a dummy space comes, too
     for token_id in ids.tolist():
         spellings = _spellings(vocabulary, prefix, token_id, after_added, names)
-        steps.append(_ends(vocabulary.added.get(token_id), spellings, data, places))
-        # Many tokens that share very much white space could do so in too many ways to look at.
-        tried += len(places)
-        if tried > MOST_PLACES + 8 * len(ids):
-            return None
+        steps.append(_ends(vocabulary.added.get(token_id), spellings, data, runs, places))
         places = list(steps[-1])
         after_added = token_id in vocabulary.added
     if not places or (whole and len(data) not in places):
@@ -96,29 +95,58 @@ def _spellings(vocabulary: Vocabulary, prefix: Prefix, token_id: int, dummy: boo
     return spellings
 
 
-def _ends(added: Added | None, spellings: tuple[bytes, ...], data: bytes, places: list[int]) -> dict[int, int]:
+def _white_runs(data: bytes) -> dict[int, tuple[int, int]]:
+    """Return for the place of every white character where its run ends, and how many characters of it are left."""
+    runs: dict[int, tuple[int, int]] = {}
+    text, place = data.decode("utf-8", "replace"), len(data)
+    end, letters = place, 0
+    # From behind, so that the end of a run is known where it begins.
+    for letter in reversed(text):
+        place -= len(letter.encode("utf-8"))
+        if letter.isspace():
+            letters += 1
+            runs[place] = (end, letters)
+        else:
+            end, letters = place, 0
+    return runs
+
+
+def _ends(
+    added: Added | None,
+    spellings: tuple[bytes, ...],
+    data: bytes,
+    runs: dict[int, tuple[int, int]],
+    places: list[int],
+) -> dict[int, int]:
     """Return where a token may end that begins at one of the places, the likeliest first, and at which it began."""
+    # 1. Where it may begin, white space before it included, and from which place that was reached first.
+    before, after = (runs if added and added.lstrip else {}), (runs if added and added.rstrip else {})
     begins: dict[int, int] = {}
     for place in places:
-        _reach(begins, data, place, place, white=added is not None and added.lstrip)
+        _reach(begins, before, data, place, place)
+    # 2. Where it may end.
     ends: dict[int, int] = {}
     for begin, place in begins.items():
         for spelling in spellings:
             if data.startswith(spelling, begin):
-                _reach(ends, data, begin + len(spelling), place, white=added is not None and added.rstrip)
+                _reach(ends, after, data, begin + len(spelling), place)
     return ends
 
 
-def _reach(found: dict[int, int], data: bytes, at: int, place: int, white: bool) -> None:
-    """Note that `at` is reached from a place; with `white` also how far white space may be taken along from there.
+def _reach(found: dict[int, int], runs: dict[int, tuple[int, int]], data: bytes, at: int, place: int) -> None:
+    """Note that `at` is reached from a place, and how far white space of `runs` may be taken along: the furthest first.
 
-    The furthest comes first. Where somebody was before, all that follows is known: a run is gone through once.
+    Where somebody was before, all that follows is known: a run is gone through once.
     """
+    end, letters = runs.get(at, (at, 0))
+    if letters > LONGEST_SHARED:
+        found.setdefault(end, place)
+        found.setdefault(at, place)
+        return
+    # Character by character: the bytes of one are told by its first.
     new = []
-    while at not in found:
+    while at <= end and at not in found:
         new.append(at)
-        letter = data[at : at + 4].decode("utf-8", "ignore")[:1] if white else ""
-        if not letter.isspace():
-            break
-        at += len(letter.encode("utf-8"))
+        lead = data[at] if at < end else 0
+        at += 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
     found.update(dict.fromkeys(reversed(new), place))

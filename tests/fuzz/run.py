@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def run_part(part: str, amount: float, seconds: float, seed: int, real: bool, po
         passed, done = time.monotonic() - began, found.counts[UNITS[part]]
         over = done >= amount or passed >= seconds or len(found.failures) >= 100
         while not over and len(running) < workers:
-            running.append(pool.apply_async(run_task, (part, seed, task, real, folder)))
+            running.append(pool.submit(run_task, part, seed, task, real, folder))
             task += 1
         if not running:
             break
@@ -86,10 +88,10 @@ def run_part(part: str, amount: float, seconds: float, seed: int, real: bool, po
             told = passed
             print(f"  {part}: {done:,} in {passed:.0f} s, {len(found.failures)} failures", flush=True)
         # 2. What is ready.
-        running[0].wait(0.05)
-        for one in [one for one in running if one.ready()]:
+        ready, _ = wait(running, 1.0, FIRST_COMPLETED)
+        for one in ready:
             running.remove(one)
-            result = one.get()
+            result = one.result()
             found.merge(result)
             for failure in result.failures[:SHOWN]:
                 print(f"FAILED {failure}", flush=True)
@@ -131,10 +133,16 @@ def main(arguments: list[str] | None = None) -> int:
 
             real_assets.real_tokenizers()  # built once, before two processes ask for them
         shares = sum(SHARES[part] for part in parts)
-        with multiprocessing.get_context("spawn").Pool(given.workers, _begin) as pool:
+        # Not multiprocessing.Pool, which waits for ever for what a worker that was killed had in its hands.
+        with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), _begin) as pool:
             for part in parts:
                 seconds, amount = given.seconds * SHARES[part] / shares, given.alignments * AMOUNTS[part]
-                found.merge(run_part(part, amount, seconds, given.seed, not given.small, pool, given.workers))
+                try:
+                    found.merge(run_part(part, amount, seconds, given.seed, not given.small, pool, given.workers))
+                except BrokenProcessPool:
+                    print(f"FAILED {part}: a worker was killed; what this part had done is not counted", flush=True)
+                    found.failures.append(f"{part}: a worker was killed")
+                    break
     print(summary(found, time.monotonic() - began))
     return int(bool(found.failures))
 

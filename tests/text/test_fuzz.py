@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import numpy as np
@@ -98,6 +99,15 @@ def test_the_command_ends_with_one_line_and_says_by_its_exit_whether_something_f
     monkeypatch.setattr(files, "MOST_SECONDS", -1.0)
     assert run.main(["--small", "--only", "files", "--task", "1", "--seed", "5"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_worker_that_is_killed_is_a_failure_and_nobody_waits_for_it(capsys, monkeypatch):
+    def killed(*given):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(run, "run_part", killed)
+    assert run.main(["--small", "--only", "files"]) == 1
+    assert "a worker was killed" in capsys.readouterr().out
 
 
 def test_the_oracle_leaves_open_what_it_would_take_gigabytes_to_decide():
