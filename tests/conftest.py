@@ -41,6 +41,7 @@ MEDIUM = (
     "pipeline/test_starts.py",
     "pipeline/test_propose.py",
     "pipeline/test_bad_numbers.py",
+    "text/test_fuzz.py",
     "train/test_programs.py",
     "examples/test_one_page.py",
     "pipeline/test_sigterm.py",

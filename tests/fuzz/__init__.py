@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,3 +51,8 @@ def smallest(value: str, fails: Callable[[str], bool], tries: int = 400) -> str:
                 place += size
         size //= 2
     return value
+
+
+def peak_megabytes() -> int:
+    """The most memory that this process has had so far: what it grows by is somebody's need."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
