@@ -305,7 +305,7 @@ def half_written(workdir: Path) -> list[Path]:
 def outcome(workdir: Path) -> dict:
     """Everything that a run is for."""
     evaluation = json.loads((workdir / "evaluation.json").read_text())
-    del evaluation["training"]  # the times of the updates
+    del evaluation["training"], evaluation["sha256"]  # the times of the updates, and the sum over all
     return {
         "params": {stage: json.loads((workdir / stage / "done.json").read_text())["params"] for stage in TRAINED},
         "store": json.loads((workdir / "annotations" / "manifest.json").read_text())["shards"],
