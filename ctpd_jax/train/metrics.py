@@ -235,6 +235,8 @@ class Progress:
         if self._draws:
             self._bar.clear()
         messages.say(text, shown=self._stream)
+        if self._draws:
+            self._bar.refresh()
 
     def __enter__(self) -> Progress:
         stall.alive()

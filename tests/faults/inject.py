@@ -16,12 +16,13 @@ from pathlib import Path
 
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
 NEEDS_ROOM = ("open", "mkdir", "link", "symlink")
-STAGES = "teacher_sft|student_sft|positive|negative|student_dpo|student_proposed|train"
+STAGES = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train", "student_proposed")
+_ANY_STAGE = "|".join(STAGES)
 # Alike wherever they stand: stages, scorers, splits, numbers.
 ALIKE = (
-    (rf"^({STAGES})\b", "STAGE"),
+    (rf"^({_ANY_STAGE})\b", "STAGE"),
     (r"columns/\w+", "columns/SCORER"),
-    (rf"^tensorboard/({STAGES})\b", "tensorboard/STAGE"),
+    (rf"^tensorboard/({_ANY_STAGE})\b", "tensorboard/STAGE"),
     (r"^tensorboard/(annotations|evaluation|proposals)(/\w+)?(/\w+)?", "tensorboard/READ"),
     (r"events\.out\.tfevents.*", "EVENTS"),
     (r"samples/\w+\.", "samples/MODEL."),

@@ -11,7 +11,10 @@ With --each a point is another one in each stage, scorer and split: three times 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
+import pkgutil
 import shutil
 import sys
 import tempfile
@@ -23,14 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import MICRO
 
 from faults import long_run
-from faults.inject import forked, install
+from faults.inject import STAGES, forked, install
 
 # As much of the product as one run can have: shards, looks at held-out pairs, proposals, samples, the export.
 RUN = [
     "run", "--config", MICRO, "--config.annotate.pairs_per_shard=8", "--config.student_proposed.steps=4",
     "--config.positive.eval_every=2", "--config.positive.keep_best=rewards/accuracies",
 ]  # fmt: skip
-STAGES = ("teacher_sft", "student_sft", "positive", "negative", "student_dpo", "train", "student_proposed")
 PARTS = ("kill", "full", "interrupt", "long")
 MOST = 2000  # runs; no fault may come for ever
 
@@ -139,13 +141,8 @@ def main() -> int:
 
 def _import_everything(folder: Path) -> None:
     # Before the forks, which then begin at once. No device is opened here: a fork could not use it.
-    import os
-
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compile_cache")}
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
-    import importlib
-    import pkgutil
-
     import ctpd_jax
 
     for module in pkgutil.walk_packages(ctpd_jax.__path__, "ctpd_jax."):

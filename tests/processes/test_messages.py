@@ -102,9 +102,22 @@ def test_what_an_error_came_from_is_looked_at_too():
     except ValueError as error:
         assert "no space left" in str(lacking(error))
     assert lacking(UserError("a sentence")) is None
+    try:
+        try:
+            raise system(errno.ENOSPC)
+        except OSError:
+            raise KeyError("another one") from None
+    except KeyError as error:
+        assert lacking(error) is None
 
 
-def test_the_last_line_says_what_lies_where(finished_micro, tmp_path, capsys, monkeypatch):
+def test_the_last_line_says_what_lies_where(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ctpd_jax.stages.evaluate.run", lambda job, name: job.say("much of it"))
-    assert main(["evaluate", "--config", MICRO, "--workdir", str(tmp_path / "run"), "--quiet"]) == 0
-    assert capsys.readouterr().out == f"In {tmp_path / 'run'}: nothing yet.\n"
+    run, arguments = tmp_path / "run", ["evaluate", "--config", MICRO, "--workdir", str(tmp_path / "run"), "--quiet"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"In {run}: nothing yet.\n"
+    (run / "export").mkdir()
+    (run / "evaluation.json").write_text("{}")
+    assert main(arguments) == 0
+    there = "export/ (the student in Hugging Face format), evaluation.json (the evaluation)"
+    assert capsys.readouterr().out == f"In {run}: {there}.\n"
