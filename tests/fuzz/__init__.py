@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,6 +35,11 @@ class Found:
             # A long value is cut here; the smallest one that fails is told beside it.
             said = ", ".join(f"{name}={value!a}" for name, value in how.items())
             self.failures.append(f"{type(error).__name__}: {str(error)[:300]}\n    in {where}\n    of {said[:2000]}")
+
+
+def peak_megabytes() -> int:
+    """The most that this process has held, whatever it was for: what grows while something is tried is its difference."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def smallest(value: str, fails: Callable[[str], bool], tries: int = 400) -> str:
