@@ -32,9 +32,9 @@ class Found:
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{last.name}, line {last.lineno}: {last.line}"
-            # A long value is cut here; the smallest one that fails is told beside it.
-            said = ", ".join(f"{name}={value!a}" for name, value in how.items())
-            self.failures.append(f"{type(error).__name__}: {str(error)[:300]}\n    in {where}\n    of {said[:2000]}")
+            # A long value is cut, so that the seed is always told; the smallest one that fails stands beside it.
+            said = ", ".join(f"{name}={value!a:.1000}" for name, value in how.items())
+            self.failures.append(f"{type(error).__name__}: {str(error)[:300]}\n    in {where}\n    of {said}")
 
 
 def smallest(value: str, fails: Callable[[str], bool], tries: int = 400) -> str:

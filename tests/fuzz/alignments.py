@@ -437,7 +437,8 @@ def check_pairs(rng: random.Random, some: Sequence[str], teacher: Known, student
             assert 0 < len(ids) <= limits.prompt
             control = [i for i in ids if i in own.control.values() and own.added[i].content.strip()]
             if model.template.kind == "plain":
-                assert control == ([] if own.bos_id is None else [own.bos_id]), "BOS once, and no other control token"
+                once = [] if own.bos_id is None else [own.bos_id]
+                assert control == once, f"BOS once, and no other control token: {control} for {once} of the {name}"
                 assert own.bos_id is None or ids[0] == own.bos_id
             else:
                 turns = [own.ids_of_added[each] for each in ("<|im_start|>", "<|im_end|>")]

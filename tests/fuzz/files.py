@@ -227,7 +227,7 @@ def write(rng: random.Random, folder: Path) -> tuple[Path, int]:
     if rows and rng.random() < 0.2:
         rows += [rng.choice(rows) for _ in range(3)]
     if rng.random() < 0.01:
-        rows.append({"prompt": "long", "chosen": "a" * 5_000_000, "rejected": "b\n" * 1_000_000})
+        rows.append({"prompt": "long", "chosen": "a" * 5_000_000, "rejected": "b\n" * 20_000})
     suffix = rng.choice(list(KINDS))
     path = folder / f"train{suffix}"
     if rng.random() < 0.02:

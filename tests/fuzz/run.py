@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ BATCHES = {"alignments": 20, "templates": 10, "files": 10}
 UNITS = {"alignments": "alignments", "templates": "renderings", "files": "files"}
 # And how many of its units there are for each alignment that is asked for; and its share of the time.
 AMOUNTS = {"alignments": 1.0, "templates": 0.01, "files": 0.005}
+MOST_BYTES = 6 << 30  # of a worker; the real tokenizers take two of them
 SHARES = {"alignments": 0.7, "templates": 0.15, "files": 0.15}
 
 
@@ -67,6 +69,7 @@ def _begin() -> None:
     """What a worker does first: the processes are the parallelism, and remarks on templates and panics are not read."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))  # a MemoryError here, and not the whole machine's
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
+import signal
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from helpers.chat_collection import CASES
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -229,18 +232,43 @@ def ordinary(rng: random.Random) -> str:
 # ------------------------------------------------------------------------------------------------ what must hold
 
 
-def reference(source: str, messages: Sequence[Message], ask: bool) -> str:
-    """The same by transformers, which has no limits."""
+# transformers' Jinja computes constants when it compiles, in branches too that nobody takes: powers and large numbers
+# are not given to it, and what is left has a time.
+FOLDED = re.compile(r"\*\*|\d{6}")
+SECONDS_OF_REFERENCE = 20.0
+
+
+class _TooLong(BaseException):
+    """Raised by a signal; no template catches it."""
+
+
+def _too_long(*_: Any) -> None:
+    raise _TooLong
+
+
+def reference(source: str, messages: Sequence[Message], ask: bool) -> str | Exception | None:
+    """The same by transformers, which has no limits: text or error, None where that would take too much."""
+    if FOLDED.search(source):
+        return None
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    template = _compile_jinja_template(source)
     told = {"tools": None, "documents": None, "strftime_now": sandbox.TEMPLATE_DATE.strftime, **dict(VARIABLES)}
-    return template.render(messages=turns, add_generation_prompt=ask, **told)
+    before = signal.signal(signal.SIGALRM, _too_long)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_OF_REFERENCE)
+    try:
+        return _compile_jinja_template(source).render(messages=turns, add_generation_prompt=ask, **told)
+    except (_TooLong, MemoryError):
+        return None
+    except Exception as error:
+        return error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # What differs on purpose, or with every process; and a part of a constant that has none, which Jinja computes when it
 # compiles, where it is nothing instead of an error.
 OURS = ("was stopped", "No filter named", "is unsafe", "sum adds numbers", "lipsum", "'random'", "is not subscriptable")
-DIFFERS = (" at 0x", "<class", "<Namespace", "<function", "<bound", "<built-in")
+DIFFERS = (" at 0x", "namespace", "<class", "<function", "<bound", "<built-in")  # also where a filter has rewritten it
 
 
 def check(source: str, messages: Sequence[Message], ask: bool) -> str:
@@ -256,16 +284,13 @@ def check(source: str, messages: Sequence[Message], ask: bool) -> str:
     assert time.thread_time() - began < MOST_SECONDS, "it took too long"
     if said and any(word in said for word in OURS):
         return "stopped" if "was stopped" in said else "refused"
-    if source.isascii() or not any(0xD800 <= ord(letter) < 0xE000 for letter in source):
-        try:
-            theirs = reference(source, messages, ask)
-        except Exception as error:
-            theirs = error
+    theirs = None if any(0xD800 <= ord(letter) < 0xE000 for letter in source) else reference(source, messages, ask)
+    if theirs is not None:
         if said:
             assert isinstance(theirs, Exception), f"refused ({said}), and transformers renders it"
             return "refused"
         assert not isinstance(theirs, Exception), f"rendered, and transformers says {theirs!r}"
-        assert text == theirs or any(word in text for word in DIFFERS), "another text than transformers'"
+        assert text == theirs or any(word in text.lower() for word in DIFFERS), "another text than transformers'"
     # The pieces are the whole text again, and rendering is the same twice.
     try:
         pieces = render_prompt(template, messages)

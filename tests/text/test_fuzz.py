@@ -11,6 +11,7 @@ from fuzz import Found, alignments, files, run, smallest, templates
 from helpers.small_tokenizers import core
 from tokenizers import AddedToken, Tokenizer
 
+from ctpd_jax.schema import Message
 from ctpd_jax.text import preferences, spans
 from ctpd_jax.text.templates import render_chat
 
@@ -69,6 +70,24 @@ def test_a_template_rendered_otherwise_is_found(monkeypatch):
     monkeypatch.setattr(templates, "render_chat", lambda *given: render_chat(*given).replace("</s>", ""))
     found = run.run_task("templates", 5, 1, False, "", batches=2)
     assert found.failures and "minimal template=" in found.failures[0]
+
+
+@pytest.mark.parametrize("source", ["{{ namespace | escape }}", "{{ namespace | upper }}", "{{ namespace(x=1) }}"])
+def test_what_differs_on_purpose_is_no_failure(source):
+    assert templates.check(source, [Message("user", "2")], True) in ("rendered", "no pieces", "refused")
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ '1' if nothing else 10**9 * 'a' }}", "{% if nothing %}{{ 'a' * 999999999 }}{% endif %}"]
+)
+def test_the_reference_is_not_given_what_it_would_compute_while_it_compiles(source):
+    assert templates.reference(source, [], True) is None
+
+
+def test_the_reference_has_a_time(monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS_OF_REFERENCE", 0.2)
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    assert templates.reference(source, [], True) is None
 
 
 def test_a_template_without_limits_is_found(monkeypatch):
