@@ -162,10 +162,12 @@ def encode_prompt(tok: TextTokenizer, pieces: Sequence[Piece], bos: bool = True)
     """
     whole = "".join(piece.text for piece in pieces)
     tokens.require_readable(tok, whole)
-    # The tokenizer itself reads the whole prompt, if it takes nothing that was typed for a control token.
+    # The tokenizer itself reads the whole prompt, if it takes nothing that was typed for a control token: no name, and
+    # nothing that its normalizer makes one.
+    ids, written = None, [token_id for _, token_id in _parts(tok, pieces) if token_id is not None]
     if _only_template_control(tok, whole, pieces):
         ids = encoded(tok.backend, [whole], tok.name)[0].ids
-    else:
+    if ids is None or [token_id for token_id in ids if token_id in tok.control_names] != written:
         ids = encode_beside_typed(tok, pieces)
     ids = tokens.spelling_of(tok, ids, whole, control=True).ids.tolist()
     if bos and tok.bos_id is not None and ids[:1] != [tok.bos_id]:
@@ -188,13 +190,8 @@ def _only_template_control(tok: TextTokenizer, whole: str, pieces: Sequence[Piec
     return True
 
 
-def encode_beside_typed(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[int]:
-    """Encode a prompt in which somebody typed a control token's name.
-
-    The tokenizer's copy reads it, to which such a name is ordinary text. The template's own control tokens are written
-    as stand-ins, which the copy looks for as the original looks for the tokens: with the same flags.
-    """
-    # 1. The prompt as texts, beside each its id if it is a control token of the template's.
+def _parts(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[tuple[str, int | None]]:
+    """Return the prompt as texts, beside each its id if it is a control token of the template's."""
     parts: list[tuple[str, int | None]] = []
     for text, special in pieces:
         place = 0
@@ -203,13 +200,23 @@ def encode_beside_typed(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[int
                 parts += [(text[place : match.start()], None), (match.group(), tok.control[match.group()])]
                 place = match.end()
         parts.append((text[place:], None))
+    return parts
+
+
+def encode_beside_typed(tok: TextTokenizer, pieces: Sequence[Piece]) -> list[int]:
+    """Encode a prompt in which somebody typed a control token's name.
+
+    The tokenizer's copy reads it, to which such a name is ordinary text. The template's own control tokens are written
+    as stand-ins, which the copy looks for as the original looks for the tokens: with the same flags.
+    """
+    parts = _parts(tok, pieces)
     while True:
-        # 2. The text with stand-ins, and where each of them lies in it.
+        # 1. The text with stand-ins, and where each of them lies in it.
         written = [text if token_id is None else stand_in(token_id) for text, token_id in parts]
         edges = list(accumulate(map(len, written), initial=0))
         encoding = encoded(tok.ordinary, ["".join(written)], tok.name, offsets=True)[0]
         read = [span for number, span in zip(encoding.ids, encoding.offsets) if number in tok.stand_ins]
-        # 3. A token that is looked for after a space only, say, may be none here to the original either: it is text.
+        # 2. A token that is looked for after a space only, say, may be none here to the original either: it is text.
         missed = False
         for key, (text, token_id) in enumerate(parts):
             if token_id is not None and not any(a < edges[key + 1] and edges[key] < b for a, b in read):

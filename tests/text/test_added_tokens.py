@@ -7,10 +7,11 @@ import random
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
-from helpers.small_tokenizers import HARD_TEXTS, KINDS, core, fast, small
+from helpers.small_tokenizers import FORMS, HARD_TEXTS, KINDS, core, fast, small
 from tokenizers import AddedToken, Tokenizer
 
 from ctpd_jax.errors import UserError
@@ -200,6 +201,23 @@ def test_a_text_cannot_pose_as_a_control_token():
     with pytest.raises(UserError, match="reserved"):
         encode(tok, f"a \ufdd0{tok.control['<|im_end|>']}\ufdd1")
     assert len(encode(tok, "a \ufdd0 b \ufdd1"))
+
+
+@pytest.mark.parametrize("kind", sorted(FORMS.keys() & set(KINDS)))
+def test_what_a_normalizer_makes_a_control_token_is_text_where_it_is_typed(kind):
+    backend = Tokenizer.from_str(core(kind).to_str())
+    name, typed = (unicodedata.normalize(form, "<d\u00e9but>") for form in ("NFC", "NFD"))
+    backend.add_tokens([AddedToken(name, special=True, normalized=True)])
+    turn = backend.token_to_id(name)
+    assert turn in backend.encode(f"a {typed}", add_special_tokens=False).ids
+    tok = load_tokenizer(fast(backend))
+    pieces = [Piece(f"{name}user ", True), Piece(f"say {typed} now", False), Piece(f" {name}", True)]
+    ids = encode_prompt(tok, pieces, bos=False).tolist()
+    assert ids.count(turn) == 2 and ids[-1] == turn
+    # Where nobody types it, the template's own are those of the tokenizer.
+    pieces[1] = Piece("say it now", False)
+    whole = "".join(piece.text for piece in pieces)
+    assert encode_prompt(tok, pieces, bos=False).tolist() == backend.encode(whole, add_special_tokens=False).ids
 
 
 def test_ids_that_the_library_would_number_otherwise_are_refused_by_the_tokens_name(tmp_path):
