@@ -56,7 +56,7 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
             choose_platform(config)
             from ctpd_jax.job.job import open_job, told
             from ctpd_jax.job.preflight import preflight
-            from ctpd_jax.job.status import what_is_there
+            from ctpd_jax.job.status import is_news, what_is_there
             from ctpd_jax.processes import distributed
             from ctpd_jax.report.page import write_report
             from ctpd_jax.sharding import first_process
@@ -74,7 +74,8 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
                             job.say(f"{name}: left out ({why}).")
                         else:
                             module.run(job, name)
-                    if first_process() and name not in ("evaluate", "export"):  # which writes it itself; adds nothing
+                    # Evaluation writes the page itself, the export adds nothing to it.
+                    if first_process() and name not in ("evaluate", "export") and is_news(job.workdir, name):
                         write_report(job.workdir)
                 if known.command == "export" and known.push and first_process():
                     stages["export"].push(job.workdir / "export", known.push, known.private, known.dry_run, job.say)

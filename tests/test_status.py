@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import threading
 
 import pytest
+from helpers import MICRO
 
 from ctpd_jax.cli import main
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import alone_in
-from ctpd_jax.job.status import spoken, status
+from ctpd_jax.job.status import is_news, spoken, status
 
 
 @pytest.fixture
@@ -38,6 +40,30 @@ def test_a_run_that_is_at_work_is_told_stage_by_stage(half_done):
     assert states["train"] == "update 3 of 4, 40 s each, 40 s left; loss 0.5"
     assert states["evaluate"] == states["export"] == "not finished"
     assert "student_uld" in states["left"] and "student_uld" not in states
+
+
+def test_the_page_is_written_for_what_ended_since_and_where_it_is_missing(half_done):
+    page = half_done / "report.html"
+    os.utime(page)
+    assert not is_news(half_done, "positive") and not is_news(half_done, "train")
+    (half_done / "train" / "done.json").write_text("{}")
+    os.utime(page, ns=(0, page.stat().st_mtime_ns - 1_000_000_000))
+    assert is_news(half_done, "train")
+    page.unlink()
+    assert is_news(half_done, "student_uld")  # left out, but what is there can be shown
+
+
+def test_a_finished_stage_is_neither_weighed_nor_shown_again(finished_micro, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished_micro, tmp_path / "run")
+    os.utime(tmp_path / "run" / "report.html")
+
+    def again(*_):
+        raise AssertionError("it is done")
+
+    monkeypatch.setattr("ctpd_jax.stages.train.training_items", again)
+    monkeypatch.setattr("ctpd_jax.report.page.write_report", again)
+    assert main(["train", "--config", MICRO, "--workdir", str(tmp_path / "run")]) == 0
+    assert "train: finished before." in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_is_told(half_done):

@@ -61,6 +61,16 @@ def what_is_there(workdir: Path) -> str:
     return f"In {workdir}: {', '.join(there) or 'nothing yet'}."
 
 
+def _seal(workdir: Path, name: str) -> Path:
+    return workdir / SEALS.get(name, f"{name}/done.json")
+
+
+def is_news(workdir: Path, name: str) -> bool:
+    """Whether a stage has ended since the page was written."""
+    page, seal = workdir / "report.html", _seal(workdir, name)
+    return not page.exists() or (seal.exists() and seal.stat().st_mtime_ns > page.stat().st_mtime_ns)
+
+
 def _at_work(workdir: Path) -> str:
     """Who holds the lock, which goes with its process; a file system without locks cannot tell."""
     try:
@@ -76,7 +86,7 @@ def _at_work(workdir: Path) -> str:
 
 def _state(workdir: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     folder = workdir / name
-    if done := read_record(workdir / SEALS[name] if name in SEALS else folder / "done.json"):
+    if done := read_record(_seal(workdir, name)):
         left_out = f", {done['skipped']} of them left out" if "skipped" in done else ""
         return f"finished, {done['steps']} updates{left_out}" if "steps" in done else "finished"
     begun = read_record(folder / "inputs.json") if STAGES[name].trains else None

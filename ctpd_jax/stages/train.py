@@ -32,18 +32,17 @@ def run(job: Job, stage: str) -> None:
         expected |= teacher_identity(job)
     store = open_store(folder, expected, made_by="propose" if own is not job else "annotate")
 
-    # 2. What is learnt: the student's tokens with their weights, and one constant a response.
-    items, figures = training_items(store, config.weights, settings, config.seed)
+    # 2. What is executed.
+    what = recipe(config, stage, decoder_of(job, "student"), job.mesh, steps_of(config, stage, len(store)))
 
-    # 3. What is executed.
-    steps = steps_of(config, stage, len(items))
-    what = recipe(config, stage, decoder_of(job, "student"), job.mesh, steps)
-
-    # 4. Is it finished, or begun from the same things?
+    # 3. Is it finished, or begun from the same things?
     weights = {name: value for name, value in config.weights.to_dict().items() if not name.endswith("_prompt")}
     annotations = hashlib.sha256(canonical_json(compared(store.manifest))).hexdigest()
     if finished_before(job, what, {"weights": weights, "annotations": annotations}):
         return
+
+    # 4. What is learnt: the student's tokens with their weights, and one constant a response.
+    items, figures = training_items(store, config.weights, settings, config.seed)
 
     # 5. The loop, and what later stages need.
     train_and_leave(job, what, items, figures)
