@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.processes.together import meet
 from ctpd_jax.schema import Batch
 
 T = TypeVar("T")
@@ -208,7 +209,7 @@ def first_process() -> bool:
 def barrier(name: str) -> None:
     """Wait until every process has come to the barrier of this name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        meet(name)
 
 
 def told_by_first(look: Callable[[], Any]) -> Any:
@@ -228,12 +229,14 @@ def told_by_first(look: Callable[[], Any]) -> Any:
         except OSError as error:
             # A full disk, a share that has gone: the others must not wait for an answer.
             found = "refused", f"{error.filename or 'A file'}: {error.strerror or error}."
-    # 2. All of them learn the size, then the answer; there is no broadcast of texts.
+    # 2. That may take its time.
+    meet("the first process has looked")
+    # 3. All of them learn the size, then the answer; there is no broadcast of texts.
     text = np.frombuffer(json.dumps(found).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     told = multihost_utils.broadcast_one_to_all(np.resize(text, size))
     how, value = json.loads(np.asarray(told, np.uint8).tobytes())
-    # 3. Where it failed, it fails everywhere.
+    # 4. Where it failed, it fails everywhere.
     if how == "refused":
         raise UserError(value)
     return value

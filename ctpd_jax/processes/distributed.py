@@ -22,7 +22,8 @@ from typing import Any
 import jax
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.processes.preempt import EXIT_CODE, Preempted, client
+from ctpd_jax.processes.preempt import EXIT_CODE, Preempted
+from ctpd_jax.processes.together import client
 
 HEARTBEAT_TIMEOUT = 30  # seconds after which a process that is silent counts as dead, and the others end; JAX: 100
 START_TIMEOUT = 300  # seconds that a process waits for the others to start

@@ -15,12 +15,13 @@ import contextlib
 import itertools
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from ctpd_jax.processes.together import client, meet, several
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # the key by which JAX tells every process; nothing public asks for it
@@ -68,13 +69,6 @@ def _note(number: int, frame: FrameType | None) -> None:
         os.write(2, b"SIGTERM: the run stops as soon as nothing is lost by it; a second SIGTERM kills it.\n")
 
 
-def several() -> bool:
-    """Return whether JAX listens."""
-    # Not by jax.process_count(), which would start the back end too early.
-    jax = sys.modules.get("jax")  # who has not imported it has one process
-    return jax is not None and jax.distributed.is_initialized()
-
-
 def _hand_over() -> None:
     """Give JAX the signal that came before it listened."""
     if _asked.is_set():
@@ -94,13 +88,6 @@ def requested() -> bool:
         if _has(client(), _NOTICE):
             _noticed.set()
     return _noticed.is_set()
-
-
-def client() -> Any:
-    """Return JAX's client of the store that all processes share; there is no public way to it."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
 
 
 def _has(client: Any, key: str) -> bool:
@@ -162,7 +149,7 @@ def apart(name: str) -> Iterator[None]:
     finally:
         _by_itself = False
     # 2. All are here; where one was stopped, none goes on without it.
-    multihost_utils.sync_global_devices(name)
+    meet(name)
     if multihost_utils.process_allgather(stop is not None).any():
         raise stop or Preempted("another process has stopped, and says what is kept")
 

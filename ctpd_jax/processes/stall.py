@@ -9,7 +9,7 @@ from __future__ import annotations
 import faulthandler
 import sys
 
-from ctpd_jax.processes.preempt import several
+from ctpd_jax.processes.together import several
 
 _seconds = 0.0
 
