@@ -7,10 +7,12 @@ stopped by SIGTERM with everything saved (give the same command again), 130 inte
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
@@ -92,7 +94,8 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     except preempt.Preempted as stop:
         messages.fail(f"ctpd {known.command}: stopped {stop}. The same command goes on from there.")
         return preempt.EXIT_CODE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        released(stop)
         messages.fail(f"\nctpd {known.command}: interrupted; the same command goes on from the last checkpoint")
         return 130
     except Exception as error:
@@ -102,6 +105,16 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         messages.fail(f"ctpd {known.command}: {sentence}")
         return 2
     return 0
+
+
+def released(stop: BaseException) -> None:
+    """Let go of what was interrupted, so that a library's half-closed loop does not complain after the last line."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(stop.__traceback__)
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def chosen_stages(known: argparse.Namespace) -> list[str]:

@@ -22,6 +22,7 @@ BEFORE = (["sft"], ["dpo"], ["dpo", "--reverse"], ["annotate"])
 MOST_GROWTH = 5.0  # MB of resident memory in a thousand updates; Orbax keeps a tenth of one of every save
 # What differs from one run to the next: the clock, and sums over it.
 CLOCK = ("time", "seconds", "tokens_per_second", "compiled_programs", "sha256", "crc32")
+STRETCH = 100  # updates
 SETTLED = 0.25  # of the updates, after which nothing may grow
 
 
@@ -102,7 +103,13 @@ def watched(workdir: Path, settings: Sequence[str]) -> list[Seen]:
 def grown(seen: Sequence[Seen], workdir: Path, updates: int) -> tuple[str, int]:
     """Says what has grown since the first quarter, and how much of that is too much."""
     later = [each for each in seen if each.update >= SETTLED * updates]
-    slope = 1000 * float(np.polyfit([each.update for each in later], [each.megabytes for each in later], 1)[0])
+    # What a save holds for a moment is no growth: of every stretch of updates the least.
+    stretches: dict[int, Seen] = {}
+    for each in later:
+        stretch = each.update // STRETCH
+        stretches[stretch] = min(each, stretches.get(stretch, each), key=lambda one: one.megabytes)
+    least = [(each.update, each.megabytes) for each in stretches.values()]
+    slope = 1000 * float(np.polyfit(*zip(*least), 1)[0])
     files, threads = ([getattr(each, what) for each in later] for what in ("files", "threads"))
     lines = lines_of(workdir)
     programs = {line["compiled_programs"] for line in lines[int(SETTLED * updates) :]}

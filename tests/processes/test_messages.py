@@ -1,9 +1,11 @@
 """What a command says: quiet or not, in a file too, and what ends it."""
 
 import errno
+import gc
 import json
 import logging
 import os
+import sys
 
 import jax
 import pytest
@@ -121,3 +123,25 @@ def test_the_last_line_says_what_lies_where(tmp_path, capsys, monkeypatch):
     assert main(arguments) == 0
     there = "export/ (the student in Hugging Face format), evaluation.json (the evaluation)"
     assert capsys.readouterr().out == f"In {run}: {there}.\n"
+
+
+def test_after_an_interrupted_command_nothing_is_said_by_what_it_left(tmp_path, monkeypatch, capfd):
+    class Loop:
+        def __init__(self):
+            self.itself = self  # only the collector finds it
+
+        def __del__(self):
+            raise ValueError("Invalid file descriptor: -1")
+
+    def stage(job, name):
+        loop = Loop()
+        raise KeyboardInterrupt(repr(type(loop)))
+
+    monkeypatch.setattr("ctpd_jax.stages.evaluate.run", stage)
+    told: list = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    assert main(["evaluate", "--config", MICRO, "--workdir", str(tmp_path / "run")]) == 130
+    gc.collect()
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1].endswith("interrupted; the same command goes on from the last checkpoint")
+    assert not told and sys.unraisablehook == told.append  # it hears of others again
