@@ -160,7 +160,7 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     choose_platform(config)
     from ctpd_jax.job.job import open_job
     from ctpd_jax.processes import distributed
-    from ctpd_jax.stages import generate, harness, inspect
+    from ctpd_jax.stages import generate, harness, inspect, table
 
     # The answers of `generate` may go into a file, where nothing else belongs.
     say = partial(print, file=sys.stderr) if known.command == "generate" else print
@@ -169,6 +169,8 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
             inspect.inspect(job, known)
         elif known.command == "evaluate":
             harness.run(job, known)
+        elif known.command == "table":
+            table.write_table(job, known.out)
         else:
             generate.answer(job, known)
     return 0

@@ -167,6 +167,13 @@ def default_config() -> ConfigDict:
                 # With bfloat16 and a contrastive pair that was trained whole: so many pairs are read in float32 first,
                 # and it is told how much of their weights the rounding leaves. 0: none.
                 "compared_pairs": 8,
+                # A teacher that is elsewhere (docs/elsewhere.md); teacher.path has its tokenizer, and needs no weights.
+                # The address of a server that returns log-probabilities of prompts, as vLLM's: http://HOST:8000/v1
+                "endpoint": "",
+                # Its models by their names there; of weights.source = "prompts" the reference alone.
+                "served": {"reference": "", "positive": "", "negative": ""},
+                "parallel": 32,  # pairs that it is asked about at once
+                "table": "",  # FILE.parquet that has the log-probabilities, measured by whatever you like
             },
             "train": preference(
                 lr=1e-6,

@@ -40,6 +40,7 @@ MEDIUM = (
     "pipeline/test_export.py",
     "pipeline/test_starts.py",
     "pipeline/test_propose.py",
+    "pipeline/test_elsewhere.py",
     "pipeline/test_bad_numbers.py",
     "text/test_fuzz.py",
     "train/test_programs.py",

@@ -81,14 +81,14 @@ def compare(
     about the same length:
       per_byte  log-probability per byte of text: comparable across tokenizers
       vs_start  implicit reward against the model's own start; None for what was not trained here
-      vs_teacher  implicit reward against the teacher, as in training; None for teachers
+      vs_teacher  implicit reward against the teacher, as in training; None for teachers, and where none was read
     """
     subsets = {"all": np.ones(len(lengths), bool), "length_matched": length_matched(lengths, tolerance)}
     rows: dict[str, dict] = {}
     for name, values in logps.items():
         # 1. Chosen minus rejected in each sense that the model has.
         vs_start = difference(values - logps[starts[name]]) if name in starts else None
-        vs_teacher = difference(values - logps[teacher]) if name in students else None
+        vs_teacher = difference(values - logps[teacher]) if name in students and teacher in logps else None
         senses = {"per_byte": difference(values / covered), "vs_start": vs_start, "vs_teacher": vs_teacher}
         # 2. The share of pairs in which that is positive.
         row: dict[str, object] = {}

@@ -15,13 +15,14 @@ COMMANDS = {
     **{name: stage.says for name, stage in STAGES.items() if stage.command == f"ctpd {name}"},
     "plan": "whether the stages fit a slice of TPUs, and how fast they can be; needs no TPU, no weights and no data",
     "inspect": "one pair as both models read it, or --stats of all; --data: what becomes of a data set's rows",
+    "table": "the pairs as a Parquet file: tokens, spans, and once they are annotated log-probabilities and weights",
     "report": "the page of a run as far as it has come, DIR/report.html; every stage writes it too",
     "status": "how far a run has come, from any machine that sees DIR",
     "judge": "which of two models answers better, by a judge behind an OpenAI-compatible endpoint",
     "generate": "answer prompts with the trained student, another model of the run, or any model folder",
 }
 
-LOOKING = ("inspect", "generate", "plan", "report", "status", "judge")  # they change no run
+LOOKING = ("inspect", "generate", "plan", "report", "status", "judge", "table")  # they change no run
 
 EPILOG = """\
 Settings are keys of the config: --config.train.beta=0.2 --config.data.train=pairs.jsonl
@@ -68,6 +69,11 @@ with two tokenizers, what the limits cut. No model is loaded, and no --config is
   ctpd inspect --config configs/demo.py --workdir runs/demo --pair 3 --html pair.html
   ctpd inspect --data pairs.jsonl
   ctpd inspect --data pairs.jsonl --teacher DIR --student DIR --stats --config.data.max_response_tokens=256
+""",
+    "table": """\
+A row a pair; docs/elsewhere.md lists the columns. With log-probabilities put into it, config.annotate.table takes it.
+
+  ctpd table --config configs/demo.py --workdir runs/demo --out pairs.parquet
 """,
     "evaluate": """\
 With --harness, lm-eval asks the run's models, or a model folder, the questions of its tasks (docs/evaluate.md).
@@ -117,6 +123,8 @@ def parser() -> argparse.ArgumentParser:
         if name not in LOOKING:
             command.add_argument("--quiet", action="store_true", help="show only warnings, errors, and what is there")
             command.add_argument("--log", metavar="FILE", type=Path, help="all that is said, as JSON lines too")
+        if name == "table":
+            command.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="where the table goes")
         if name == "sft":
             command.add_argument("--model", choices=["teacher", "student"], help="only this one")
         if name == "dpo":

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.job.table import CONTRASTIVE, TRAINED
+from ctpd_jax.job.table import CONTRASTIVE, STAGES, TRAINED, columns, models_here
 from ctpd_jax.settings import MEASURES, default_config
 
 Range = tuple[Callable[[Any], bool], str]  # what has to hold of a value, and what is said where it does not
@@ -65,7 +65,7 @@ OF_PREFERENCES: tuple[tuple[str, Range], ...] = (
 )
 OF_OTHERS: tuple[tuple[str, Range], ...] = (
     ("data.max_prompt_tokens data.max_response_tokens rows.multiple log_every", POSITIVE),
-    ("annotate.micro_batch annotate.pairs_per_shard evaluate.max_new_tokens weights.k", POSITIVE),
+    ("annotate.micro_batch annotate.pairs_per_shard annotate.parallel evaluate.max_new_tokens weights.k", POSITIVE),
     ("data.limit data.test_limit rows.buckets rows.length annotate.compared_pairs stall_minutes", NOT_NEGATIVE),
     ("evaluate.samples evaluate.temperature train.regression train.offset", NOT_NEGATIVE),
     ("train.target_clip", POSITIVE),
@@ -100,6 +100,7 @@ def check_config(config: ConfigDict) -> None:
         _check_stage(config, stage)
     _check_weights(config)
     _check_objective(config)
+    _check_elsewhere(config)
 
     # The student of the proposals is trained as `train` is: what has to hold there has to hold of its settings.
     proposed = config.student_proposed
@@ -207,3 +208,22 @@ def _check_objective(config: ConfigDict) -> None:
             "config.train.normalize 'start' measures against the student's start, so config.train.reference "
             "cannot be 'none'."
         )
+
+
+def _check_elsewhere(config: ConfigDict) -> None:
+    """Checks what a teacher that is elsewhere needs, and cannot do."""
+    annotate, require = config.annotate, partial(_require, config)
+    if "teacher" in models_here(config):
+        return
+    require(
+        not (annotate.table and annotate.endpoint), "annotate.table", "annotate.endpoint measures the same: set one"
+    )
+    if annotate.endpoint:
+        for name, column in columns(config).items():
+            named = column.outside != "endpoint: "
+            require(named, f"annotate.served.{name}", "name the model on the server that annotate.endpoint names")
+    ranked = config.student_proposed.steps == -1 or annotate.endpoint
+    require(ranked, "annotate.table", "nobody has measured yet what the student will answer: student_proposed.steps=-1")
+    for stage in (name for name, stage in STAGES.items() if stage.kind == "distill"):
+        why = "it learns from all probabilities of a teacher, whose weights have to be here"
+        require(config[stage].steps == -1, f"{stage}.steps", why)

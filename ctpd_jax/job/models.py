@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ctpd_jax.artifacts import Broken, read_record, sha256_file
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
+from ctpd_jax.job.table import models_here
 from ctpd_jax.models.attention_backends import choose_backend, platform_of, usual_dtype
 from ctpd_jax.models.compute import Compute
 from ctpd_jax.models.config import DecoderConfig
@@ -33,7 +34,7 @@ def folder(job: Job, model: Model) -> Path:
     path = job.config[model].path
     if not path:
         raise UserError(f"config.{model}.path is empty; give a folder in Hugging Face format or a hub id.")
-    return model_directory(path)
+    return model_directory(path, weights=model in models_here(job.config))
 
 
 @lru_cache(maxsize=8)
@@ -82,6 +83,8 @@ def text_digest(job: Job, model: Model) -> dict[str, Any]:
 
 def check_sizes(job: Job) -> None:
     """Refuses swapped folders: a teacher with fewer parameters than its student is seldom meant."""
+    if "teacher" not in models_here(job.config):
+        return
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder_of(job, name)))) for name in MODELS}
     if sizes["teacher"] < sizes["student"] and not job.config.smaller_teacher:
         raise UserError(

@@ -15,6 +15,7 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.job import prepared as on_disk
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import decoder_of, folder, source_of, text_digest, text_of
+from ctpd_jax.job.table import models_here
 from ctpd_jax.report import terminal
 from ctpd_jax.report.format import overlap_line
 from ctpd_jax.schema import CHOSEN, MODELS, REJECTED, AlignedPair, Counters, Model, PreferencePair
@@ -85,7 +86,7 @@ def prepared(job: Job, split: Split, spec: str, raw: list[PreferencePair], repor
     job.note(f"data_{split}.json", {"source": spec, **report.counts, **first})
     job.say(f"{split}: {spec}\n  {terminal.counts(report)}")
     require_kept(report, len(aligned), f"{split}: {spec}", data.min_kept)
-    for model in MODELS:
+    for model in models_here(job.config):
         _check_ids(job, split, model, aligned)
     return Pairs(split, {pair.id: pair for pair in raw}, aligned, _identity(job, aligned, limits))
 

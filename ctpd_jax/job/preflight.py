@@ -9,12 +9,12 @@ import jax
 from ctpd_jax.data.loader import steps_per_epoch
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.models import check_sizes, compute_on, decoder_of, folder, weights_digest
+from ctpd_jax.job.outside import check_outside
 from ctpd_jax.job.pairs import load_pairs, overlap_of
 from ctpd_jax.job.recipe import check_loss, passes, reading, recipe
-from ctpd_jax.job.table import TRAINED, columns, left_out, trained_model
+from ctpd_jax.job.table import STAGES, TRAINED, columns, left_out, models_here, trained_model
 from ctpd_jax.models.hf.load import check_weights
 from ctpd_jax.processes import preempt
-from ctpd_jax.schema import MODELS
 from ctpd_jax.sharding import first_process
 
 
@@ -31,7 +31,7 @@ def preflight(job: Job, command: str) -> None:
     # 2. The models: not swapped, and such that the mesh and the attention back end take them.
     if command in ("run", "sft", "dpo", "annotate", "propose"):
         in_turn(lambda: check_sizes(job), "models")
-        for model in MODELS:
+        for model in models_here(job.config):
             compute_on(job.mesh, job.config, model, decoder_of(job, model))
 
     # 3. The data. `train` reads the store alone, `propose` prompts.
@@ -43,11 +43,12 @@ def preflight(job: Job, command: str) -> None:
         in_turn(lambda: load_pairs(job, "train"), "data")
     if command in ("run", "annotate", "propose"):
         check_readers(job)
+        check_outside(job)
 
 
 def check_everything(job: Job) -> None:
     """Meets what a late stage would meet: broken weights, a missing test set, too few pairs, a model not to train."""
-    for model in MODELS:
+    for model in models_here(job.config):
         preempt.check("the models are checked anew")
         weights_digest(job, model)
         check_weights(folder(job, model), decoder_of(job, model))
@@ -57,13 +58,13 @@ def check_everything(job: Job) -> None:
         if not left_out(job.config, stage):
             if stage != "student_proposed":  # nobody knows yet how many pairs that will have
                 steps_per_epoch(len(pairs.aligned), job.config[stage].batch_size)
-            own, teacher = decoder_of(job, trained_model(job.config, stage)), decoder_of(job, "teacher")
-            recipe(job.config, stage, own, job.mesh, teacher=teacher)
+            teacher = decoder_of(job, "teacher") if STAGES[stage].kind == "distill" else None
+            recipe(job.config, stage, decoder_of(job, trained_model(job.config, stage)), job.mesh, teacher=teacher)
 
 
 def check_readers(job: Job) -> None:
     """Meets a model that the devices of a process do not divide: annotation would, after the stages that train."""
-    decoders = {model: decoder_of(job, model) for model in MODELS}
+    decoders = {model: decoder_of(job, model) for model in models_here(job.config)}
     asked = columns(job.config)
     for names in passes(job.config, decoders):
         first = asked[names[0]]

@@ -176,10 +176,12 @@ def placed_stack(mesh: Mesh, adapters: Params) -> Params:
 
 
 def passes(config: ConfigDict, decoders: Mapping[Model, DecoderConfig]) -> list[tuple[str, ...]]:
-    """The columns of the annotations, those together that are read in one pass: adapters of one shape over one base."""
+    """The columns that are read here, those together that are read in one pass: adapters of one shape over one base."""
     # Models that were trained whole, and starts, share nothing: each is a pass of its own.
     groups: dict[object, list[str]] = {}
     for name, column in columns(config).items():
+        if column.outside:
+            continue
         adapted = not column.stage.endswith("_sft") and not left_out(config, column.stage)
         lora = lineage.with_adapters(config, column.stage, decoders[column.model]).lora if adapted else None
         groups.setdefault((column.model, lora) if lora else name, []).append(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,27 @@ def score(
         What each column holds. Shards that are on disk already, measured by the same models, are not read again.
     """
 
-    # 1. What is missing. One process says so: each from its own view of a shared folder could leave a shard to nobody.
     def columns_of() -> dict[str, Column]:
         return {one: _column(job, pairs, one, stage, dtype, instruction, by_token) for one, stage in stages.items()}
 
+    def measure(found: Mapping[str, Column], ranges: Sequence[range], missing: Sequence[int]) -> None:
+        _measure(job, pairs, stages, dtype, instruction, by_token, found, ranges, missing)
+
+    return filled(job, pairs, columns_of, measure)
+
+
+def filled(
+    job: Job,
+    pairs: Pairs,
+    columns_of: Callable[[], dict[str, Column]],
+    measure: Callable[[Mapping[str, Column], Sequence[range], Sequence[int]], None],
+) -> dict[str, Measured]:
+    """What columns hold of a split: each process has `measure`(columns, pairs of every shard, shards) fill its share.
+
+    Shards that are on disk already, measured by the same models, are left as they are.
+    """
+
+    # 1. What is missing. One process says so: each from its own view of a shared folder could leave a shard to nobody.
     def look() -> tuple[int, list[int]]:
         size = shard_size(job, pairs.split)
         shards = len(shard_ranges(len(pairs.aligned), size))
@@ -78,9 +95,9 @@ def score(
 
     # 2. Each process reads its share; what one that died has left undone is missing again for those that come after.
     missing = missing[jax.process_index() :: jax.process_count()]
-    with preempt.apart(f"{pairs.split}/{'+'.join(stages)} is measured"):
+    with preempt.apart(f"{pairs.split}/{'+'.join(found)} is measured"):
         if missing:
-            _measure(job, pairs, stages, dtype, instruction, by_token, found, ranges, missing)
+            measure(found, ranges, missing)
 
     # 3. Everything that was measured, from disk.
     measured = {}
@@ -132,6 +149,11 @@ def _column(
         "compute": dtype_of(job.config, job.mesh),
         **({"of": "tokens"} if by_token else {}),
     }
+    return column_of(job, pairs, name, identity)
+
+
+def column_of(job: Job, pairs: Pairs, name: str, identity: Mapping[str, Any]) -> Column:
+    """A column of a split, as it lies in the workdir."""
     # Held-out scores are cheap and follow whatever was trained last; annotations are not thrown away unasked.
     return Column(job.workdir / HOMES[pairs.split], name, identity, pairs.split == "test", first_process())
 
@@ -200,11 +222,18 @@ def reader(job: Job, stages: tuple[str, ...], dtype: str) -> tuple[Scorer, Any]:
 
 def items_of(job: Job, pairs: Pairs, model: Model, instruction: str | None = None) -> list[PairItem]:
     """One model's view of every pair; with an instruction, behind it."""
+    prompt = prompts_of(job, pairs, model, instruction)
+    return [plain_item(pair, model, prompt(pair)) for pair in pairs.aligned]
+
+
+def prompts_of(
+    job: Job, pairs: Pairs, model: Model, instruction: str | None
+) -> Callable[[AlignedPair], np.ndarray | None]:
+    """A pair -> the token ids int32 [P] that a model reads before the responses; None: the pair's own, without one."""
     if instruction is None:
-        return [plain_item(pair, model) for pair in pairs.aligned]
-    text = text_of(job, model)
-    steered = partial(steered_prompt, instruction=instruction)
-    return [plain_item(pair, model, text.prompt(steered(pairs.raw[pair.id], pair.dropped))) for pair in pairs.aligned]
+        return lambda pair: None
+    text, steered = text_of(job, model), partial(steered_prompt, instruction=instruction)
+    return lambda pair: text.prompt(steered(pairs.raw[pair.id], pair.dropped))
 
 
 def spans_of(pairs: Sequence[AlignedPair], model: Model, by_token: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -7,12 +7,12 @@ Nothing heavy is imported: the command line reads this table before JAX is there
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ctpd_jax.schema import Model
+from ctpd_jax.schema import MODELS, Model
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ def trained_model(config: ConfigDict, stage: str) -> Model:
     return STAGES[stage].model or config.weights[f"{stage}_scorer"]
 
 
+def models_here(config: ConfigDict) -> tuple[Model, ...]:
+    """The models that are run here; of a teacher that is elsewhere only the tokenizer is."""
+    return ("student",) if config.annotate.endpoint or config.annotate.table else MODELS
+
+
 def starts_from(config: ConfigDict, stage: str) -> str:
     """The stage whose model a training stage begins with; "" for the checkpoint that the user brought."""
     return STAGES[stage].starts_from.format(model=trained_model(config, stage))
@@ -130,6 +135,9 @@ def why_left_out(config: ConfigDict, stage: str) -> str:
         return ""
     if config[stage].steps == -1:
         return f"config.{stage}.steps = -1; 0 is an epoch"
+    # The user's word goes first; then what cannot be trained here.
+    if trained_model(config, stage) not in models_here(config):
+        return f"config.annotate.{'endpoint' if config.annotate.endpoint else 'table'}: the teacher is elsewhere"
     unused = stage in ("positive", "negative") and stage not in CONTRASTIVE.get(config.weights.source, ())
     return "weights.source needs none" if unused else ""
 
@@ -176,10 +184,24 @@ class Column:
     model: Model  # on whose tokens
     dtype: str  # of its parameters
     instruction: str | None = None  # put before the prompt
+    outside: str = ""  # who measures it elsewhere: "table", or "endpoint: " and its model's name there
 
 
 def columns(config: ConfigDict) -> dict[str, Column]:
     """The columns of the annotations: the reference, the student's start, and the contrastive pair."""
+    return {name: _where(config, name, column) for name, column in _columns(config).items()}
+
+
+def _where(config: ConfigDict, name: str, column: Column) -> Column:
+    """The column, with whoever measures it elsewhere."""
+    if column.model in models_here(config):
+        return column
+    # Instructions are all that tells a pair apart that one model makes.
+    served = config.annotate.served["reference" if column.instruction is not None else name]
+    return replace(column, dtype="", outside=f"endpoint: {served}" if config.annotate.endpoint else "table")
+
+
+def _columns(config: ConfigDict) -> dict[str, Column]:
     # Two models that every weighing needs, and the pair whose log-ratio it is.
     weights = config.weights
     found = {
@@ -210,6 +232,8 @@ def rows(config: ConfigDict) -> dict[str, str]:
         if not stage.row:
             continue
         model = trained_model(config, stage.name)
+        if model not in models_here(config):
+            continue
         start = stage.starts_from == ""
         dpo_teacher = config.weights.source in ("dpo", "dpo_reference") and model == "teacher"
         if start or (not left_out(config, stage.name) and (stage.name != "positive" or dpo_teacher)):

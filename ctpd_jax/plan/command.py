@@ -146,7 +146,7 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
     # 1. What runs.
     shape, first = stage.shape, stage.programs[0]
     if stage.name == "annotate":
-        who = f"{billions(first.parameters)} parameters of the teacher read"
+        who = f"{billions(first.parameters)} parameters of the {stage.model} read"
         what = f"{stage.pairs} pairs a batch"
     else:
         frozen = "" if first.trained == first.parameters else f" beside {billions(first.parameters)} frozen ones"

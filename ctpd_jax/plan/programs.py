@@ -73,7 +73,7 @@ class Programs:
 
 def decoders(config: ConfigDict, stage: str) -> dict[Model, DecoderConfig]:
     """The configs of the models that a stage runs."""
-    reading = {column.model for column in columns(config).values()}
+    reading = {column.model for column in columns(config).values() if not column.outside}
     models = reading if stage == "annotate" else {trained_model(config, stage)}
     return {model: decoder_of(config, model) for model in models}
 
@@ -262,4 +262,12 @@ def annotation(config: ConfigDict, bases: Bases, mesh: Mesh, platform: str, shap
         traced = what.program().trace(what.adapters, what.base, batch, batch.pair)
         of_model = (what.decoder, what.compute, count(param_shapes(base)), 0)
         programs.append(Program("+".join(names), traced, 1, memory, 0.0, *of_model))
-    return Programs("annotate", "teacher", mesh, settings.micro_batch, settings.micro_batch, shape, tuple(programs))
+    return Programs(
+        "annotate",
+        "teacher" if "teacher" in bases else "student",
+        mesh,
+        settings.micro_batch,
+        settings.micro_batch,
+        shape,
+        tuple(programs),
+    )

@@ -19,10 +19,11 @@ from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.job.job import Job, by_first, result
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of, dtype_of, text_digest, weights_digest
+from ctpd_jax.job.outside import identity_of, score_outside
 from ctpd_jax.job.pairs import Pairs, load_pairs
 from ctpd_jax.job.recipe import packing, passes
 from ctpd_jax.job.score import HOMES, Measured, items_of, reader, score, shard_size, spans_of
-from ctpd_jax.job.table import Column, columns, left_out
+from ctpd_jax.job.table import Column, columns, left_out, models_here
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import SIDES
 from ctpd_jax.text.prepare import RULES
@@ -43,9 +44,12 @@ def run(job: Job, stage: str) -> None:
 
 
 def measure(job: Job, pairs: Pairs, asked: Mapping[str, Column]) -> dict[str, Measured]:
-    """Has the models of some columns of the annotations read a split; adapters over one base in one pass."""
-    decoders = {column.model: decoder_of(job, column.model) for column in columns(job.config).values()}
+    """Has some columns of the annotations measured, elsewhere or here, adapters over one base in one pass."""
+    decoders = {c.model: decoder_of(job, c.model) for c in columns(job.config).values() if not c.outside}
     measured: dict[str, Measured] = {}
+    for name, column in asked.items():
+        if column.outside:
+            measured |= score_outside(job, pairs, name, column)
     for together in passes(job.config, decoders):
         if stages := {name: asked[name].stage for name in together if name in asked}:
             first = asked[next(iter(stages))]
@@ -88,7 +92,10 @@ def manifest(job: Job, pairs: Pairs) -> dict[str, Any]:
         "compute": dtype_of(config, job.mesh),
         "student": _student(job),
         "data": pairs.identity,
-        "measured_by": {name: identity(job, column.stage) for name, column in asked.items()},
+        "measured_by": {
+            name: identity_of(job, column) if column.outside else identity(job, column.stage)
+            for name, column in asked.items()
+        },
     } | teacher_identity(job)
 
 
@@ -126,7 +133,8 @@ def known_without_teacher(job: Job, stored: Mapping) -> dict[str, Any]:
 
 def teacher_identity(job: Job) -> dict[str, Any]:
     """The teacher's part of the manifest: checked wherever the teacher's folder can be read."""
-    return {"teacher": text_digest(job, "teacher") | {"weights": weights_digest(job, "teacher")}}
+    weights = {"weights": weights_digest(job, "teacher")} if "teacher" in models_here(job.config) else {}
+    return {"teacher": text_digest(job, "teacher") | weights}
 
 
 def teacher_is_here(config: ConfigDict) -> bool:
@@ -165,7 +173,7 @@ def _data_settings(config: ConfigDict, names: Iterable[str]) -> dict[str, Any]:
 def _scorers(asked: Mapping[str, Column]) -> dict[str, Any]:
     """Of every column, what was asked of the model that measured it."""
     return {
-        name: {"tokens": column.model, "instruction": column.instruction, "weights": column.dtype}
+        name: {"tokens": column.model, "instruction": column.instruction, "weights": column.dtype or column.outside}
         for name, column in asked.items()
     }
 
@@ -185,7 +193,10 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
     rounded = {
         name: column
         for name, column in both.items()
-        if not column.stage.endswith("_sft") and not config[column.stage].lora.rank and column.dtype != "float32"
+        if not column.outside
+        and not column.stage.endswith("_sft")
+        and not config[column.stage].lora.rank
+        and column.dtype != "float32"
     }
     count = config.annotate.compared_pairs
     measured = {"pairs": count, **{name: identity(job, c.stage) for name, c in rounded.items()}}

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,12 +21,9 @@ import requests
 from ctpd_jax.artifacts import write_json
 from ctpd_jax.errors import UserError
 from ctpd_jax.evaluate.judging import QUESTION, length_controlled, verdict, win_rate
+from ctpd_jax.processes import server
 from ctpd_jax.report.format import share
 from ctpd_jax.train.metrics import Progress
-
-KEY = "OPENAI_API_KEY"  # the environment variable that holds the key; none is sent without it
-TRIES = 5  # of one question
-TIMEOUT = 120.0  # seconds for one reply
 
 
 def judge(known: argparse.Namespace) -> None:
@@ -95,19 +90,14 @@ def ask_all(questions: Sequence[str], known: argparse.Namespace) -> dict[str, st
     kept = replies_of(path)
     missing = [question for question in dict.fromkeys(questions) if names[question] not in kept]
     # 2. The others, several at once; each is on disk before the next is counted.
-    key = os.environ.get(KEY, "").strip()
-    if not all("!" <= character <= "~" for character in key):  # else the message about the header would show it
-        raise UserError(f"{KEY} holds what no key does, such as a blank or a line break; set it anew.")
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with (
-        requests.Session() as session,
+        server.opened(known.parallel) as session,
         ThreadPoolExecutor(known.parallel) as workers,
         open(path, "ab", buffering=0) as file,
         Progress(len(names), "judged", len(names) - len(missing), unit="reply") as progress,
     ):
-        if key:
-            session.headers["Authorization"] = f"Bearer {key}"
         file.write(b"\n" * torn)
         for question, reply in zip(missing, workers.map(partial(ask, session, known.url, known.model), missing)):
             line = {"question": names[question], "reply": reply}
@@ -133,24 +123,8 @@ def ask(session: requests.Session, url: str, model: str, question: str) -> str:
     """Return one reply. Raises UserError where the endpoint refuses, or does not answer after some tries."""
     said = [{"role": "user", "content": question}]
     body: Any = {"model": model, "messages": said, "temperature": 0, "max_tokens": 16}
-    problem = ""
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(2.0**attempt / 2)
-        try:
-            response = session.post(f"{url.rstrip('/')}/chat/completions", json=body, timeout=TIMEOUT)
-        except (requests.ConnectionError, requests.Timeout) as error:
-            problem = type(error).__name__
-            continue
-        except requests.RequestException as error:  # an address that is none, or leads in a circle
-            raise UserError(f"{url} cannot be asked: {error}") from None
-        if response.status_code == 429 or response.status_code >= 500:  # too many at once, or its own trouble
-            problem = f"status {response.status_code}"
-            continue
-        if response.status_code != 200:
-            raise UserError(f"{url} answers with status {response.status_code}: {response.text[:200]}")
-        try:
-            return str(response.json()["choices"][0]["message"]["content"])
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise UserError(f"{url} answers, but not as a chat does: {response.text[:200]}") from None
-    raise UserError(f"{url} does not answer ({problem}); the same command goes on where it stopped.")
+    reply = server.asked(session, url, "chat/completions", body)
+    try:
+        return str(reply["choices"][0]["message"]["content"])
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{url} answers, but not as a chat does: {json.dumps(reply)[:200]}") from None

@@ -85,7 +85,7 @@ def answers(path, **texts):
 
 def test_both_orders_are_asked_and_nothing_twice(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setattr("ctpd_jax.stages.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ctpd_jax.processes.server.time.sleep", lambda seconds: None)
     ours = answers(tmp_path / "a.json", one="good good", two="good.", three="bad", hard="x", alone="y")
     others = answers(tmp_path / "b.json", one="good", two="good", three="good", hard="z")
     url, out = f"http://127.0.0.1:{server.server_port}/v1/", tmp_path / "out" / "result.json"
@@ -107,7 +107,7 @@ def test_both_orders_are_asked_and_nothing_twice(tmp_path, server, monkeypatch, 
 
 
 def test_what_cannot_be_judged_is_a_sentence(tmp_path, server, capsys, monkeypatch):
-    monkeypatch.setattr("ctpd_jax.stages.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ctpd_jax.processes.server.time.sleep", lambda seconds: None)
     ours, rest = answers(tmp_path / "a.json", one="x"), ["--model", "j", "--out", str(tmp_path / "r.json")]
     url = ["--url", f"http://127.0.0.1:{server.server_port}"]
     assert main(["judge", ours, str(tmp_path / "none.json"), *url, *rest]) == 2
@@ -130,7 +130,7 @@ def test_what_cannot_be_judged_is_a_sentence(tmp_path, server, capsys, monkeypat
     ],
 )
 def test_keys_and_passwords_are_not_shown(tmp_path, monkeypatch, capsys, key, url, sentence):
-    monkeypatch.setattr("ctpd_jax.stages.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ctpd_jax.processes.server.time.sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", key)
     ours = answers(tmp_path / "a.json", one="x")
     arguments = ["judge", ours, ours, "--url", url, "--model", "j", "--out", str(tmp_path / "r.json")]
@@ -140,7 +140,7 @@ def test_keys_and_passwords_are_not_shown(tmp_path, monkeypatch, capsys, key, ur
 
 
 def test_a_key_may_end_with_a_line_break(tmp_path, server, monkeypatch):
-    monkeypatch.setattr("ctpd_jax.stages.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ctpd_jax.processes.server.time.sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
     ours, url = answers(tmp_path / "a.json", one="x"), f"http://127.0.0.1:{server.server_port}"
     assert main(["judge", ours, ours, "--url", url, "--model", "j", "--out", str(tmp_path / "r.json")]) == 0

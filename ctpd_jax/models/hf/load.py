@@ -79,8 +79,8 @@ def load_hf(
     return config, params
 
 
-def model_directory(path_or_repo: str | Path) -> Path:
-    """Return the local folder of a model: the path itself, or the downloaded snapshot of a hub repository."""
+def model_directory(path_or_repo: str | Path, weights: bool = True) -> Path:
+    """Return the local folder of a model: the path itself, or a hub repository, downloaded with or without weights."""
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
@@ -91,7 +91,8 @@ def model_directory(path_or_repo: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FETCHED)))
+        without = None if weights else ["*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=list(_FETCHED), ignore_patterns=without))
     except Exception as error:  # the hub client raises a dozen kinds, from HTTP to its own offline mode
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UserError(
