@@ -35,7 +35,9 @@ def training(lr: float, **changes) -> ConfigDict:
                 "rank": 0,  # 0: train all parameters
                 "alpha": 16.0,  # the adapters' product counts alpha / rank times
                 "targets": "all",  # matrices of a layer: "all", or names with commas, "q_proj,v_proj"
-                "base": "float32",  # "bfloat16": the parameters under the adapters, half the memory while they train
+                # The parameters under the adapters: "bfloat16" takes half the memory while they train, "int8" a
+                # quarter, as another model: docs/method.md, What a stage is measured against.
+                "base": "float32",
             },
         }
     )
@@ -163,6 +165,7 @@ def default_config() -> ConfigDict:
                 "micro_batch": 4,  # pairs per forward pass
                 # The teacher's parameters while it reads. "bfloat16": half the memory, also where it is evaluated and
                 # answers; exact for a bfloat16 checkpoint. What a DPO is held against is its own start all the same.
+                # "int8": a quarter, where its contrastive pair was trained over int8 too (lora.base).
                 "teacher_weights": "float32",
                 # With bfloat16 and a contrastive pair that was trained whole: so many pairs are read in float32 first,
                 # and it is told how much of their weights the rounding leaves. 0: none.

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.job.table import CONTRASTIVE, STAGES, TRAINED, columns, models_here
+from ctpd_jax.job.table import CONTRASTIVE, STAGES, TRAINED, columns, left_out, models_here, trained_model
 from ctpd_jax.settings import MEASURES, default_config
 
 Range = tuple[Callable[[Any], bool], str]  # what has to hold of a value, and what is said where it does not
@@ -38,7 +38,7 @@ CHOICES = {
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
-    "annotate.teacher_weights": ("float32", "bfloat16"),
+    "annotate.teacher_weights": ("float32", "bfloat16", "int8"),
     "propose.contrast": ("weights", "start"),
     "export.dtype": ("float32", "bfloat16", "float16"),
 }
@@ -51,7 +51,8 @@ OF_STAGES: tuple[tuple[str, Range], ...] = (
     ("lr epochs batch_size micro_batch clip save_every lora.alpha", POSITIVE),
     ("weight_decay", NOT_NEGATIVE),
     ("warmup", (SHARE[0], "it is a share of the steps, from 0 to 1")),
-    ("moments lora.base", DTYPE),
+    ("moments", DTYPE),
+    ("lora.base", (lambda x: x in ("float32", "bfloat16", "int8"), "choose one of float32, bfloat16, int8")),
     ("nonfinite", (lambda x: x in ("stop", "skip"), "choose one of stop, skip")),
     ("adam_b1 adam_b2", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
     ("lora.rank", (lambda x: x >= 0, "it cannot be negative; 0 trains all parameters")),
@@ -88,11 +89,6 @@ def check_config(config: ConfigDict) -> None:
     """
     # From what is missing to what does not go together: each check may trust those before it.
     _check_keys(config)
-    if config.annotate.teacher_weights == "int8":
-        raise UserError(
-            "config.annotate.teacher_weights is 'int8'; choose one of float32, bfloat16. An int8 teacher is another "
-            "model than the reference has to be, and its rounding hides what tells the contrastive pair apart."
-        )
     for name, choices in CHOICES.items():
         _require(config, attrgetter(name)(config) in choices, name, f"choose one of {', '.join(choices)}")
     _require_ranges(config, OF_OTHERS)
@@ -101,6 +97,7 @@ def check_config(config: ConfigDict) -> None:
     _check_weights(config)
     _check_objective(config)
     _check_elsewhere(config)
+    _check_int8(config)
 
     # The student of the proposals is trained as `train` is: what has to hold there has to hold of its settings.
     proposed = config.student_proposed
@@ -227,3 +224,17 @@ def _check_elsewhere(config: ConfigDict) -> None:
     for stage in (name for name, stage in STAGES.items() if stage.kind == "distill"):
         why = "it learns from all probabilities of a teacher, whose weights have to be here"
         require(config[stage].steps == -1, f"{stage}.steps", why)
+
+
+def _check_int8(config: ConfigDict) -> None:
+    """Refuses what would hold an int8 model against another one: its rounding would be taken for a preference."""
+    require, whole = partial(_require, config), config.annotate.teacher_weights
+    for stage in (name for name in TRAINED if not left_out(config, name)):
+        model, base = trained_model(config, stage), config[stage].lora.base
+        sft = f"{model}_sft"
+        if model == "teacher" and stage in CONTRASTIVE.get(config.weights.source, ()):
+            what = f"the teacher reads in annotate.teacher_weights={whole!r}; int8 has to be both, or neither"
+            require((base == "int8") == (whole == "int8"), f"{stage}.lora.base", what)
+        rounds = base == "int8" or (model == "teacher" and whole == "int8")
+        adapted = left_out(config, sft) or config[sft].lora.rank > 0
+        require(adapted or not rounds, f"{sft}.lora.rank", "only adapters can lie over the int8 base of later stages")

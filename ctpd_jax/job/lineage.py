@@ -25,6 +25,7 @@ from ctpd_jax.job.table import fingerprint, left_out, starts_from, trained_model
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, param_shapes
 from ctpd_jax.models.hf import load_hf
+from ctpd_jax.models.hf.load import held_as
 from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, split, with_lora
 from ctpd_jax.schema import Model
 from ctpd_jax.sharding import param_sharding, pieces_on_host, shard_shapes
@@ -42,7 +43,7 @@ class Origin:
 def start(source: Source, config: ConfigDict, model: Model, dtype: str) -> Origin:
     """The model after its SFT: the very numbers that every other stage with a base of that dtype starts from."""
     # Without an SFT, or trained whole, there is one tree of parameters and nothing beside it.
-    sft, decoder = f"{model}_sft", source.decoder(model)
+    sft, decoder = f"{model}_sft", held_as(source.decoder(model), dtype)
     if left_out(config, sft):
         return Origin(decoder, source.checkpoint(model, dtype))
     if not config[sft].lora.rank:
@@ -50,8 +51,8 @@ def start(source: Source, config: ConfigDict, model: Model, dtype: str) -> Origi
     # Trained as adapters, they are merged where the matrices can hold them.
     adapted, adapters = with_adapters(config, sft, decoder), source.adapters(sft)
     whole = source.checkpoint(model, dtype)
-    if dtype == "bfloat16":
-        # A bfloat16 matrix could not hold them: most of what they add to an entry is less than its rounding.
+    if dtype != "float32":
+        # A rounded matrix could not hold them: most of what they add to an entry is less than its rounding.
         return Origin(adapted, source.apply(join, whole, adapters))
     return Origin(decoder, source.apply(lambda base, own: merge(adapted, base, own), whole, adapters))
 
@@ -60,7 +61,7 @@ def base(source: Source, config: ConfigDict, stage: str, dtype: str) -> Origin:
     """What a training stage begins with, with the config of all adapters that run; its own are still to be joined."""
     # SFT begins with the checkpoint itself, everything else with the model after SFT.
     model = trained_model(config, stage)
-    own = with_adapters(config, stage, source.decoder(model))
+    own = with_adapters(config, stage, held_as(source.decoder(model), dtype))
     if not starts_from(config, stage):
         return Origin(own, source.checkpoint(model, dtype))
     before = start(source, config, model, dtype)
@@ -127,7 +128,8 @@ class Shapes:
 
     def checkpoint(self, model: Model, dtype: str) -> Params:
         """The parameters that the user brought."""
-        return param_shapes(self.decoders[model], jnp.dtype(dtype))
+        wide = jnp.dtype("bfloat16" if dtype == "int8" else dtype)
+        return param_shapes(held_as(self.decoders[model], dtype), wide)
 
     def trained(self, stage: str, dtype: str) -> Params:
         """What a stage left that trained all parameters: all but the norms in `dtype`.

@@ -160,8 +160,7 @@ def base_dtype(config: ConfigDict, stage: str) -> str:
 
 def reading_dtype(config: ConfigDict, model: Model) -> str:
     """In which dtype a model's parameters are held where it only reads or answers."""
-    half = model == "teacher" and config.annotate.teacher_weights == "bfloat16"
-    return "bfloat16" if half else "float32"
+    return config.annotate.teacher_weights if model == "teacher" else "float32"
 
 
 def fingerprint(config: ConfigDict, stage: str) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class DecoderConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     lora: Lora | None = None
+    int8: bool = False  # the layers' matrices are rounded to int8, with a scale for every output: hf.load.rounded
 
     def __post_init__(self) -> None:
         # What no single field can tell. The names are those of config.json, which is where people meet them.

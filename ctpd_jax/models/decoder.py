@@ -50,14 +50,22 @@ def norm_graph(config: DecoderConfig) -> tuple[Any, Any]:
 
 
 def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """Return the parameters as jax.ShapeDtypeStruct of `dtype`, in the layout that every function here takes."""
+    """Return the parameters as jax.ShapeDtypeStruct of `dtype`, in the layout that every function here takes.
+
+    With config.int8 the layers' matrices are int8, their scales float32, and the others of `dtype`.
+    """
+
     # The modules tell the shapes; of the layers' tensors there are num_layers, stacked on a first axis.
+    def stacked(path: tuple[Any, ...], one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        own = one.dtype if one.dtype == jnp.int8 or path[-1].key == "scale" else dtype
+        return jax.ShapeDtypeStruct((config.num_layers, *one.shape), own)
+
     layer, last = (nnx.to_pure_dict(state) for _, state in (layer_graph(config), norm_graph(config)))
     table = {"weight": jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), dtype)}
     params: Params = {
         "model": {
             "embed_tokens": table,
-            "layers": jax.tree.map(lambda one: jax.ShapeDtypeStruct((config.num_layers, *one.shape), dtype), layer),
+            "layers": jax.tree.map_with_path(stacked, layer),
             "norm": jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, dtype), last),
         }
     }

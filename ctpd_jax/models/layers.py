@@ -40,10 +40,15 @@ def matmul(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x W^T + bias, in x's dtype, and beside it (alpha / rank) (x A^T) B^T where the config has adapters on `name`."""
+    """x W^T + bias, in x's dtype, and beside it (alpha / rank) (x A^T) B^T where the config has adapters on `name`.
+
+    With config.int8 W is q * scale. Every int8 is a bfloat16 too: the product is that of q, and the scale comes after.
+    """
 
     def __init__(self, config: DecoderConfig, name: str, out: int, inp: int, bias: bool):
-        self.weight = nnx.Param(jnp.zeros((out, inp)))
+        whole = not config.int8 or not name  # a router without a name decides more finely than that
+        self.weight = nnx.Param(jnp.zeros((out, inp), jnp.float32 if whole else jnp.int8))
+        self.scale = None if whole else nnx.Param(jnp.zeros(out))
         self.bias = nnx.Param(jnp.zeros(out)) if bias else None
         self.lora = config.lora if config.lora is not None and name in config.lora.targets else None
         if self.lora is not None:
@@ -53,6 +58,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         # The adapters' product goes through the narrow side: no matrix of W's size is made of them.
         y = matmul(x, self.weight[...].astype(x.dtype))
+        if self.scale is not None:
+            y = y * self.scale[...].astype(x.dtype)
         if self.lora is not None:
             low = matmul(x, self.lora_a[...].astype(x.dtype)) * jnp.asarray(self.lora.scale, x.dtype)
             y = y + matmul(low, self.lora_b[...].astype(x.dtype))

@@ -103,6 +103,13 @@ def main() -> None:
         assert size[name, "float32"]["read"] == size["whole on every device", "float32"]["read"]
     assert size["rows", "float32"]["held"] * 8 == size["whole on every device", "float32"]["held"]
 
+    # The same int8 however it is cut: a scale is that of a whole row.
+    _, rounded = load_hf(folder, "int8")
+    for placement in (whole, split(line, {-2: "x"}), split(line, {-1: "x"}), split(grid, {-2: "x", -1: "y"})):
+        _, found = load_hf(folder, "int8", placement)
+        jax.tree.map(np.testing.assert_array_equal, found, rounded)
+    assert any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(rounded))
+
     stacks = Mesh(devices.reshape(4, 2), ("x", "y"))
     _, params = load_hf(folder, sharding=lambda path, shape: NamedSharding(stacks, by_stack(path)))
     config, plain = load_hf(folder)

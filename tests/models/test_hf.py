@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.decoder import apply
-from ctpd_jax.models.hf import load_hf, safetensors, save_hf
+from ctpd_jax.models.hf import load_hf, model_directory, safetensors, save_hf
 
 
 def _same(first, second):
@@ -172,8 +172,8 @@ def test_folders_without_a_model_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match="only safetensors are read"):
         load_hf(tmp_path)
-    with pytest.raises(UserError, match="int8"):
-        load_hf(tmp_path, dtype="int8")
+    with pytest.raises(UserError, match="int4"):
+        load_hf(tmp_path, dtype="int4")
 
 
 def test_an_unreachable_hub_is_one_sentence(monkeypatch):
@@ -211,6 +211,8 @@ def test_a_hub_name_loads_the_downloaded_snapshot(monkeypatch, tmp_path):
     )
     unwanted = ("pytorch_model.bin", "modeling_own.py", "consolidated.safetensors", "original/consolidated.00.pth")
     assert all(map(fetched, wanted)) and not any(map(fetched, unwanted))
+    model_directory("owner/some-model", weights=False)  # of a teacher that is elsewhere
+    assert fetched("tokenizer.json") and fetched("config.json") and not fetched("model-00001-of-00002.safetensors")
 
 
 def test_saving_replaces_a_model_and_nothing_else(tmp_path):

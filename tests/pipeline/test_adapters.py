@@ -116,8 +116,37 @@ def test_an_unknown_target_is_refused_before_anything_is_trained(tmp_path, capsy
     assert "qkv" in capsys.readouterr().err and not (tmp_path / "positive").exists()
 
 
-def test_int8_is_refused_with_the_reason(tmp_path, capsys):
-    arguments = ["run", "--config", MICRO, "--workdir", str(tmp_path), "--config.annotate.teacher_weights=int8"]
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert "annotate.teacher_weights" in error and "reference" in error and "bfloat16" in error
+INT8 = [f"--config.{stage}.lora.{setting}" for stage in ("positive", "negative") for setting in ("rank=4", "base=int8")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            ["--config.annotate.teacher_weights=int8", "--config.teacher_sft.steps=-1"],
+            "config.positive.lora.base is 'float32'; the teacher reads in",
+        ),
+        (INT8, "config.positive.lora.base is 'int8'; the teacher reads in annotate.teacher_weights='float32'"),
+        ([*INT8, "--config.annotate.teacher_weights=int8"], "config.teacher_sft.lora.rank is 0; only adapters can lie"),
+        (["--config.train.lora.rank=4", "--config.train.lora.base=int8"], "config.student_sft.lora.rank is 0; only"),
+        (["--config.train.lora.base=int8"], "without adapters (train.lora.rank 0) parameters train in float32"),
+        (["--config.train.lora.base=int4"], "choose one of float32, bfloat16, int8"),
+    ],
+)
+def test_an_int8_model_is_held_against_itself_alone(tmp_path, capsys, settings, sentence):
+    assert main(["run", "--config", MICRO, "--workdir", str(tmp_path), *settings]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_over_int8_bases(tmp_path):
+    """Teacher and student; the reference is what the DPO began with, and the export opens as always."""
+    settings = [*INT8, "--config.annotate.teacher_weights=int8", "--config.teacher_sft.lora.rank=4"]
+    settings += ["--config.train.lora.rank=4", "--config.train.lora.base=int8", "--config.student_sft.steps=-1"]
+    assert main(["run", "--config", MICRO, "--workdir", str(tmp_path), *settings, "--config.student_dpo.steps=-1"]) == 0
+    first = read_metrics(tmp_path, "positive")[0]
+    assert abs(first["rewards/margins"]) < 1e-5 and first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert abs(read_metrics(tmp_path, "train")[0]["rewards/margin_from_start"]) < 1e-5
+    assert open_store(tmp_path / "annotations").manifest["settings"]["scorers"]["reference"]["weights"] == "int8"
+    config, params = load_hf(tmp_path / "export")
+    assert not config.int8 and {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}

@@ -31,13 +31,18 @@ from ctpd_jax.train.sums import Objective, mean_of, preference_sums
 
 SFT = {"none": ["steps=-1"], "full": [], "adapters": ["lora.rank=3", "lora.alpha=4", "lora.targets=q_proj,up_proj"]}
 HALF = ["lora.rank=4", "lora.base=bfloat16", "lora.targets=q_proj,o_proj"]
-BASES = {"full": [], "adapters": ["lora.rank=4"], "half": HALF}
+INT8 = ["lora.rank=4", "lora.base=int8", "lora.targets=q_proj,o_proj"]
+BASES = {"full": [], "adapters": ["lora.rank=4"], "half": HALF, "int8": INT8}
 # Of everything that can be combined, what went wrong; the rest is slow.
-FEW = {("adapters", "half", "float32"), ("full", "full", "bfloat16")}
+FEW = {("adapters", "half", "float32"), ("full", "full", "bfloat16"), ("adapters", "int8", "int8")}
 CASES = [
     pytest.param(*case, id="-".join(case), marks=[] if case in FEW else pytest.mark.slow)
-    for case in itertools.product(SFT, BASES, ("float32", "bfloat16"))
+    for case in itertools.product(SFT, BASES, ("float32", "bfloat16", "int8"))
+    # int8 has to be both, and nothing that was trained whole lies under it.
+    if (case[1] == "int8") == (case[2] == "int8") and (case[0], case[1]) != ("full", "int8")
 ]
+# Of the student nothing is read in another dtype than its base.
+STUDENT = [case for case in CASES if case.values[2] == ("int8" if case.values[1] == "int8" else "float32")]
 
 
 def made(tmp_path: Path, model: str, stage: str, sft: str, base: str, teacher_weights: str) -> Job:
@@ -45,6 +50,10 @@ def made(tmp_path: Path, model: str, stage: str, sft: str, base: str, teacher_we
     # Short responses: float32 rounds the sum of a long one by as much as the bounds below, on some machines.
     overrides = ["--config.data.limit=6", "--config.data.max_response_tokens=16"]
     overrides += [f"--config.annotate.teacher_weights={teacher_weights}"]
+    if base == "int8":  # both of the pair, over one base
+        overrides += [f"--config.negative.{setting}" for setting in INT8]
+        overrides += [f"--config.positive.{setting}" for setting in INT8 if stage != "positive"]
+        overrides += ["--config.teacher_sft.steps=-1"] if model == "student" else []
     overrides += [f"--config.{model}_sft.{setting}" for setting in SFT[sft]]
     overrides += [f"--config.{stage}.{setting}" for setting in BASES[base]]
     config = load_config(f"{MICRO}:pairs=16", overrides)
@@ -87,7 +96,7 @@ def test_a_dpo_begins_at_its_reference(tmp_path, sft, base, teacher_weights):
     assert abs(figures["rewards/chosen"]) <= 5e-5  # no common shift either, up to float32's rounding of some 100 nats
 
 
-@pytest.mark.parametrize("sft, base, teacher_weights", [case for case in CASES if case.values[2] == "float32"])
+@pytest.mark.parametrize("sft, base, teacher_weights", STUDENT)
 def test_ctpd_begins_at_the_start_that_was_annotated(tmp_path, sft, base, teacher_weights):
     run = made(tmp_path, "student", "train", sft, base, teacher_weights)
     config = run.config

@@ -32,7 +32,7 @@ ParamPath = tuple[str, ...]  # the keys on the way to a parameter
 Placement = jax.sharding.Sharding | Callable[[ParamPath, tuple[int, ...]], jax.sharding.Sharding] | None
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-LOAD_DTYPES = ("float32", "bfloat16", "float16")
+LOAD_DTYPES = ("float32", "bfloat16", "float16", "int8")
 # What is fetched from the hub. Other files, such as pickles, code and second copies of the weights, stay there.
 _FETCHED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model*", "spiece.model", "merges.txt", "vocab.txt")
 # Buffers that old checkpoints stored, and that the config determines: rotary frequencies, causal masks.
@@ -49,7 +49,8 @@ def load_hf(
     Args:
         path_or_repo: a folder with config.json and model.safetensors (or its shards and their index), or a repository
             id "owner/name", which is downloaded into the hub's cache.
-        dtype: "float32", "bfloat16" or "float16" of the parameters. bfloat16 and float16 weights widen exactly.
+        dtype: "float32", "bfloat16" or "float16" of the parameters. bfloat16 and float16 weights widen exactly. "int8":
+            the layers' matrices as `rounded` makes them, everything else bfloat16; the config has its `int8`.
         sharding: where the parameters go: None for the default device, a `jax.sharding.Sharding` for all of them, or a
             function (path in the tree, shape) -> Sharding. Each process reads only what its own devices hold.
 
@@ -65,18 +66,48 @@ def load_hf(
         raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(LOAD_DTYPES)}.")
     # 1. Everything is checked by the small files and the headers, before any weight is read.
     directory = model_directory(path_or_repo)
-    config = read_config(directory)
+    config = held_as(read_config(directory), dtype)
     stored, shapes = check_weights(directory, config), checkpoint_shapes(config)
+    held = dict(leaves(param_shapes(config, jnp.dtype("bfloat16" if config.int8 else dtype))))
     # 2. One parameter after the other, each on its devices before the next is read.
     params: Params = {}
+
+    def placed(path: ParamPath, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+        return sharding(path, shape) if callable(sharding) else sharding
+
     for path, entry in tensor_table(config).items():
-        where = sharding(path, shapes[path]) if callable(sharding) else sharding
-        leaf = _read_array(stored, entry, shapes[path], jnp.dtype(dtype), where)
         parent = params
         for key in path[:-1]:
             parent = parent.setdefault(key, {})
-        parent[path[-1]] = leaf
+        shape, dtype_held = shapes[path], held[path].dtype
+        scales = np.full(shape[:-1], np.nan, np.float32) if dtype_held == jnp.int8 else None
+        parent[path[-1]] = _read_array(stored, entry, shape, dtype_held, placed(path, shape), scales)
+        if scales is not None:
+            parent["scale"] = _placed_scales(entry, scales, placed((*path[:-1], "scale"), scales.shape))
     return config, params
+
+
+def _placed_scales(entry: str, scales: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    def part(index: Any) -> np.ndarray:
+        if np.isnan(scales[index]).any():  # of rows that this process has not read
+            raise UserError(f"{entry}: the scales of its rows are to lie on other processes than the rows do.")
+        return scales[index]
+
+    return jnp.asarray(scales) if sharding is None else jax.make_array_from_callback(scales.shape, sharding, part)
+
+
+def held_as(config: DecoderConfig, dtype: str) -> DecoderConfig:
+    """Return the config of a model whose parameters are held as `dtype`, "int8" or a floating point."""
+    return replace(config, int8=dtype == "int8")
+
+
+def rounded(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round matrices [..., out, in] to int8, with a scale for every output, float32 [..., out]: W is about q * scale.
+
+    The largest entry of a row is 127 scales, and no entry is off by more than half a scale.
+    """
+    scale = np.abs(weight).max(axis=-1) / np.float32(127)
+    return np.rint(weight / np.where(scale == 0, np.float32(1), scale)[..., None]).astype(np.int8), scale
 
 
 def model_directory(path_or_repo: str | Path, weights: bool = True) -> Path:
@@ -91,8 +122,8 @@ def model_directory(path_or_repo: str | Path, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        without = None if weights else ["*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=list(_FETCHED), ignore_patterns=without))
+        fetched = [pattern for pattern in _FETCHED if weights or not pattern.endswith(".safetensors")]
+        return Path(snapshot_download(name, allow_patterns=fetched))
     except Exception as error:  # the hub client raises a dozen kinds, from HTTP to its own offline mode
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UserError(
@@ -118,7 +149,7 @@ def tensor_table(config: DecoderConfig) -> dict[ParamPath, str]:
 @lru_cache
 def checkpoint_shapes(config: DecoderConfig) -> dict[ParamPath, tuple[int, ...]]:
     """Map the path of each parameter of a checkpoint to its shape, layers and experts stacked."""
-    return {path: leaf.shape for path, leaf in leaves(param_shapes(replace(config, lora=None)))}
+    return {path: leaf.shape for path, leaf in leaves(param_shapes(replace(config, lora=None, int8=False)))}
 
 
 def checkpoint_name(config: DecoderConfig, path: ParamPath) -> str:
@@ -144,11 +175,15 @@ def _read_array(
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: jax.sharding.Sharding | None,
+    scales: np.ndarray | None = None,
 ) -> jax.Array:
-    """Read one parameter. Each part that devices hold is read once, and only then the next."""
+    """Read one parameter. Each part that devices hold is read once, and only then the next.
+
+    With `scales` it becomes int8, and they are filled for the rows that this process's devices hold.
+    """
     if sharding is None:
         whole = [range(size) for size in shape]
-        return jax.block_until_ready(jax.device_put(_read_part(stored, entry, whole, dtype)))
+        return jax.block_until_ready(jax.device_put(_read_part(stored, entry, whole, dtype, scales)))
     # 1. Which devices hold the same part.
     try:
         indices = sharding.addressable_devices_indices_map(shape)
@@ -161,19 +196,28 @@ def _read_array(
     # 2. Part by part from the file onto them.
     arrays = []
     for parts, devices in holders.items():
-        host = _read_part(stored, entry, parts, dtype)
+        host = _read_part(stored, entry, parts, dtype, scales)
         arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
         del host
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=dtype)
 
 
-def _read_part(stored: dict[str, safetensors.Tensor], entry: str, parts: Any, dtype: np.dtype) -> np.ndarray:
+def _read_part(
+    stored: dict[str, safetensors.Tensor], entry: str, parts: Any, dtype: np.dtype, scales: np.ndarray | None
+) -> np.ndarray:
     """Read the part of a parameter that `parts`, one range an axis, say, into an array that nothing else holds."""
     out, stacked = empty_aligned([len(part) for part in parts], dtype), entry.count("{}")
     index = tuple(slice(part.start, part.stop) for part in parts[stacked:])
     for place in product(*(range(len(part)) for part in parts[:stacked])):
-        name = entry.format(*(part[i] for part, i in zip(parts, place)))
-        safetensors.read_into(stored[name], name, out[place], index)
+        there = tuple(part[i] for part, i in zip(parts, place))
+        name = entry.format(*there)
+        if scales is None:
+            safetensors.read_into(stored[name], name, out[place], index)
+        else:  # a scale is that of a whole row, however it is cut
+            rows = np.empty((len(parts[-2]), stored[name].shape[-1]), np.float32)
+            safetensors.read_into(stored[name], name, rows, index[:-1])
+            whole, scales[(*there, *index[:-1])] = rounded(rows)
+            out[place] = whole[:, index[-1]]
     return out
 
 
