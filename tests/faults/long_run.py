@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,10 +74,22 @@ def command_of(command: Sequence[str], workdir: Path, settings: Sequence[str]) -
     assert code == 0, f"{command} ended with {code}: see {workdir.with_suffix('.log')}"
 
 
-def ctpd(command: Sequence[str], workdir: Path, settings: Sequence[str]) -> int:
+def ctpd(command: Sequence[str], workdir: Path, settings: Sequence[str], giving_back: bool = False) -> int:
+    """Runs a command; `giving_back` what it has freed, so that what is seen of its memory is what it holds."""
     from ctpd_jax.cli import main
 
+    # The C library keeps freed memory in one pool a thread: it comes and goes by 40 MB, which no look of some minutes
+    # can tell from growth.
+    if giving_back:
+        threading.Thread(target=give_back, daemon=True).start()
+
     return main([*command, "--config", DEMO, "--workdir", str(workdir), *settings])
+
+
+def give_back() -> None:
+    while True:
+        ctypes.CDLL(None).malloc_trim(0)
+        time.sleep(0.5)
 
 
 def lines_of(workdir: Path) -> list[dict]:
@@ -87,7 +101,7 @@ def lines_of(workdir: Path) -> list[dict]:
 
 def watched(workdir: Path, settings: Sequence[str]) -> list[Seen]:
     """Trains the student, and looks at its process every second."""
-    process, seen = start(lambda: ctpd(["train"], workdir, settings), workdir.with_suffix(".log")), []
+    process, seen = start(lambda: ctpd(["train"], workdir, settings, True), workdir.with_suffix(".log")), []
     while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0):
         if lines := lines_of(workdir):
             proc = Path(f"/proc/{process}")
