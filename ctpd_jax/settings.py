@@ -226,6 +226,7 @@ def default_config() -> ConfigDict:
                 "adapters": False,  # also write the adapters of a student trained with LoRA, for PEFT, to DIR/adapters
             },
             "log_every": 1,  # updates between lines of metrics.jsonl
+            "profile": "",  # "train=5:8": updates 5 to 7 of that stage are traced, WORKDIR/profile, for TensorBoard
             "stall_minutes": 30.0,  # several processes end, to be started again, if no bar moves for so long; 0: never
             "wandb": "",  # a project of Weights & Biases that gets the metrics too
             "compile_cache": True,  # keep compiled programs in WORKDIR/compile_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
@@ -94,6 +95,9 @@ def check_config(config: ConfigDict) -> None:
     _require_ranges(config, OF_OTHERS)
     for stage in TRAINED:
         _check_stage(config, stage)
+    named = re.fullmatch(r"(\w+)=\d+:\d+", config.profile)
+    whose = "write STAGE=FIRST:LAST, a stage that trains and its updates, such as train=5:8"
+    _require(config, not config.profile or (named is not None and named[1] in TRAINED), "profile", whose)
     _check_weights(config)
     _check_objective(config)
     _check_elsewhere(config)
@@ -219,6 +223,7 @@ def _check_elsewhere(config: ConfigDict) -> None:
         for name, column in columns(config).items():
             named = column.outside != "endpoint: "
             require(named, f"annotate.served.{name}", "name the model on the server that annotate.endpoint names")
+    # What nobody elsewhere can know, or tell.
     ranked = config.student_proposed.steps == -1 or annotate.endpoint
     require(ranked, "annotate.table", "nobody has measured yet what the student will answer: student_proposed.steps=-1")
     for stage in (name for name, stage in STAGES.items() if stage.kind == "distill"):
@@ -235,6 +240,7 @@ def _check_int8(config: ConfigDict) -> None:
         if model == "teacher" and stage in CONTRASTIVE.get(config.weights.source, ()):
             what = f"the teacher reads in annotate.teacher_weights={whole!r}; int8 has to be both, or neither"
             require((base == "int8") == (whole == "int8"), f"{stage}.lora.base", what)
+        # Whole parameters that SFT has trained are never rounded: adapters stay beside.
         rounds = base == "int8" or (model == "teacher" and whole == "int8")
         adapted = left_out(config, sft) or config[sft].lora.rank > 0
         require(adapted or not rounds, f"{sft}.lora.rank", "only adapters can lie over the int8 base of later stages")

@@ -32,6 +32,7 @@ def score_outside(job: Job, pairs: Pairs, name: str, column: table.Column) -> di
     identity = {"outside": identity_of(job, column), "instruction": column.instruction, "data": pairs.identity}
 
     def measure(found: Mapping[str, Column], ranges: Sequence[range], missing: Sequence[int]) -> None:
+        # A line a shard, as where a model reads here.
         log, known = f"{HOMES[pairs.split]}/{name}", len(pairs.aligned) - sum(len(ranges[shard]) for shard in missing)
         job.log.rewind(log, missing[0] - 1)
         with (
@@ -45,7 +46,7 @@ def score_outside(job: Job, pairs: Pairs, name: str, column: table.Column) -> di
                     preempt.check("the shards that are written are kept")
                     arrays += both
                     progress.update()
-                # The line first, as where a model reads here: a shard on disk is one that was told.
+                # The line first: a shard on disk is one that was told.
                 job.log.log(log, shard, {"pairs": len(ranges[shard])})
                 found[name].write(shard, arrays)
 

@@ -175,6 +175,12 @@ def fingerprint(config: ConfigDict, stage: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in without}
 
 
+def profiled(config: ConfigDict, stage: str) -> range:
+    """The updates of a stage that config.profile names, as "train=5:8" names 5, 6 and 7."""
+    name, _, updates = config.profile.partition("=")
+    return range(*map(int, updates.split(":"))) if name == stage else range(0)
+
+
 @dataclass(frozen=True)
 class Column:
     """What annotation measures under one name."""

@@ -22,7 +22,7 @@ from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import packing
 from ctpd_jax.job.score import score
-from ctpd_jax.job.table import REVERSED, STAGES, base_dtype, fingerprint, left_out, starts_from
+from ctpd_jax.job.table import REVERSED, STAGES, base_dtype, fingerprint, left_out, profiled, starts_from
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import init_adapters
 from ctpd_jax.sharding import barrier, first_process, told_by_first
@@ -100,7 +100,8 @@ def train_and_leave(job: Job, recipe: Recipe, items: Sequence[PairItem], figures
     # 3. The loop.
     initial, frozen = parameters(job, recipe)
     checkpoints = job.workdir / stage / "checkpoints"
-    params = train(recipe, checkpoints, initial, frozen, updates, job.log, figures, config.log_every, looked_at)
+    told = figures, config.log_every, looked_at, profiled(config, stage)
+    params = train(recipe, checkpoints, initial, frozen, updates, job.log, *told)
     # 4. What evaluation and later stages need.
     leave(job, recipe, params, figures)
 

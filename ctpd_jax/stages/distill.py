@@ -20,6 +20,7 @@ from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import decoder_of
 from ctpd_jax.job.pairs import load_pairs
 from ctpd_jax.job.recipe import packing, recipe
+from ctpd_jax.job.table import profiled
 from ctpd_jax.job.training import finished_before, leave, parameters, steps_of
 from ctpd_jax.models.decoder import Params
 from ctpd_jax.schema import CHOSEN, Batch
@@ -65,7 +66,9 @@ def run(job: Job, stage: str) -> None:
 
     with_teacher = frozen | teacher_head(features, what.frozen)
     checkpoints = job.workdir / stage / "checkpoints"
-    params = train(what, checkpoints, begin, with_teacher, updates, job.log, log_every=config.log_every)
+    params = train(
+        what, checkpoints, begin, with_teacher, updates, job.log, None, config.log_every, None, profiled(config, stage)
+    )
 
     # 6. What evaluation needs.
     leave(job, what, {name: value for name, value in params.items() if name != "projectors"}, {})

@@ -98,6 +98,7 @@ def chunks(job: Job, pairs: Pairs, store: Store | None, prompts: dict[str, Promp
 
 def row_of(pair: AlignedPair, pairs: Pairs) -> dict[str, Any]:
     """A pair as it is trained on, and its text."""
+    # As it was written, and as both models read it.
     raw = pairs.raw[pair.id]
     row: dict[str, Any] = {"id": pair.id, "weight": pair.weight, "margin": pair.margin}
     row |= {f"{model}_prompt": pair.prompt(model) for model in MODELS}

@@ -38,6 +38,7 @@ from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.held_out import HeldOut, Looks
 from ctpd_jax.train.metrics import MetricLog, Progress
 from ctpd_jax.train.optimizer import learning_rate, make_optimizer
+from ctpd_jax.train.profile import PROFILE, traced
 from ctpd_jax.train.sums import Sums, mean_of
 
 MOST_IN_A_ROW = 5  # updates that are not finite end a stage also where they are left out: it has diverged
@@ -83,6 +84,7 @@ def train(
     figures: Mapping[str, float] | None = None,
     log_every: int = 1,
     held_out: HeldOut | None = None,
+    profile: range = range(0),
 ) -> Params:
     """Runs all updates of a stage and returns the final trainable parameters, float32; or those of its best update.
 
@@ -92,6 +94,7 @@ def train(
         updates: the micro-batches of every update.
         figures: they stand in every line that is logged.
         held_out: what is looked at on the way; it changes nothing unless the best update is to be kept.
+        profile: updates that are traced, beside the stage's folder.
 
     Raises:
         UserError: the loss or the gradient is not finite, and such updates are not to be left out.
@@ -180,7 +183,7 @@ def train(
             if first < steps:
                 progress.write(f"{name}: compiling, which can take minutes for a large model ...")
             untold, began = None, time.perf_counter()
-            for step in range(first, steps):
+            for step in traced(range(first, steps), profile, directory.parents[1] / PROFILE):
                 if preempt.stop_now():
                     if untold:
                         tell(*untold)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import random
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ MOST_GROWTH = 5.0  # MB of resident memory in a thousand updates; Orbax keeps a 
 # What differs from one run to the next: the clock, and sums over it.
 CLOCK = ("time", "seconds", "tokens_per_second", "compiled_programs", "sha256", "crc32")
 STRETCH = 100  # updates
+M_ARENA_MAX = -8  # of glibc's malloc.h
 SETTLED = 0.25  # of the updates, after which nothing may grow
 
 
@@ -74,22 +76,21 @@ def command_of(command: Sequence[str], workdir: Path, settings: Sequence[str]) -
     assert code == 0, f"{command} ended with {code}: see {workdir.with_suffix('.log')}"
 
 
-def ctpd(command: Sequence[str], workdir: Path, settings: Sequence[str], giving_back: bool = False) -> int:
-    """Runs a command; `giving_back` what it has freed, so that what is seen of its memory is what it holds."""
+def ctpd(command: Sequence[str], workdir: Path, settings: Sequence[str]) -> int:
     from ctpd_jax.cli import main
-
-    # The C library keeps freed memory in one pool a thread: it comes and goes by 40 MB, which no look of some minutes
-    # can tell from growth.
-    if giving_back:
-        threading.Thread(target=give_back, daemon=True).start()
 
     return main([*command, "--config", DEMO, "--workdir", str(workdir), *settings])
 
 
-def give_back() -> None:
-    while True:
-        ctypes.CDLL(None).malloc_trim(0)
-        time.sleep(0.5)
+def with_one_pool(work: Callable[[], int]) -> int:
+    """Does `work` with one pool of freed memory for all threads, where the C library is glibc.
+
+    With one for each of a hundred threads what is kept there grows by 30 MB before it stands still: a look of some
+    minutes cannot tell that from what is never freed.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+    return work()
 
 
 def lines_of(workdir: Path) -> list[dict]:
@@ -101,7 +102,10 @@ def lines_of(workdir: Path) -> list[dict]:
 
 def watched(workdir: Path, settings: Sequence[str]) -> list[Seen]:
     """Trains the student, and looks at its process every second."""
-    process, seen = start(lambda: ctpd(["train"], workdir, settings, True), workdir.with_suffix(".log")), []
+    process, seen = (
+        start(partial(with_one_pool, lambda: ctpd(["train"], workdir, settings)), workdir.with_suffix(".log")),
+        [],
+    )
     while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0):
         if lines := lines_of(workdir):
             proc = Path(f"/proc/{process}")
@@ -117,13 +121,12 @@ def watched(workdir: Path, settings: Sequence[str]) -> list[Seen]:
 def grown(seen: Sequence[Seen], workdir: Path, updates: int) -> tuple[str, int]:
     """Says what has grown since the first quarter, and how much of that is too much."""
     later = [each for each in seen if each.update >= SETTLED * updates]
-    # What a save holds for a moment is no growth: of every stretch of updates the least.
-    stretches: dict[int, Seen] = {}
+    # What a save holds for a moment, or has just given back, is no growth: of every stretch of updates the median.
+    stretches: dict[int, list[float]] = {}
     for each in later:
-        stretch = each.update // STRETCH
-        stretches[stretch] = min(each, stretches.get(stretch, each), key=lambda one: one.megabytes)
-    least = [(each.update, each.megabytes) for each in stretches.values()]
-    slope = 1000 * float(np.polyfit(*zip(*least), 1)[0])
+        stretches.setdefault(each.update // STRETCH, []).append(each.megabytes)
+    usual = [(STRETCH * number, np.median(found)) for number, found in stretches.items()]
+    slope = 1000 * float(np.polyfit(*zip(*usual), 1)[0])
     files, threads = ([getattr(each, what) for each in later] for what in ("files", "threads"))
     lines = lines_of(workdir)
     programs = {line["compiled_programs"] for line in lines[int(SETTLED * updates) :]}

@@ -88,8 +88,9 @@ def load_hf(
 
 
 def _placed_scales(entry: str, scales: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    # Left unfilled they would be zeros, and whole outputs of a layer with them.
     def part(index: Any) -> np.ndarray:
-        if np.isnan(scales[index]).any():  # of rows that this process has not read
+        if np.isnan(scales[index]).any():  # rows that this process has not read
             raise UserError(f"{entry}: the scales of its rows are to lie on other processes than the rows do.")
         return scales[index]
 
