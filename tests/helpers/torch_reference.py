@@ -28,7 +28,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 _THREADS = torch.get_num_threads()
 _CHUNK = 256  # positions whose logits are held at a time
@@ -36,17 +36,22 @@ _ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}  # named otherwi
 
 
 def _load(folder: str) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    kind = _kind(AutoConfig.from_pretrained(folder))
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     # On a busy machine threads that wait for one another cost a tiny model ten times its work.
     torch.set_num_threads(_THREADS if model.num_parameters() > 1_000_000 else 1)
     return model
+
+
+def _kind(config: Any) -> Any:
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
 def create(job: dict[str, Any]) -> None:
     raw = dict(job["config"])
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = _kind(config).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 from helpers.tiny import FAMILIES, HF_CONFIGS
 
 from ctpd_jax.errors import UserError
+from ctpd_jax.models.decoder import param_shapes
 from ctpd_jax.models.hf.config import from_hf, read_config, to_hf
 
 LLAMA, GEMMA = HF_CONFIGS["llama"], HF_CONFIGS["gemma3"]
@@ -43,6 +45,20 @@ def test_each_spelling_alone_survives_what_to_hf_writes():
         assert from_hf(new) == config and from_hf(old) == config, name
 
 
+def test_of_a_vision_language_model_the_text_model_is_read():
+    # As Gemma 3 4B's: most of it is what transformers takes where nothing stands.
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    config = from_hf({"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text, "vision_config": {"x": 1}})
+    assert (config.family, config.vocab_size, config.num_heads, config.head_dim) == ("gemma3_text", 262_208, 8, 256)
+    assert config.eos_ids == (1, 106) and config.tied and config.kinds[-1].rope.factor == 8.0
+    assert sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config))) == 3_880_263_168  # without the tower's
+    mistral = {k: v for k, v in FAMILIES["mistral"].items() if k != "model_type"}
+    assert from_hf({"model_type": "mistral3", "text_config": mistral}) == from_hf(FAMILIES["mistral"])
+    inside = {**GEMMA, "eos_token_id": 7}
+    assert from_hf({"model_type": "gemma3", "eos_token_id": 3, "text_config": inside}).eos_ids == (7,)
+
+
 def test_gemma_layer_pattern():
     config = from_hf({**GEMMA, "num_hidden_layers": 7, "sliding_window_pattern": 3})
     assert [config.kinds[kind].window for kind in config.layer_kinds] == [5, 5, None, 5, 5, None, 5]
@@ -54,7 +70,10 @@ def test_gemma_layer_pattern():
         ({**LLAMA, "model_type": "mamba"}, ["mamba", "not supported", "llama"]),
         ({k: v for k, v in LLAMA.items() if k != "model_type"}, ["model_type"]),
         ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ["vocab_size"]),
-        ({"model_type": "gemma3", "vision_config": {}, "text_config": {}}, ["gemma3", "vision_config"]),
+        ({"model_type": "gemma3", "text_config": {**GEMMA, "model_type": "llama"}}, ["text_config", "llama"]),
+        ({"model_type": "gemma3", "text_config": GEMMA, "quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"model_type": "gemma3", "text_config": [GEMMA]}, ["text_config", "an object"]),
+        ({"model_type": "gemma3_vision", "vision_config": {}}, ["gemma3_vision", "gemma3_text"]),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn"]),
         ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["dynamic"]),

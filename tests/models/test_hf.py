@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.tiny import HF_CONFIGS, random_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.decoder import apply
@@ -86,6 +86,31 @@ def test_other_float_dtypes_convert(code, tmp_path, monkeypatch):
     out = np.empty((5, 7), np.float32)
     safetensors.read_into(safetensors.read_header(tmp_path / "x.safetensors")["x"], "x", out)
     np.testing.assert_array_equal(out, values.astype(np.float32))
+
+
+@pytest.mark.parametrize("prefixes", [("language_model.", ""), ("", "model.language_model.")])
+def test_the_text_model_of_a_vision_language_model(tmp_path, prefixes):
+    """Beside the tower, or within "model"; of the tower nothing is read, whatever it holds."""
+    config, params = random_model("gemma3")
+    save_hf(tmp_path / "text", config, params)
+    outer, inner = prefixes
+    named = {}
+    for name, array in load_file(tmp_path / "text" / "model.safetensors").items():
+        named[f"{outer}{inner + name.removeprefix('model.') if inner else name}"] = array
+    named["vision_tower.embeddings.weight"] = np.ones((3, 2), np.float32)
+    named["multi_modal_projector.mm_input_projection_weight"] = np.ones(2, np.float32)
+    folder = tmp_path / "eyes"
+    folder.mkdir()
+    save_file(named, folder / "model.safetensors")
+    raw = json.loads((tmp_path / "text" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": raw, "vision_config": {}}))
+    read, same = load_hf(folder)
+    assert read == config
+    _same(same, params)
+    del named[next(name for name in named if "layers" in name)]
+    save_file(named, folder / "model.safetensors")
+    with pytest.raises(UserError, match="lacks tensors"):
+        load_hf(folder)
 
 
 def test_shards_are_read_through_their_index(tmp_path):

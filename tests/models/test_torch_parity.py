@@ -70,6 +70,21 @@ def _logits_job(root, label, name, version=5):
     return {"logits": str(root / f"{label}-{name}"), "tokens": tokens, "out": str(root / out)}
 
 
+# Of models with eyes: the smallest of their vision towers, and what lies between.
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER |= {"image_size": 28, "patch_size": 14}
+EYES = {
+    "gemma3": {
+        "model_type": "gemma3", "text_config": FAMILIES["gemma3"], "mm_tokens_per_image": 4,
+        "vision_config": {**TOWER, "model_type": "siglip_vision_model"},
+    },
+    "mistral3": {
+        "model_type": "mistral3", "text_config": FAMILIES["mistral"],
+        "vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 8},
+    },
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """For each family a model made by transformers, its logits and its gradients."""
@@ -80,6 +95,10 @@ def theirs(tmp_path_factory):
         if name in TRAINABLE:
             pairs, out = _pairs(raw["vocab_size"]), str(root / f"dpo-{name}.npz")
             jobs.append({"dpo": folder, "pairs": pairs, "beta": BETA, "out": out})
+    for name, raw in EYES.items():
+        tokens, out = _sequences(raw["text_config"]["vocab_size"]), str(root / f"eyes-{name}.npz")
+        folder = str(root / f"eyes-{name}")
+        jobs += [{"create": folder, "config": raw}, {"logits": folder, "tokens": tokens, "out": out}]
     _run(root, jobs)
     return root
 
@@ -141,6 +160,17 @@ def test_a_model_of_transformers_computes_the_same_here(theirs, figures, name):
     config, params = load_hf(theirs / f"theirs-{name}")
     assert config == from_hf(FAMILIES[name])  # what transformers writes, and the spelling of older versions
     _compare(figures, name, "theirs", _logits(config, params), theirs / f"theirs-{name}.5.npz")
+
+
+@pytest.mark.parametrize("name", EYES)
+def test_of_a_vision_language_model_the_text_model_computes_the_same(theirs, figures, name, tmp_path):
+    config, params = load_hf(theirs / f"eyes-{name}")
+    assert config == from_hf(EYES[name]["text_config"] | {"tie_word_embeddings": True})  # what both kinds default to
+    _compare(figures, name, "theirs", _logits(config, params), theirs / f"eyes-{name}.npz")
+    save_hf(tmp_path / "text", config, params)  # a text model by itself
+    again, same = load_hf(tmp_path / "text")
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
 @pytest.mark.parametrize("name", TRAINABLE)

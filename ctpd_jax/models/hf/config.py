@@ -14,7 +14,7 @@ from typing import Any
 from ctpd_jax.artifacts import read_object
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.hf.families import DEFAULTS, FAMILIES, written_fields
+from ctpd_jax.models.hf.families import DEFAULTS, FAMILIES, WITH_EYES, written_fields
 from ctpd_jax.models.hf.fields import Fields
 
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -67,16 +67,13 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         raise UserError(
             f"{where}: quantization_config is not supported; take a model with bfloat16 or float32 weights."
         )
+    raw = of_text(raw, where)
     name = Fields(raw, where).or_null("model_type")
     if name is None:
         raise UserError(f"{where} has no field 'model_type': it is not a complete model config.")
     if name not in FAMILIES:
-        more = ""
-        if f"{name}_text" in FAMILIES:
-            more = f" {name!r} is the vision-language model (it has a vision_config); its text model is supported."
-        raise UserError(
-            f"{where}: model_type {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}.{more}"
-        )
+        known = ", ".join(sorted({*FAMILIES, *WITH_EYES}))
+        raise UserError(f"{where}: model_type {name!r} is not supported; supported are {known}.")
     family = FAMILIES[name]
     fields = Fields(raw, where, {"max_position_embeddings": 2048, **DEFAULTS[name]})
     fields.ignore("model_type", "quantization_config")
@@ -126,6 +123,27 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         return DecoderConfig(**features)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def of_text(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the config of a vision-language model's text model; any other one as it is.
+
+    Raises:
+        UserError: it is one, but without the text model that its kind has.
+    """
+    fields = Fields(raw, where)
+    wanted = WITH_EYES.get(str(fields.or_null("model_type")))
+    if wanted is None:
+        return raw
+    text = fields.or_null("text_config") or {}
+    if text.get("model_type", wanted) != wanted:
+        raise UserError(
+            f"{where}: a text_config of model_type {text['model_type']!r} is not supported, only {wanted!r}."
+        )
+    # What ends an answer may stand outside alone; whether the head is the embedding is decided there, if it is said.
+    ids, counts = ("bos_token_id", "eos_token_id", "pad_token_id"), ("tie_word_embeddings", "quantization_config")
+    outside, deciding = ({name: raw[name] for name in names if name in raw} for names in (ids, counts))
+    return {**outside, **text, **deciding, "model_type": wanted}
 
 
 def _token_ids(fields: Fields, name: str, vocab: int) -> tuple[int, ...]:

@@ -339,6 +339,10 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# Vision-language models whose text model is one of those: model_type -> that of its text_config. Of their weights the
+# text model's alone are read.
+WITH_EYES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+
 # What a family's config.json may leave out, as in transformers, where that is not the default of every family.
 # fmt: off
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -359,7 +363,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
     },
     "gemma3_text": {
-        "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 256, "max_position_embeddings": 131_072, "tie_word_embeddings": True,
         "hidden_activation": "gelu_pytorch_tanh", "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
     },

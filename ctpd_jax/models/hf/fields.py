@@ -85,7 +85,7 @@ _NAMES_OF_KINDS: tuple[tuple[Kind, str], ...] = (
     (_NUMBER, "rms_norm_eps layer_norm_eps initializer_range"),
     (_SHARE, "partial_rotary_factor rotary_pct"),
     (_TEXT, "hidden_act hidden_activation rope_type type model_type"),
-    (_OBJECT, "rope_parameters rope_scaling full_attention sliding_attention"),
+    (_OBJECT, "rope_parameters rope_scaling full_attention sliding_attention text_config"),
     (_NUMBERS, "short_factor long_factor"),
     (_ID, "bos_token_id pad_token_id"),
     (_IDS, "eos_token_id"),

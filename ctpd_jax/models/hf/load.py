@@ -239,7 +239,7 @@ def check_weights(directory: Path, config: DecoderConfig) -> dict[str, safetenso
     Raises:
         UserError: a file or a tensor that is missing, unexpected or of the wrong shape.
     """
-    stored, shapes = _stored_tensors(directory), checkpoint_shapes(config)
+    stored, shapes = _of_text(_stored_tensors(directory)), checkpoint_shapes(config)
     # 1. What the config implies. So many names are only made where the file may have them.
     if (least := config.num_layers * max(1, config.experts)) > len(stored):
         raise UserError(f"{directory} holds {len(stored)} tensors; its config.json implies {least} at least.")
@@ -298,6 +298,19 @@ def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:
     if missing := sorted(set(weight_map) - set(stored)):
         raise UserError(f"{index} lists tensors that no shard holds: {_some(missing)}.")
     return stored
+
+
+def _of_text(stored: dict[str, safetensors.Tensor]) -> dict[str, safetensors.Tensor]:
+    """Return the tensors of a vision-language model's text model, under that model's names; any other's as they are."""
+    # The text model stands beside the others, or within "model", by the version of transformers that wrote it.
+    found = {}
+    for name, tensor in stored.items():
+        for prefix, own in (("language_model.", ""), ("model.language_model.", "model.")):
+            if name.startswith(prefix):
+                found[own + name.removeprefix(prefix)] = tensor
+    if found and "lm_head.weight" in stored:
+        found["lm_head.weight"] = stored["lm_head.weight"]
+    return found or stored
 
 
 def _some(names: list[str]) -> str:
