@@ -139,6 +139,14 @@ def rope_frequencies(rope: Rope, dim: int) -> np.ndarray:
     frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponent
     if rope.scaling == "linear":
         return frequencies / np.float32(rope.factor)
+    if rope.scaling == "yarn":
+        # The dimensions, not whole, that turn so often over the original context; outwards to whole ones.
+        lengths = [rope.original_max_positions / (2 * np.pi * beta) for beta in (rope.beta_fast, rope.beta_slow)]
+        low, high = (dim * np.log(length) / (2 * np.log(rope.theta)) for length in lengths)
+        low, high = max(np.floor(low), 0), min(np.ceil(high), dim - 1)
+        ramp = (np.arange(dim // 2, dtype=np.float32) - low) / (high - low if high > low else 0.001)
+        divided = np.clip(ramp, 0, 1).astype(np.float32)
+        return (divided * frequencies / np.float32(rope.factor) + (1 - divided) * frequencies).astype(np.float32)
     if rope.scaling == "longrope":
         return frequencies / np.asarray(rope.short_factor, np.float32)
     if rope.scaling == "llama3":

@@ -15,9 +15,10 @@ class Rope:
     """Rotary position embedding: frequencies theta ** (-2i / rotary_dim), then scaled.
 
     `scaling` is "default" (none), "linear" (every frequency divided by `factor`), "llama3" (long wavelengths divided by
-    `factor`, short ones kept, a ramp between them; Llama 3.1) or "longrope" (every frequency divided by its own entry
-    of `short_factor`, cosines and sines multiplied by `amplitude`; Phi-3). The long factors of "longrope" begin past
-    the original context, which no row here may exceed: they are kept only to be written again.
+    `factor`, short ones kept, a ramp between them; Llama 3.1), "yarn" (likewise, the ramp over the dimensions, cosines
+    and sines multiplied by `amplitude`; OLMo 3, arXiv 2309.00071) or "longrope" (every frequency divided by its own
+    entry of `short_factor`, with an `amplitude` too; Phi-3). The long factors of "longrope" begin past the original
+    context, which no row here may exceed: they are kept only to be written again.
     """
 
     theta: float = 10_000.0
@@ -26,9 +27,11 @@ class Rope:
     low_freq_factor: float = 1.0  # this and the next belong to "llama3"
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
-    short_factor: tuple[float, ...] = ()  # this and the rest belong to "longrope"
+    short_factor: tuple[float, ...] = ()  # this and the next belong to "longrope"
     long_factor: tuple[float, ...] = ()
     amplitude: float = 1.0
+    beta_fast: float = 32.0  # turns over the original context: "yarn" keeps what turns more often than this,
+    beta_slow: float = 1.0  # and divides what turns less often than this
 
 
 @dataclass(frozen=True)

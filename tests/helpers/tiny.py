@@ -213,6 +213,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
+    "olmo3": {
+        "model_type": "olmo3",
+        **_SIZES,
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "attention_factor": 1.25,
+            "beta_fast": 6.0,
+            "beta_slow": 0.5,
+            "original_max_position_embeddings": 64,
+        },
+        "sliding_window": 5,
+    },
+    "qwen3_yarn": {
+        "model_type": "qwen3",
+        **_SIZES,
+        "head_dim": 10,
+        "rope_theta": 900.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
     "gpt_neox": {**_NEOX, "rotary_pct": 0.25, "use_parallel_residual": True},
     "gpt_neox_serial": {
         **_NEOX,
@@ -254,6 +275,7 @@ HF_CONFIGS = {
         "gemma3_softcap_untied",
         "phi3_longrope",
         "olmo2",
+        "olmo3",
         "gpt_neox",
         "mixtral",
     )

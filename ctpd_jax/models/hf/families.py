@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.models.config import DecoderConfig, LayerKind
+from ctpd_jax.models.config import DecoderConfig, LayerKind, Rope
 from ctpd_jax.models.hf.fields import Entry, Fields, read_rope, rope_spellings, written_ropes
 
 Features = dict[str, Any]  # arguments of DecoderConfig
@@ -144,6 +144,14 @@ def _gemma3(fields: Fields) -> Features:
     if fields.take("attn_logit_softcapping", None) is not None:
         # transformers reads the field and then ignores it for this family: no choice would be right for everybody.
         raise UserError(f"{fields.where}: attn_logit_softcapping of a Gemma 3 is not supported; set it to null.")
+    # In the old spelling either kind of layer has a base; every sixth sees everything.
+    ropes = _ropes_by_layer(fields, "rope_local_base_freq", 10_000.0, 1_000_000.0)
+    layers = _every_nth_sees_all(fields, *ropes, fields.take("sliding_window_pattern", 6))
+    return layers | _gemma(fields) | {"qk_norm": "head"}
+
+
+def _ropes_by_layer(fields: Fields, local_name: str, local_theta: float, full_theta: float) -> tuple[Rope, Rope]:
+    """Return the ropes of sliding and of full layers; `local_name` is where the old spelling has the former's base."""
     # 1. The rotary parameters, one entry for each kind of layer.
     new, old = rope_spellings(fields)
     if unknown := set(new or {}) - {"sliding_attention", "full_attention"}:
@@ -152,14 +160,15 @@ def _gemma3(fields: Fields) -> Features:
     local, full = by_layer.or_null("sliding_attention"), by_layer.or_null("full_attention")
     if new and not full:  # an entry that says nothing still stands against `rope_scaling`
         full = {"rope_type": "default"}
-    # 2. Each held against the old spelling, which has a base for either and a scaling for the full ones.
-    local_rope = read_rope(fields, (local, None), "rope_local_base_freq")
-    full_rope = read_rope(fields, (full, old), theta=1_000_000.0)
-    # 3. Every sixth layer sees everything.
-    window, pattern = fields.or_null("sliding_window", 4096), fields.take("sliding_window_pattern", 6)
-    windows = _windows(fields, [(i + 1) % pattern != 0 for i in range(fields.take("num_hidden_layers"))], window)
-    layers = _layers([LayerKind(full_rope if one is None else local_rope, one) for one in windows])
-    return layers | _gemma(fields) | {"qk_norm": "head"}
+    # 2. Each held against the old spelling, whose scaling is that of the full ones.
+    local_rope = read_rope(fields, (local, None), local_name, local_theta)
+    return local_rope, read_rope(fields, (full, old), theta=full_theta)
+
+
+def _every_nth_sees_all(fields: Fields, local: Rope, full: Rope, n: int) -> Features:
+    window = fields.or_null("sliding_window", 4096)
+    windows = _windows(fields, [(i + 1) % n != 0 for i in range(fields.take("num_hidden_layers"))], window)
+    return _layers([LayerKind(full if one is None else local, one) for one in windows])
 
 
 def _phi3(fields: Fields) -> Features:
@@ -176,6 +185,16 @@ def _phi3(fields: Fields) -> Features:
 
 def _olmo2(fields: Fields) -> Features:
     layers = _alike(fields, LayerKind(read_rope(fields)))
+    return layers | _biases(fields) | {"pre_norms": False, "post_norms": True, "qk_norm": "all"}
+
+
+def _olmo3(fields: Fields) -> Features:
+    """OLMo 2 with windows; every fourth layer sees everything, and its rope alone is scaled."""
+    local, full = _ropes_by_layer(fields, "rope_theta", 500_000.0, 500_000.0)
+    if local.scaling != "default" or local.theta != full.theta:
+        # Version 4 of transformers has one base for both, and no scaling of the sliding layers.
+        raise UserError(f"{fields.where}: OLMo 3 with another rope in its sliding layers is not supported.")
+    layers = _every_nth_sees_all(fields, local, full, 4)
     return layers | _biases(fields) | {"pre_norms": False, "post_norms": True, "qk_norm": "all"}
 
 
@@ -315,6 +334,7 @@ FAMILIES: dict[str, Family] = {
         "Phi3ForCausalLM", _phi3, f"{_ROPE} sliding_window original_max_position_embeddings partial_rotary_factor"
     ),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, f"attention_bias {_ROPE}"),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo3, f"attention_bias sliding_window layer_types {_ROPE}"),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
         _neox,
@@ -373,6 +393,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1, "eos_token_id": 32_000, "pad_token_id": 32_000,
     },
     "olmo2": {"rms_norm_eps": 1e-5, "pad_token_id": 1, "eos_token_id": 50_279},
+    "olmo3": {"rms_norm_eps": 1e-5, "pad_token_id": 1, "eos_token_id": 50_279},
     "gpt_neox": {"hidden_act": "gelu", "attention_bias": True, "bos_token_id": 0, "eos_token_id": 2},
     "mixtral": {
         "max_position_embeddings": 131_072, "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5,

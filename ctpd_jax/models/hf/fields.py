@@ -78,10 +78,10 @@ _NAMES_OF_KINDS: tuple[tuple[Kind, str], ...] = (
     (_SIZE, "max_position_embeddings original_max_position_embeddings sliding_window_pattern"),
     (_SIZE, "no_rope_layer_interval decoder_sparse_step"),
     (_FLAG, "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual"),
-    (_FLAG, "norm_topk_prob"),
+    (_FLAG, "norm_topk_prob truncate"),
     (_POSITIVE, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping"),
     (_POSITIVE, "rope_theta rope_local_base_freq rotary_emb_base"),
-    (_POSITIVE, "factor low_freq_factor high_freq_factor attention_factor"),
+    (_POSITIVE, "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow"),
     (_NUMBER, "rms_norm_eps layer_norm_eps initializer_range"),
     (_SHARE, "partial_rotary_factor rotary_pct"),
     (_TEXT, "hidden_act hidden_activation rope_type type model_type"),
@@ -222,6 +222,13 @@ def _rope_entry(raw: Entry, theta: float, positions: int, where: str, original: 
         if low >= high:
             raise UserError(f"{fields.where}: low_freq_factor ({low}) must be below high_freq_factor ({high}).")
         rope = Rope(theta, scaling, float(fields.take("factor")), low, high, original_positions)
+    elif scaling == "yarn":
+        factor = float(fields.take("factor"))
+        amplitude = fields.take("attention_factor", 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1)
+        betas = float(fields.take("beta_fast", 32.0)), float(fields.take("beta_slow", 1.0))
+        if betas[0] <= betas[1] or not fields.take("truncate", True):
+            raise UserError(f"{fields.where}: yarn without truncate, or beta_fast below beta_slow, is not supported.")
+        rope = Rope(theta, scaling, factor, 1.0, 4.0, original_positions, (), (), float(amplitude), *betas)
     elif scaling == "longrope":
         factor = float(fields.take("factor", positions / original_positions))
         if original and factor != positions / original:
@@ -239,7 +246,7 @@ def _rope_entry(raw: Entry, theta: float, positions: int, where: str, original: 
         )
     else:
         raise UserError(
-            f"{where}: rope type {scaling!r} is not supported; supported are default, linear, llama3 and longrope."
+            f"{where}: rope type {scaling!r} is not supported; supported: default, linear, llama3, yarn, longrope."
         )
     fields.refuse_the_rest()
     return rope
@@ -253,7 +260,7 @@ def longrope_amplitude(factor: float, original: int) -> float:
 def written_ropes(config: DecoderConfig, share: float) -> dict[str, Any]:
     """Return the rotary parameters in the spellings of transformers 4 and 5, since each version reads only its own."""
     ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
-    if config.family == "gemma3_text":
+    if config.family in ("gemma3_text", "olmo3"):
         local = next((kind.rope for kind in config.kinds if kind.window is not None), None) or Rope()
         rope = next((kind.rope for kind in config.kinds if kind.window is None), None) or Rope(1_000_000.0)
         new: dict[str, Any] = {"sliding_attention": _new_rope(local), "full_attention": _new_rope(rope)}
@@ -294,6 +301,9 @@ def _written_rope(rope: Rope) -> dict[str, Any]:
     raw: dict[str, Any] = {"rope_type": rope.scaling}
     if rope.scaling != "default":
         raw["factor"] = rope.factor
+    if rope.scaling == "yarn":
+        raw |= {"attention_factor": rope.amplitude, "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        raw["original_max_position_embeddings"] = rope.original_max_positions
     if rope.scaling == "llama3":
         raw["low_freq_factor"] = rope.low_freq_factor
         raw["high_freq_factor"] = rope.high_freq_factor
