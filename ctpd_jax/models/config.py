@@ -32,6 +32,7 @@ class Rope:
     amplitude: float = 1.0
     beta_fast: float = 32.0  # turns over the original context: "yarn" keeps what turns more often than this,
     beta_slow: float = 1.0  # and divides what turns less often than this
+    query_beta: float = 0.0  # queries grow beyond the original context, which no row may exceed then (Ministral 3)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class DecoderConfig:
     experts_per_token: int = 0
     normalize_experts: bool = True  # the chosen experts' weights sum to one
     embed_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add to the residual
+    logit_scale: float = 1.0
     attention_softcap: float | None = None
     final_softcap: float | None = None
     max_positions: int = 2048
@@ -136,5 +139,6 @@ class DecoderConfig:
     @property
     def longest(self) -> int:
         """Return the most positions that a row may have here."""
-        ropes = [kind.rope for kind in self.kinds if kind.rope is not None and kind.rope.scaling == "longrope"]
-        return min([self.max_positions, *(rope.original_max_positions for rope in ropes)])
+        ropes = [kind.rope for kind in self.kinds if kind.rope is not None]
+        within = [rope for rope in ropes if rope.scaling == "longrope" or rope.query_beta]
+        return min([self.max_positions, *(rope.original_max_positions for rope in within)])

@@ -116,8 +116,9 @@ def embed(
 
 
 def final_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Apply the norm behind the last layer."""
-    return nnx.merge(norm_graph(config)[0], params["model"]["norm"])(x)
+    """Apply the norm behind the last layer, and what all logits are multiplied by."""
+    normed = nnx.merge(norm_graph(config)[0], params["model"]["norm"])(x)
+    return normed if config.logit_scale == 1.0 else normed * jnp.asarray(config.logit_scale, normed.dtype)
 
 
 def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

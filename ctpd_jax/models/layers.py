@@ -235,12 +235,16 @@ class Layer(nnx.Module):
             return x + mixed + self.mlp(self.post_attention_layernorm(x))
         # A norm before each branch only, as in Llama.
         if not config.post_norms:
-            x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x))
+            x = x + self._scaled(mixed)
+            return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
         # A norm behind each branch, as in Gemma (which has those before, too) and OLMo 2.
         x = x + self.post_attention_layernorm(mixed)
         inner = self.mlp(self.pre_feedforward_layernorm(x) if config.pre_norms else x)
         return x + self.post_feedforward_layernorm(inner)
+
+    def _scaled(self, branch: jax.Array) -> jax.Array:
+        scale = self.config.residual_scale
+        return branch if scale == 1.0 else branch * jnp.asarray(scale, branch.dtype)
 
     def __call__(self, x: jax.Array, turn: Turn, attend: Attend) -> jax.Array:
         return self.rest(x, attend(*self.attention_input(x, turn)))

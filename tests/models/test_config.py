@@ -76,7 +76,7 @@ def test_gemma_layer_pattern():
         ({"model_type": "gemma3_vision", "vision_config": {}}, ["gemma3_vision", "gemma3_text"]),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn"}}, ["factor"]),
-        ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, ["mscale"]),
+        ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1}}, ["llama_4"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, ["truncate"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}}, ["beta_fast"]),
         ({**FAMILIES["olmo3"], "rope_parameters": {"sliding_attention": {"rope_theta": 2.0}}}, ["rope"]),

@@ -117,8 +117,10 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         )
     features["activation"] = _ACTIVATIONS[activation]
 
-    # 4. Nothing may be left that nobody has read.
+    # 4. Nothing may be left that nobody has read, or that this family's code does not read.
     fields.refuse_the_rest()
+    if name != "ministral3" and any(kind.rope and kind.rope.query_beta for kind in features["kinds"]):
+        raise UserError(f"{where}: llama_4_scaling_beta belongs to Ministral 3; remove it.")
     try:
         return DecoderConfig(**features)
     except UserError as error:
@@ -132,14 +134,13 @@ def of_text(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         UserError: it is one, but without the text model that its kind has.
     """
     fields = Fields(raw, where)
-    wanted = WITH_EYES.get(str(fields.or_null("model_type")))
-    if wanted is None:
+    known = WITH_EYES.get(str(fields.or_null("model_type")))
+    if known is None:
         return raw
     text = fields.or_null("text_config") or {}
-    if text.get("model_type", wanted) != wanted:
-        raise UserError(
-            f"{where}: a text_config of model_type {text['model_type']!r} is not supported, only {wanted!r}."
-        )
+    wanted = text.get("model_type", known[0])
+    if wanted not in known:
+        raise UserError(f"{where}: a text_config of model_type {wanted!r} is not supported; {' and '.join(known)} are.")
     # What ends an answer may stand outside alone; whether the head is the embedding is decided there, if it is said.
     ids, counts = ("bos_token_id", "eos_token_id", "pad_token_id"), ("tie_word_embeddings", "quantization_config")
     outside, deciding = ({name: raw[name] for name in names if name in raw} for names in (ids, counts))

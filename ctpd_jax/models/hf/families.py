@@ -109,6 +109,16 @@ def _mistral(fields: Fields) -> Features:
     return _alike(fields, LayerKind(read_rope(fields), fields.or_null("sliding_window")))
 
 
+def _granite(fields: Fields) -> Features:
+    """Llama with a factor for what is embedded, attended to, added, and unembedded."""
+    return _llama(fields) | {
+        "embed_scale": float(fields.take("embedding_multiplier", 1.0)),
+        "attention_scale": float(fields.take("attention_multiplier", 1.0)),
+        "residual_scale": float(fields.take("residual_multiplier", 1.0)),
+        "logit_scale": 1.0 / fields.take("logits_scaling", 1.0),
+    }
+
+
 def _qwen2(fields: Fields) -> Features:
     """The layers from `max_window_layers` on have a window, if windows are used at all."""
     rope, first = read_rope(fields), fields.take("max_window_layers", 28)
@@ -269,6 +279,10 @@ def written_fields(config: DecoderConfig) -> dict[str, Any]:
         "num_local_experts": config.experts,
         "num_experts_per_tok": config.experts_per_token,
         "norm_topk_prob": config.normalize_experts,
+        "embedding_multiplier": config.embed_scale,
+        "attention_multiplier": config.attention_scale,
+        "residual_multiplier": config.residual_scale,
+        "logits_scaling": 1.0 / config.logit_scale,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         **written_ropes(config, share),
@@ -293,6 +307,7 @@ class Family:
 
 
 _ROPE = "rope_parameters rope_theta rope_scaling"
+_MULTIPLIERS = "embedding_multiplier attention_multiplier residual_multiplier logits_scaling"
 _WINDOWS = "use_sliding_window sliding_window layer_types"
 _QWEN = f"{_WINDOWS} max_window_layers {_ROPE}"
 _GEMMA = (
@@ -321,6 +336,8 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _llama, f"mlp_bias attention_bias {_ROPE}"),
     "smollm3": Family("SmolLM3ForCausalLM", _smollm3, f"mlp_bias attention_bias {_ROPE} {_WINDOWS} no_rope_layers"),
     "mistral": Family("MistralForCausalLM", _mistral, f"sliding_window {_ROPE}"),
+    "ministral3": Family("Ministral3ForCausalLM", _mistral, "sliding_window rope_parameters"),
+    "granite": Family("GraniteForCausalLM", _granite, f"mlp_bias attention_bias {_ROPE} {_MULTIPLIERS}"),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, _QWEN),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, f"{_QWEN} attention_bias"),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, f"{_GEMMA} {_ROPE}", activation_field="hidden_activation"),
@@ -359,9 +376,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Vision-language models whose text model is one of those: model_type -> that of its text_config. Of their weights the
-# text model's alone are read.
-WITH_EYES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+# Vision-language models whose text model is one of those: model_type -> those that a text_config may have, the usual
+# one first. Of their weights the text model's alone are read.
+WITH_EYES = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}
 
 # What a family's config.json may leave out, as in transformers, where that is not the default of every family.
 # fmt: off
@@ -375,6 +392,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096,
         "bos_token_id": 1, "eos_token_id": 2,
     },
+    "ministral3": {
+        "max_position_embeddings": 262_144, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16_384,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "granite": {"bos_token_id": 1, "eos_token_id": 2},
     "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
     "gemma2": {

@@ -82,7 +82,8 @@ _NAMES_OF_KINDS: tuple[tuple[Kind, str], ...] = (
     (_POSITIVE, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping"),
     (_POSITIVE, "rope_theta rope_local_base_freq rotary_emb_base"),
     (_POSITIVE, "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow"),
-    (_NUMBER, "rms_norm_eps layer_norm_eps initializer_range"),
+    (_POSITIVE, "mscale mscale_all_dim embedding_multiplier attention_multiplier residual_multiplier logits_scaling"),
+    (_NUMBER, "llama_4_scaling_beta rms_norm_eps layer_norm_eps initializer_range"),
     (_SHARE, "partial_rotary_factor rotary_pct"),
     (_TEXT, "hidden_act hidden_activation rope_type type model_type"),
     (_OBJECT, "rope_parameters rope_scaling full_attention sliding_attention text_config"),
@@ -212,6 +213,9 @@ def _rope_entry(raw: Entry, theta: float, positions: int, where: str, original: 
             f"config itself, which counts; remove the other."
         )
     # Each scaling reads fields of its own; what is left over then belongs to none.
+    query = float(fields.take("llama_4_scaling_beta", 0.0))
+    if query and scaling != "yarn":
+        raise UserError(f"{fields.where}: llama_4_scaling_beta is supported with yarn alone.")
     if scaling == "default":
         rope = Rope(theta)
         fields.ignore("factor")
@@ -224,11 +228,13 @@ def _rope_entry(raw: Entry, theta: float, positions: int, where: str, original: 
         rope = Rope(theta, scaling, float(fields.take("factor")), low, high, original_positions)
     elif scaling == "yarn":
         factor = float(fields.take("factor"))
-        amplitude = fields.take("attention_factor", 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1)
         betas = float(fields.take("beta_fast", 32.0)), float(fields.take("beta_slow", 1.0))
         if betas[0] <= betas[1] or not fields.take("truncate", True):
             raise UserError(f"{fields.where}: yarn without truncate, or beta_fast below beta_slow, is not supported.")
-        rope = Rope(theta, scaling, factor, 1.0, 4.0, original_positions, (), (), float(amplitude), *betas)
+        amplitude = yarn_amplitude(fields, factor)
+        if fields.take("max_position_embeddings", positions) != positions:
+            raise UserError(f"{fields.where}: max_position_embeddings differs from the config's own.")
+        rope = Rope(theta, scaling, factor, 1.0, 4.0, original_positions, (), (), amplitude, *betas, query)
     elif scaling == "longrope":
         factor = float(fields.take("factor", positions / original_positions))
         if original and factor != positions / original:
@@ -250,6 +256,14 @@ def _rope_entry(raw: Entry, theta: float, positions: int, where: str, original: 
         )
     fields.refuse_the_rest()
     return rope
+
+
+def yarn_amplitude(fields: Fields, factor: float) -> float:
+    """Return what cosines and sines are multiplied by: stated, by two scales of the logarithm, or by one (YaRN)."""
+    stated = [fields.take(name, None) for name in ("mscale", "mscale_all_dim")]
+    above, below = stated if all(stated) else (1.0, 0.0)
+    usual = (1 + 0.1 * above * math.log(factor)) / (1 + 0.1 * below * math.log(factor)) if factor > 1 else 1.0
+    return float(fields.take("attention_factor", usual))
 
 
 def longrope_amplitude(factor: float, original: int) -> float:
@@ -274,6 +288,9 @@ def written_ropes(config: DecoderConfig, share: float) -> dict[str, Any]:
         new["partial_rotary_factor"] = share
     if config.family == "olmo2" and old:  # version 4 looks for "type" in this family
         old = {"type": old.pop("rope_type"), **old}
+    if config.family == "ministral3":
+        new["llama_4_scaling_beta"] = rope.query_beta
+        new["original_max_position_embeddings"] = original if rope.scaling == "default" else rope.original_max_positions
     if config.family == "phi3" and rope.scaling == "longrope":
         assert old is not None
         if rope.amplitude != longrope_amplitude(config.max_positions / original, original):
