@@ -84,6 +84,13 @@ def test_a_server_measures_what_the_teacher_here_would(finished_micro, workdir, 
     assert annotate(other, f"--config.annotate.table={out}", "--config.annotate.pairs_per_shard=8") == 0
     same_scores(workdir, other, 0)
 
+    # Another table is not what was trained on; where it is gone, nobody can tell.
+    train = ["train", "--config", MICRO, "--workdir", str(other), f"--config.annotate.table={out}"]
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(out)[::-1], out)
+    assert main(train) == 2 and "measured_by.reference is 'table: " in capsys.readouterr().err
+    out.unlink()
+    assert main(train) == 0
+
     # What is trained from it needs the settings that it was made with, and the server no more.
     server.limit = 0
     train = ["train", "--config", MICRO, "--workdir", str(workdir)]
