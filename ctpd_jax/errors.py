@@ -22,6 +22,11 @@ _LACKS = {
 _IN_ADDRESS = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,3})[^/\s@\"'\\]+@", re.IGNORECASE)
 
 
+def printable(text: str) -> str:
+    """Return foreign text as a message or a table may show it: on one line, and nothing in it steers the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def without_secrets(text: str) -> str:
     """Return a text without the names and passwords of the addresses in it."""
     return _IN_ADDRESS.sub(r"\1***@", text)

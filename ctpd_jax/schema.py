@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ctpd_jax.errors import printable
+
 Array = Any  # a jax.Array or a numpy.ndarray: the records below travel on the host and on devices alike
 
 Model = Literal["teacher", "student"]
@@ -171,11 +173,6 @@ class Batch(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------ reports
-
-
-def printable(text: str) -> str:
-    """Text from data as a message or a table may show it: on one line, and nothing in it steers the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass

@@ -220,6 +220,8 @@ def _check_elsewhere(config: ConfigDict) -> None:
         not (annotate.table and annotate.endpoint), "annotate.table", "annotate.endpoint measures the same: set one"
     )
     if annotate.endpoint:
+        address = annotate.endpoint.startswith(("http://", "https://"))
+        require(address, "annotate.endpoint", "the address of a server begins with http:// or https://")
         for name, column in columns(config).items():
             named = column.outside != "endpoint: "
             require(named, f"annotate.served.{name}", "name the model on the server that annotate.endpoint names")

@@ -43,7 +43,7 @@ def preflight(job: Job, command: str) -> None:
         in_turn(lambda: load_pairs(job, "train"), "data")
     if command in ("run", "annotate", "propose"):
         check_readers(job)
-        check_outside(job)
+        check_outside(job, command)
 
 
 def check_everything(job: Job) -> None:

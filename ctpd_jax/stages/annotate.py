@@ -115,11 +115,15 @@ def known_without_teacher(job: Job, stored: Mapping) -> dict[str, Any]:
     # The same DPO model, and its reverse besides.
     if config.weights.source == "dpo_reference" and stored.get("settings", {}).get("weights_source") == "dpo":
         settings["weights_source"] = "dpo"
-    # Of a model whose stage is in this workdir, or that is the user's own student, the digest is known.
+    # Of a model whose stage is in this workdir, or that is the user's own student, the digest is known; of a table that
+    # is there still, too.
     at_hand = {}
     for name, column in asked.items():
         student = column.model == "student"
-        if student if left_out(config, column.stage) else result(job, column.stage) is not None:
+        if column.outside:
+            if not config.annotate.table or Path(config.annotate.table).expanduser().exists():
+                at_hand[name] = identity_of(job, column)
+        elif student if left_out(config, column.stage) else result(job, column.stage) is not None:
             at_hand[name] = identity(job, column.stage)
     return {
         "settings": settings,

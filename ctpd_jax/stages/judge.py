@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,12 +93,12 @@ def ask_all(questions: Sequence[str], known: argparse.Namespace) -> dict[str, st
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with (
         server.opened(known.parallel) as session,
-        ThreadPoolExecutor(known.parallel) as workers,
         open(path, "ab", buffering=0) as file,
         Progress(len(names), "judged", len(names) - len(missing), unit="reply") as progress,
     ):
         file.write(b"\n" * torn)
-        for question, reply in zip(missing, workers.map(partial(ask, session, known.url, known.model), missing)):
+        replies = server.in_order(partial(ask, session, known.url, known.model), missing, known.parallel, "")
+        for question, reply in zip(missing, replies):
             line = {"question": names[question], "reply": reply}
             file.write(json.dumps(line).encode() + b"\n")  # by one write: a kill leaves whole lines or half of one
             kept[names[question]] = reply
@@ -127,4 +126,4 @@ def ask(session: requests.Session, url: str, model: str, question: str) -> str:
     try:
         return str(reply["choices"][0]["message"]["content"])
     except (KeyError, IndexError, TypeError):
-        raise UserError(f"{url} answers, but not as a chat does: {json.dumps(reply)[:200]}") from None
+        raise UserError(f"{url} answers, but not as a chat does: {server.shown(reply)}") from None

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ctpd_jax.annotate.coefficients import Example, span_values
+from ctpd_jax.annotate.coefficients import Example, margin_values, span_values
 from ctpd_jax.annotate.store import Store
 from ctpd_jax.artifacts import PARTIAL
+from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.pairs import Pairs, load_pairs
 from ctpd_jax.job.score import prompts_of
@@ -35,7 +36,8 @@ def write_table(job: Job, out: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    # 1. What there is.
+    # 1. What there is; and a place for it, before anything takes long.
+    beside = place_for(job, out)
     pairs = load_pairs(job, "train")
     store = annotated(job, pairs)
     prompts: dict[str, Prompt] = {
@@ -46,9 +48,8 @@ def write_table(job: Job, out: Path) -> None:
     if not first_process():
         return
     # 2. Some pairs after the other, beside the place where the whole is to lie.
-    schema = pyarrow.schema(fields(store, list(prompts)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + PARTIAL)
+    followed = job.config.train.objective != "ctpd"
+    schema = pyarrow.schema(fields(store, list(prompts), followed))
     with (
         pyarrow.parquet.ParquetWriter(beside, schema, compression="zstd") as writer,
         Progress(len(pairs.aligned), "table", unit="pair") as progress,
@@ -60,20 +61,43 @@ def write_table(job: Job, out: Path) -> None:
     job.say(f"{out}: {len(pairs.aligned)} pairs, {'annotated' if store else 'not annotated yet'}.")
 
 
-def fields(store: Store | None, prompts: list[str]) -> list[tuple[str, Any]]:
-    """The columns of the table, with their types."""
+def place_for(job: Job, out: Path) -> Path:
+    """The file beside `out` that is written first.
+
+    Raises:
+        UserError: `out` cannot be a table, or it is the one that was given.
+    """
+    # 1. What is there may be replaced by a table, if it is a file and not what others have measured.
+    given = Path(job.config.annotate.table).expanduser().resolve() if job.config.annotate.table else None
+    if given and given in (out.resolve(), out.resolve().parent) and given.exists():
+        raise UserError(f"--out {out} is config.annotate.table: what was measured would be lost; name another file.")
+    if not out.name or (out.exists() and not out.is_file()):
+        raise UserError(f"--out {out} is no file, and nothing else is replaced by one; name another.")
+    # 2. May anything be written there?
+    beside = out.with_name(out.name + PARTIAL)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        open(beside, "ab").close()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}.") from None
+    return beside
+
+
+def fields(store: Store | None, prompts: list[str], followed: bool) -> list[tuple[str, Any]]:
+    """The columns of the table, with their types; `followed`: the objective has targets."""
     import pyarrow
 
     # Of the pair, then of each response: text, tokens and spans, and what was measured.
     text, ids, numbers = pyarrow.string(), pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
     found = [("id", text), *((f"{model}_prompt", ids) for model in MODELS), *((name, ids) for name in prompts)]
-    found += [("weight", pyarrow.float64()), ("margin", pyarrow.float64())]
+    found += [(name, pyarrow.float64()) for name in ("weight", "margin", *(("label", "pair_weight") if store else ()))]
     for side in SIDES:
         found += [(f"{side}_text", text), (f"{side}_truncated", pyarrow.bool_()), (f"{side}_bounds", ids)]
         found += [(f"{side}_{model}_{what}", ids) for model in MODELS for what in ("ids", "span_ids")]
         if store:
             found += [(f"{side}_{scorer}", numbers) for scorer in store.manifest["scorers"]]
             found += [(f"{side}_weights", numbers), (f"{side}_token_weights", numbers)]
+            found += [(f"{side}_targets", numbers)] if followed else []
             found += [(f"{side}_constant", pyarrow.float64())]
     return found
 
@@ -81,6 +105,10 @@ def fields(store: Store | None, prompts: list[str]) -> list[tuple[str, Any]]:
 def chunks(job: Job, pairs: Pairs, store: Store | None, prompts: dict[str, Prompt]) -> Iterator[list[dict[str, Any]]]:
     """Yields the rows of the table, some at a time."""
     config = job.config
+    # What depends on all pairs, as training takes it.
+    if store:
+        worth = [(pair.id, pair.weight, pair.margin) for pair in pairs.aligned]
+        lead, labels, of_pairs = margin_values(worth, config.train)
     for first in range(0, len(pairs.aligned), TOGETHER):
         some = pairs.aligned[first : first + TOGETHER]
         rows = [row_of(pair, pairs) | {name: prompt(pair) for name, prompt in prompts.items()} for pair in some]
@@ -88,11 +116,14 @@ def chunks(job: Job, pairs: Pairs, store: Store | None, prompts: dict[str, Promp
         if store:
             examples: list[Example] = [store[first + number] for number in range(len(some))]
             values, _ = span_values(examples, config.weights, config.train, config.seed, first)
-            for row, (_, scores), both in zip(rows, examples, values, strict=True):
+            for place, row, (_, scores), both in zip(range(first, first + len(some)), rows, examples, values):
+                row["label"] = 1.0 if labels is None else float(labels[place])
+                row["pair_weight"] = 1.0 if of_pairs is None else float(of_pairs[place])
                 for side, own in zip(SIDES, both):
                     row |= {f"{side}_{scorer}": each for scorer, each in scores[side].items()}
                     row |= {f"{side}_weights": own.weights, f"{side}_token_weights": own.token_weights}
-                    row[f"{side}_constant"] = own.constant
+                    row |= {f"{side}_constant": own.constant, f"{side}_targets": own.targets}
+                row["chosen_constant"] += float(lead[place])
         yield rows
 
 

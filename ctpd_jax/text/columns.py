@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ctpd_jax.errors import UserError
-from ctpd_jax.schema import printable
+from ctpd_jax.errors import UserError, printable
 
 
 def _words(text: str) -> frozenset[str]:

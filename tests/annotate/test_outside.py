@@ -39,11 +39,25 @@ def test_the_log_probabilities_of_the_response(monkeypatch):
         ({"choices": [{"prompt_logprobs": listed()[1:]}]}, "was sent 5 tokens and tells of 4"),
         ({"choices": [{"prompt_logprobs": listed(p3={"1": {"logprob": -1.0}})}]}, "token 8 at place 3 and tells of 1:"),
         ({"choices": [{"prompt_logprobs": listed(p4=None)}]}, "token 9 at place 4 and tells of None"),
+        ({"choices": [{"prompt_logprobs": listed(p1={"1": {"logprob": -1.0}})}]}, "token 6 at place 1 and tells of 1:"),
+        ({"choices": [{"prompt_logprobs": listed(p4={"9": -1.0})}]}, "lists -1.0 for a token; its logprob has to be a"),
     ],
 )
 def test_a_server_that_answers_something_else(monkeypatch, reply, sentence):
     with pytest.raises(UserError, match=sentence):
         told(monkeypatch, reply)
+
+
+@pytest.mark.parametrize("value", ["-0.5", False, None, [-0.5]])
+def test_what_is_no_number_is_not_taken_for_one(monkeypatch, value):
+    with pytest.raises(UserError, match="for a token; its logprob has to be a number"):
+        told(monkeypatch, {"choices": [{"prompt_logprobs": listed(p4={"9": {"logprob": value}})}]})
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), float("-inf"), -9999.0, -(10**400), 10**400])
+def test_a_number_that_is_no_log_probability(monkeypatch, value):
+    with pytest.raises(UserError, match=r"lists a logprob of .*; it has to be finite, and at most 0"):
+        told(monkeypatch, {"choices": [{"prompt_logprobs": listed(p4={"9": {"logprob": value}})}]})
 
 
 def test_numbers_of_tokens_are_summed_and_numbers_of_spans_are_kept():
@@ -55,6 +69,7 @@ def test_numbers_of_tokens_are_summed_and_numbers_of_spans_are_kept():
         ([-1, np.nan, -1], "nan is no log-probability"),
         ([-1, -np.inf, -1], "-inf is no log-probability"),
         ([0.3, 0.2, 0.5], "0.3 is no log-probability"),
+        ([-1, -1e300, -1], r"-1e\+300 is no log-probability"),  # float32 has no such number
     ):
         with pytest.raises(UserError, match=sentence):
             summed("it", wrong, spans)
@@ -118,3 +133,86 @@ def test_a_file_that_is_no_such_table(tmp_path):
     empty = ROW | {"rejected_reference": None}
     with pytest.raises(UserError, match="0 log-probabilities for 2 tokens"):  # one row lacks what others have
         table_of(tmp_path, [ROW | {"id": "other"}, empty]).logps(PAIR, "reference", None)
+
+
+def of_type(tmp_path, name="table.parquet", **columns):
+    """The row as a table with some columns of other types; None: without the column."""
+    arrays = {key: pyarrow.array([value]) for key, value in ROW.items()} | columns
+    kept = {key: array for key, array in arrays.items() if array is not None}
+    pyarrow.parquet.write_table(pyarrow.table(kept), tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"chosen_teacher_ids": pyarrow.array([[7, 8, 9]], pyarrow.list_(pyarrow.uint8()))},
+        {"chosen_teacher_ids": pyarrow.array([[7, 8, 9]], pyarrow.large_list(pyarrow.uint64()))},
+        {"chosen_reference": pyarrow.array([[-1, -2, -3]], pyarrow.list_(pyarrow.float64(), 3))},
+        {"chosen_reference": pyarrow.array([np.float16([-1, -2, -3])], pyarrow.list_(pyarrow.float16()))},
+        {"id": pyarrow.array(["one"]).dictionary_encode()},
+        {
+            "rejected_reference": pyarrow.array([[-3.0]]),
+            "rejected_teacher_span_ids": pyarrow.array([[0, 0]]),
+            "chosen_teacher_span_ids": pyarrow.array([[0, 9, 9]]),  # of another student: not read, as tokens are told
+        },
+    ],
+)
+def test_columns_of_other_types(tmp_path, changed):
+    chosen, rejected = Table(of_type(tmp_path, **changed), ["reference"]).logps(PAIR, "reference", None)
+    assert chosen.tolist() == [-1, -2, -3] and rejected.tolist() == [-3]
+
+
+def bad_utf8():
+    offsets, data = np.array([0, 2], np.int32), b"\xff\xfe"
+    return pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(offsets.tobytes()), pyarrow.py_buffer(data))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"chosen_reference": pyarrow.array([-1.0])}, "chosen_reference holds double, not lists of numbers"),
+        ({"chosen_reference": pyarrow.array([[True, False, True]])}, "holds list<.*bool>, not lists of numbers"),
+        ({"chosen_reference": pyarrow.array([[-1.0, None, -3.0]])}, "nan is no log-probability"),
+        ({"chosen_teacher_ids": pyarrow.array([[7, None, 9]])}, "from place 1 of 3 on"),
+        ({"chosen_teacher_ids": pyarrow.array([[7, 8, -9]], pyarrow.list_(pyarrow.int16()))}, "from place 2 of 3 on"),
+        ({"id": pyarrow.array([b"one"])}, "id holds binary, not strings or integers"),
+        ({"id": bad_utf8()}, "cannot be read as Parquet: 'utf-8' codec"),
+        (
+            {"rejected_reference": pyarrow.array([[-3.0]]), "rejected_teacher_span_ids": pyarrow.array([[0, 1]])},
+            "rejected_teacher_span_ids of pair one are not the teacher's tokens here, from place 1",
+        ),
+    ],
+)
+def test_a_column_that_is_of_something_else(tmp_path, changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Table(of_type(tmp_path, **changed), ["reference"]).logps(PAIR, "reference", None)
+
+
+def test_a_folder_is_one_table_and_its_files_are_alike(tmp_path):
+    folder = tmp_path / "table"
+    folder.mkdir()
+    with pytest.raises(UserError, match="is a folder without a Parquet file"):
+        Table(folder, ["reference"])
+    of_type(folder, "a.parquet", id=pyarrow.array(["other"]))
+    of_type(folder, "b.parq")
+    (folder / "_SUCCESS").touch()
+    table = Table(folder, ["reference"])
+    assert table.logps(PAIR, "reference", None)[1].tolist() == [-3]
+    assert len(table.source.files) == 2  # those whose bytes identify it, whatever their names end with
+    for changed, sentence in (
+        ({"chosen_reference": None}, "c.parquet has no column chosen_reference"),  # it would be read as nulls
+        ({"teacher_prompt": None}, "c.parquet has no column teacher_prompt"),  # or not be compared
+        ({"chosen_reference": pyarrow.array([np.float16([-1])])}, "c.parquet: .* holds list<.*; write both as one"),
+    ):
+        of_type(folder, "c.parquet", id=pyarrow.array(["more"]), **changed)
+        with pytest.raises(UserError, match=sentence):
+            Table(folder, ["reference"])
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    table = pyarrow.parquet.read_table(of_type(tmp_path))
+    twice = pyarrow.Table.from_arrays([*table.columns, table["id"]], [*table.column_names, "id"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="has 2 columns id"):
+        Table(tmp_path / "twice.parquet", ["reference"])

@@ -11,6 +11,7 @@ from helpers import MICRO
 from helpers.jobs import files_of, job_in
 from helpers.scoring_server import ScoringServer, serving
 
+from ctpd_jax.annotate.coefficients import training_items
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.cli import load_config, main
 from ctpd_jax.job.lineage import merged
@@ -83,6 +84,13 @@ def test_a_server_measures_what_the_teacher_here_would(finished_micro, workdir, 
     assert annotate(other, f"--config.annotate.table={out}", "--config.annotate.pairs_per_shard=8") == 0
     same_scores(workdir, other, 0)
 
+    # Another table is not what was trained on; where it is gone, nobody can tell.
+    train = ["train", "--config", MICRO, "--workdir", str(other), f"--config.annotate.table={out}"]
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(out)[::-1], out)
+    assert main(train) == 2 and "measured_by.reference is 'table: " in capsys.readouterr().err
+    out.unlink()
+    assert main(train) == 0
+
     # What is trained from it needs the settings that it was made with, and the server no more.
     server.limit = 0
     train = ["train", "--config", MICRO, "--workdir", str(workdir)]
@@ -112,6 +120,48 @@ def test_a_table_holds_what_training_reads(finished_micro, tmp_path):
             assert row[f"{name}_constant"] == pytest.approx(constant, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("settings", [["train.objective=regression", "train.offset=0.5"], ["weights.source=random"]])
+def test_a_table_holds_the_numbers_of_training_to_the_bit(finished_micro, tmp_path, settings):
+    """What the objective follows besides, and by how much the chosen response has to lead."""
+    settings, out = [f"--config.{setting}" for setting in settings], tmp_path / "pairs.parquet"
+    assert main(["table", "--config", MICRO, "--workdir", str(finished_micro), "--out", str(out), *settings]) == 0
+    config = load_config(MICRO, settings)
+    items, _ = training_items(open_store(finished_micro / "annotations"), config.weights, config.train, config.seed)
+    for row, item in zip(pyarrow.parquet.read_table(out).to_pylist(), items, strict=True):
+        assert (row["id"], row["label"], row["pair_weight"]) == (item.id, 1, 1)
+        for name, response in zip(SIDES, item.responses):
+            np.testing.assert_array_equal(np.float32(row[f"{name}_token_weights"]), response.weights)
+            assert row[f"{name}_constant"] == response.constant
+            assert (response.targets is None) == (f"{name}_targets" not in row)
+            np.testing.assert_array_equal(row.get(f"{name}_targets"), response.targets)
+
+
+def test_a_place_where_no_table_can_lie(workdir, tmp_path, capsys):
+    given = tmp_path / "scored.parquet"
+    given.write_bytes(b"measured for days")
+    (tmp_path / "file").touch()
+    for out, sentence in (
+        (tmp_path, "is no file, and nothing else is replaced by one"),
+        ("/dev/null", "is no file, and nothing else is replaced by one"),
+        (tmp_path / "file" / "x.parquet", "cannot be written: "),
+        ("/proc/none/x.parquet", "cannot be written: No such file"),
+        (given, "is config.annotate.table: what was measured would be lost"),
+    ):
+        table = ["table", "--config", MICRO, "--workdir", str(workdir), f"--config.annotate.table={given}"]
+        assert main([*table, "--out", str(out)]) == 2
+        assert sentence in capsys.readouterr().err
+    assert given.read_bytes() == b"measured for days" and Path("/dev/null").is_char_device()
+
+
+def test_a_table_that_lacks_a_pair_is_met_before_anything_is_trained(finished_micro, tmp_path, capsys):
+    out = tmp_path / "pairs.parquet"
+    assert main(["table", "--config", MICRO, "--workdir", str(finished_micro), "--out", str(out)]) == 0
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(out)[:-1], out)
+    run = ["run", "--config", MICRO, "--workdir", str(tmp_path / "run"), f"--config.annotate.table={out}"]
+    assert main(run) == 2
+    assert "has no row of pair" in capsys.readouterr().err and not (tmp_path / "run" / "student_sft").exists()
+
+
 def test_a_whole_run_without_the_weights_of_the_teacher(toy_models, tmp_path, capsys):
     """A teacher of a family that is not known here, by its tokenizer alone; the pair is made by two instructions."""
     teacher, _ = toy_models
@@ -138,6 +188,9 @@ def test_a_whole_run_without_the_weights_of_the_teacher(toy_models, tmp_path, ca
     read = {tuple(body["prompt"]) for body in server.asked}
     assert len(set(prompts)) == 3
     assert all((*prompt, *row[f"{side}_teacher_ids"]) in read for prompt in prompts for side in SIDES)
+    # The server is gone, and nobody needs it any more.
+    capsys.readouterr()
+    assert main([*run, *served]) == 0 and "annotate: 48 pairs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -149,6 +202,7 @@ def test_a_whole_run_without_the_weights_of_the_teacher(toy_models, tmp_path, ca
             "config.annotate.table is 'x'; annotate.endpoint measures the same",
         ),
         (["table=/nowhere.parquet"], "There is no table /nowhere.parquet"),
+        (["endpoint=127.0.0.1:9/v1"], "config.annotate.endpoint is '127.0.0.1:9/v1'; the address of a server begins"),
         (["parallel=0"], "config.annotate.parallel is 0; it has to be positive"),
     ],
 )
