@@ -48,7 +48,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and rename: a reader, or the next run after a kill, sees the old file or the new."""
+    """Write `data` beside `path` and rename: a reader, or the next run after a kill, sees the old file or the new.
+
+    Raises UserError where a device or a pipe is there, which the rename would replace.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is no file, and nothing else is replaced by one; name another.")
     # The bytes must be on the disk before the name points to them.
     beside = path.with_name(path.name + PARTIAL)
     with open(beside, "wb") as out:

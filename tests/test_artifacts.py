@@ -20,6 +20,7 @@ from ctpd_jax.artifacts import (
     replacing_folder,
     seal,
     unseal,
+    write_bytes,
     write_json,
     write_record,
 )
@@ -197,3 +198,10 @@ def test_a_seal_does_not_lead_out_of_its_folder(tmp_path, name):
     (tmp_path / "store").mkdir()
     with pytest.raises(Broken, match="lies outside"):
         check_files(tmp_path / "store", {name: "0" * 64})
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is no file, and nothing else is replaced"):
+        write_bytes(tmp_path / "pipe", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
