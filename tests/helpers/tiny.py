@@ -258,6 +258,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.3,
         },
     },
+    "exaone4": {"model_type": "exaone4", **_SIZES, "sliding_window": 5, "rope_theta": 900.0},
+    "exaone4_without_windows": {
+        "model_type": "exaone4",
+        **_SIZES,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 4,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "gpt_neox": {**_NEOX, "rotary_pct": 0.25, "use_parallel_residual": True},
     "gpt_neox_serial": {
         **_NEOX,
