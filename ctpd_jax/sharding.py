@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,8 +56,10 @@ RULES: Mapping[tuple[str, str], tuple[str | None, ...]] = {
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh of `sizes` {"data": ..., "fsdp": ..., "tensor": ...}; one may be -1, the devices that are left.
 
+    On several slices of TPUs `data` goes between them, and what else it has within.
+
     Raises:
-        UserError: sizes whose product is not the number of devices.
+        UserError: sizes whose product is not the number of devices, or a `data` that does not divide over the slices.
     """
     # 1. The sizes as numbers, the -1 filled in.
     devices = jax.devices() if devices is None else list(devices)
@@ -72,7 +74,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"The mesh {' x '.join(f'{axis} {size}' for axis, size in zip(AXES, asked))} does not fit {len(devices)} "
             f"devices: the product of its sizes must be their number (config.mesh)."
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if (slices := len({device.slice_index for device in devices if device.platform == "tpu"})) <= 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+    # 3. Between slices is a network, which is slow: only the sum of the gradient goes over it.
+    data, *within = shape
+    if data % slices:
+        raise UserError(
+            f"The mesh has data {data} on {slices} slices of TPUs; config.mesh.data must be a multiple of their "
+            "number, so that no matrix is cut between slices."
+        )
+    parts = mesh_utils.create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1), devices)
+    return Mesh(parts, AXES, axis_types=types)
 
 
 def row_devices(mesh: Mesh) -> int:

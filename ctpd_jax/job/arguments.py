@@ -182,7 +182,7 @@ def add_harness_arguments(command: argparse.ArgumentParser) -> None:
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--topology", required=True, metavar="KIND:GRID", help="v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1 ..."
+        "--topology", required=True, metavar="KIND:GRID", help="v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, 2xv5e:16x16 ..."
     )
     command.add_argument(
         "--stage",

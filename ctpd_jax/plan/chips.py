@@ -30,17 +30,19 @@ CHIPS = {
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
     "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9),
 }
+NETWORK = 12.5e9 / 4  # bytes a second that one of a host's four chips has of the network between slices
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 GRIDS = {"v5e": _FLAT, "v6e": _FLAT}  # of v5p there are many
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips of one kind in a grid: "v5e:4x4"."""
+    """Chips of one kind in a grid: "v5e:4x4"; or in several, with a network between them: "2xv5e:4x4"."""
 
     name: str
     kind: str
     sizes: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chip(self) -> Chip:
@@ -48,7 +50,7 @@ class Topology:
 
     @property
     def count(self) -> int:
-        return math.prod(self.sizes)
+        return self.slices * math.prod(self.sizes)
 
     @property
     def hosts(self) -> int:
@@ -64,19 +66,19 @@ class Topology:
 
 def parse_topology(name: str) -> Topology:
     """ "v5e:4x4" -> Topology. Raises UserError for what is none."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
-    if not found or found[1] not in CHIPS:
+    found = re.fullmatch(r"(?:([1-9]\d{0,2})x)?([a-z]\w+):(\d+(?:x\d+){1,2})", name)
+    if not found or found[2] not in CHIPS:
         raise UserError(
             f"--topology {name!r}: write the kind of chip ({', '.join(CHIPS)}) and its grid, such as v5e:4x4 for 16 "
-            "chips, or v5p:2x2x1."
+            "chips, v5p:2x2x1, or 2xv5e:16x16 for two slices."
         )
     # The grids that are sold; of others the compiler would only say that it has no such topology.
-    sizes = tuple(int(size) for size in found[2].split("x"))
-    grids = GRIDS.get(found[1])
-    if 0 in sizes or (grids and found[2] not in grids) or (not grids and len(sizes) != 3):
-        known = f"slices of {found[1]} are {', '.join(grids)}" if grids else f"a slice of {found[1]} has three sides"
-        raise UserError(f"--topology {name!r}: {known}, such as {found[1]}:{'4x4' if grids else '2x2x1'}.")
-    return Topology(name, found[1], sizes)
+    slices, kind, grid = int(found[1] or 1), found[2], found[3]
+    sizes, grids = tuple(int(size) for size in grid.split("x")), GRIDS.get(kind)
+    if 0 in sizes or (grids and grid not in grids) or (not grids and len(sizes) != 3):
+        known = f"slices of {kind} are {', '.join(grids)}" if grids else f"a slice of {kind} has three sides"
+        raise UserError(f"--topology {name!r}: {known}, such as {kind}:{'4x4' if grids else '2x2x1'}.")
+    return Topology(name, kind, sizes, slices)
 
 
 def has_compiler() -> bool:
@@ -112,9 +114,11 @@ def devices_of(topology: Topology) -> list[Any]:
             jax.config.update("jax_num_cpu_devices", topology.count)
         return jax.devices()[: topology.count]
     # Slices smaller than a host are a part of one.
-    hosts = {"chips_per_host_bounds": (*topology.sizes, 1)[:3]} if topology.count < 4 else {}
+    more: dict[str, Any] = {"chips_per_host_bounds": (*topology.sizes, 1)[:3]} if topology.count < 4 else {}
+    more |= {"num_slices": topology.slices} if topology.slices > 1 else {}
+    grid = topology.name[topology.name.index(topology.kind) :]
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **hosts)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=grid, **more)
     except Exception as error:  # whatever libtpu makes of a name: RuntimeError, ValueError, its own
         raise UserError(
             f"--topology {topology.name}: the compiler knows no such grid ({str(error).splitlines()[0]}). Slices of "

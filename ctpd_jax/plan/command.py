@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ctpd_jax.data.packing import in_words
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import PLANNED, TRAINED, is_sft, left_out, trained_model
-from ctpd_jax.plan.chips import GIB, Topology, devices_of, has_compiler, parse_topology
+from ctpd_jax.plan.chips import GIB, NETWORK, Topology, devices_of, has_compiler, parse_topology
 from ctpd_jax.plan.planner import (
     Candidate,
     Plan,
@@ -202,11 +202,13 @@ def time_lines(plan: Plan, utilisation: float) -> Iterator[str]:
         "arithmetic": update.flops / chip.flops,
         "memory": update.memory / chip.bandwidth,
         "links": update.links / chip.links,
+        "network between slices": plan.network / NETWORK,
     }
     what = "batch" if plan.stage.name == "annotate" else "update"
     yield (
         f"  a chip's share of a{'n' if what == 'update' else ''} {what}: {update.flops / 1e12:.1f} TFLOP, "
         f"{update.memory / 1e9:.1f} GB of memory traffic, {update.links / 1e9:.1f} GB over links"
+        + (f", {plan.network / 1e9:.1f} GB between slices" if plan.network else "")
     )
     limit = max(times, key=lambda name: times[name])
     bounds = ", ".join(f"{name} {seconds:.3f}" for name, seconds in times.items() if seconds)

@@ -20,7 +20,7 @@ from ctpd_jax.core.logprobs import BLOCK_BYTES
 from ctpd_jax.data.rows import BatchShape
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import OWN_MESH
-from ctpd_jax.plan.chips import Topology, devices_of
+from ctpd_jax.plan.chips import NETWORK, Topology, devices_of
 from ctpd_jax.plan.costs import Work, work
 from ctpd_jax.plan.programs import Bases, Program, Programs, plan_stage, share, usual_padding
 from ctpd_jax.sharding import AXES, make_mesh, row_devices
@@ -65,13 +65,24 @@ class Plan:
 
     def seconds(self, utilisation: float = 1.0) -> float:
         """What an update takes at least, with so much of the peak arithmetic in the products."""
-        return bound(self.update, self.topology, utilisation)
+        return bound(self.update, self.topology, utilisation, self.network)
+
+    @property
+    def network(self) -> float:
+        """Bytes that a chip sends and receives between slices in an update: the gradient of each micro-batch."""
+        others, own = (self.topology.slices - 1) / self.topology.slices, self.stage.programs[0]
+        return 2 * own.memory.get("gradient", 0.0) * own.times * others
 
 
-def bound(update: Work, topology: Topology, utilisation: float = 1.0) -> float:
-    """Seconds: the slowest of arithmetic, memory and links, each of which may hide behind the others."""
+def bound(update: Work, topology: Topology, utilisation: float = 1.0, network: float = 0.0) -> float:
+    """Seconds: the slowest of arithmetic, memory, links and network, each of which may hide behind the others."""
     chip = topology.chip
-    return max(update.flops / (chip.flops * utilisation), update.memory / chip.bandwidth, update.links / chip.links)
+    return max(
+        network / NETWORK,
+        update.flops / (chip.flops * utilisation),
+        update.memory / chip.bandwidth,
+        update.links / chip.links,
+    )
 
 
 def make_plan(

@@ -78,13 +78,36 @@ def plan(*arguments: object) -> tuple[int, str, str]:
 
 def test_topologies():
     assert parse_topology("v5e:4x4") == Topology("v5e:4x4", "v5e", (4, 4))
+    two = parse_topology("2xv5e:16x16")
+    assert (two.slices, two.count, two.hosts, two.host.name, two.host.slices) == (2, 512, 128, "v5e:2x2", 1)
     assert [parse_topology(name).count for name in ("v5e:1x1", "v5e:2x4", "v5p:2x2x2")] == [1, 8, 8]
     assert [parse_topology(name).hosts for name in ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:16x16")] == [1, 1, 2, 64]
     assert parse_topology("v5p:4x4x4").host.name == "v5p:2x2x1" and parse_topology("v6e:4x4").host.name == "v6e:2x2"
 
 
+def test_slices_need_a_replica_each():
+    devices = [SimpleNamespace(platform="tpu", slice_index=number // 4, id=number) for number in range(8)]
+    for data, fsdp in ((1, 8), (3, 1)):
+        with pytest.raises(UserError, match=r"config\.mesh"):
+            make_mesh({"data": data, "fsdp": fsdp, "tensor": 1}, devices)
+
+
 @pytest.mark.parametrize(
-    "name", ["v5e", "v5e:4", "v99:2x2", "v5e:0x4", "v5e:4x4x4x4", "tpu v5e:4x4", "v5e:3x3", "v5e:4x4x4", "v5p:2x2"]
+    "name",
+    [
+        "v5e",
+        "v5e:4",
+        "0xv5e:4x4",
+        "2v5e:4x4",
+        "2x:4x4",
+        "v99:2x2",
+        "v5e:0x4",
+        "v5e:4x4x4x4",
+        "tpu v5e:4x4",
+        "v5e:3x3",
+        "v5e:4x4x4",
+        "v5p:2x2",
+    ],
 )
 def test_what_is_no_topology_is_told(name):
     with pytest.raises(UserError, match="--topology"):
