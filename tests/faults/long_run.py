@@ -130,13 +130,13 @@ def grown(seen: Sequence[Seen], workdir: Path, updates: int) -> tuple[str, int]:
     files, threads = ([getattr(each, what) for each in later] for what in ("files", "threads"))
     lines = lines_of(workdir)
     programs = {line["compiled_programs"] for line in lines[int(SETTLED * updates) :]}
-    failures = sum((
+    failures = sum(map(bool, (  # of NumPy's, whose sum is no exit code
         slope > MOST_GROWTH,
         np.median(files[-5:]) > np.median(files[:5]) + 2,
         np.median(threads[-5:]) > np.median(threads[:5]) + 2,
         len(programs) != 1,
         [line["step"] for line in lines] != list(range(updates)),
-    ))  # fmt: skip
+    )))  # fmt: skip
     said = (
         f"{updates} updates, memory {later[0].megabytes:.0f} to {later[-1].megabytes:.0f} MB ({slope:+.1f} MB in 1,000 "
         f"updates), open files {files[0]} to {files[-1]}, threads {threads[0]} to {threads[-1]}, "
