@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from ctpd_jax.errors import UserError
 from ctpd_jax.models.decoder import apply, leaves, param_shapes
 from ctpd_jax.models.hf import load_hf, save_hf
 from ctpd_jax.models.hf.load import held_as, rounded
@@ -61,6 +62,16 @@ def test_an_int8_model_is_that_of_its_rounded_matrices(tmp_path, name):
     # And not far from the model itself, on average: a router may choose another expert.
     exact = apply(config, params, tokens)
     assert float(jnp.abs(found - exact).mean()) < 0.1 * float(jnp.abs(exact).mean())
+
+
+def test_an_int8_model_is_not_exported(tmp_path):
+    config, params = random_model("llama")
+    with pytest.raises(UserError, match="'int8' is not supported; use one of float32, bfloat16, float16.$"):
+        save_hf(tmp_path / "other", config, params, dtype="int8")
+    save_hf(tmp_path / "model", config, params)
+    with pytest.raises(UserError, match="rounded to int8 has no checkpoint"):
+        save_hf(tmp_path / "other", *load_hf(tmp_path / "model", dtype="int8"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_adapters_over_int8_train_and_answer(tmp_path):

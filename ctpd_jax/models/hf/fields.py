@@ -82,8 +82,8 @@ _NAMES_OF_KINDS: tuple[tuple[Kind, str], ...] = (
     (_POSITIVE, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping"),
     (_POSITIVE, "rope_theta rope_local_base_freq rotary_emb_base"),
     (_POSITIVE, "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow"),
-    (_POSITIVE, "mscale mscale_all_dim embedding_multiplier attention_multiplier residual_multiplier logits_scaling"),
-    (_NUMBER, "llama_4_scaling_beta rms_norm_eps layer_norm_eps initializer_range"),
+    (_POSITIVE, "embedding_multiplier attention_multiplier residual_multiplier logits_scaling"),
+    (_NUMBER, "llama_4_scaling_beta mscale mscale_all_dim rms_norm_eps layer_norm_eps initializer_range"),
     (_SHARE, "partial_rotary_factor rotary_pct"),
     (_TEXT, "hidden_act hidden_activation rope_type type model_type"),
     (_OBJECT, "rope_parameters rope_scaling full_attention sliding_attention text_config"),
@@ -158,8 +158,10 @@ Entry = Mapping[str, Any] | None  # of rotary parameters
 
 def rope_spellings(fields: Fields) -> tuple[Entry, Entry]:
     """Return `rope_parameters`, transformers 5's spelling, and `rope_scaling`, that of 4: {} where a null stands."""
-    old = fields.or_null("rope_scaling")
-    return fields.or_null("rope_parameters"), {} if old is None and "rope_scaling" in fields.raw else old
+    new, old = fields.take("rope_parameters", None), fields.or_null("rope_scaling")
+    if old and fields.raw.get("rope_parameters") is None:
+        new = None  # the family's default counts where neither says anything
+    return new, {} if old is None and "rope_scaling" in fields.raw else old
 
 
 def read_rope(
