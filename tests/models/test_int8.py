@@ -66,7 +66,7 @@ def test_an_int8_model_is_that_of_its_rounded_matrices(tmp_path, name):
 
 def test_an_int8_model_is_not_exported(tmp_path):
     config, params = random_model("llama")
-    with pytest.raises(UserError, match="'int8' is not supported; use one of float32, bfloat16, float16.$"):
+    with pytest.raises(UserError, match=r"'int8' is not supported; use one of float32, bfloat16, float16\.$"):
         save_hf(tmp_path / "other", config, params, dtype="int8")
     save_hf(tmp_path / "model", config, params)
     with pytest.raises(UserError, match="rounded to int8 has no checkpoint"):
