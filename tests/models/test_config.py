@@ -115,6 +115,7 @@ def test_gemma_layer_pattern():
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1}}, ["llama_4"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, ["truncate"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}}, ["beta_fast"]),
+        ({**LLAMA, "rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_theta", "above 1"]),
         ({**FAMILIES["olmo3"], "rope_parameters": {"sliding_attention": {"rope_theta": 2.0}}}, ["rope"]),
         ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["dynamic"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, ["factor"]),

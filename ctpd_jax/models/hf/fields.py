@@ -233,6 +233,8 @@ def _rope_entry(raw: Entry, theta: float, positions: int, where: str, original: 
         betas = float(fields.take("beta_fast", 32.0)), float(fields.take("beta_slow", 1.0))
         if betas[0] <= betas[1] or not fields.take("truncate", True):
             raise UserError(f"{fields.where}: yarn without truncate, or beta_fast below beta_slow, is not supported.")
+        if theta <= 1:  # its ramp lies where a logarithm to this base says
+            raise UserError(f"{fields.where}: rope_theta is {theta}, but has to be above 1 with yarn.")
         amplitude = yarn_amplitude(fields, factor)
         if fields.take("max_position_embeddings", positions) != positions:
             raise UserError(f"{fields.where}: max_position_embeddings differs from the config's own.")
