@@ -85,6 +85,19 @@ def test_layers_of_exaone_without_positions_go_out_and_come_back():
     assert [kind.rope for kind in config.kinds] == [None] and from_hf(to_hf(config)) == config
 
 
+@pytest.mark.parametrize("types", [["full_attention"] * 4, ["sliding_attention"] * 4])
+def test_layers_of_one_kind_alone_go_out_and_come_back(types):
+    for name in ("olmo3", "exaone4", "gemma3"):
+        config = from_hf({**FAMILIES[name], "layer_types": types})
+        assert len(config.kinds) == 1 and from_hf(to_hf(config)) == config
+
+
+def test_ids_that_a_family_has_by_default_need_a_vocabulary_that_has_them():
+    small = {name: value for name, value in FAMILIES["olmo3"].items() if not name.endswith("_token_id")}
+    config = from_hf(small)
+    assert (config.pad_id, config.eos_ids) == (1, ()) and from_hf(to_hf(config)) == config
+
+
 def test_gemma_layer_pattern():
     config = from_hf({**GEMMA, "num_hidden_layers": 7, "sliding_window_pattern": 3})
     assert [config.kinds[kind].window for kind in config.layer_kinds] == [5, 5, None, 5, 5, None, 5]

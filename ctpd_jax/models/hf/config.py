@@ -156,7 +156,7 @@ def _token_ids(fields: Fields, name: str, vocab: int) -> tuple[int, ...]:
     ids = tuple(one for one in (value if isinstance(value, list) else [value]) if one not in (None, -1))
     if name in fields.raw and any(one >= vocab for one in ids):
         raise UserError(f"{fields.where}: {name} is {value}, but the vocabulary has {vocab} tokens; mend it, or null.")
-    return ids
+    return tuple(one for one in ids if one < vocab)  # a family's default may lie past a small vocabulary
 
 
 def to_hf(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -279,8 +279,10 @@ def written_ropes(config: DecoderConfig, share: float) -> dict[str, Any]:
     """Return the rotary parameters in the spellings of transformers 4 and 5, since each version reads only its own."""
     ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
     if config.family in ("gemma3_text", "olmo3"):
-        local = next((kind.rope for kind in config.kinds if kind.window is not None), None) or Rope()
-        rope = next((kind.rope for kind in config.kinds if kind.window is None), None) or Rope(1_000_000.0)
+        # A kind of layer that the model has not still has a base: its family's, or in OLMo 3 that of the other kind.
+        bases = (10_000.0, 1_000_000.0) if config.family == "gemma3_text" else (ropes[0].theta, ropes[0].theta)
+        local = next((kind.rope for kind in config.kinds if kind.window is not None), None) or Rope(bases[0])
+        rope = next((kind.rope for kind in config.kinds if kind.window is None), None) or Rope(bases[1])
         new: dict[str, Any] = {"sliding_attention": _new_rope(local), "full_attention": _new_rope(rope)}
     else:
         local = rope = ropes[0] if ropes else Rope()
