@@ -30,6 +30,14 @@ def test_no_entry_is_off_by_more_than_half_a_scale(weight):
     assert ((largest == 127) | (scale < 1e-36)).all()
 
 
+def test_rows_of_hardly_anything_are_zeros():
+    """A scale of a few of the least floats is off by half of itself: 190 of them would be 190 scales, no int8."""
+    least = np.float32(2.0**-149)
+    for row in (np.zeros(3, np.float32), np.array([190, -190, 3], np.float32) * least):
+        whole, scale = rounded(row[None])
+        assert not whole.any() and not scale.any()
+
+
 def dequantized(params):
     """The same parameters, float32, each matrix its int8 times its scales."""
     if "scale" in params:

@@ -109,6 +109,7 @@ def rounded(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The largest entry of a row is 127 scales, and no entry is off by more than half a scale.
     """
     scale = np.abs(weight).max(axis=-1) / np.float32(127)
+    scale = np.where(scale > np.float32(1e-40), scale, np.float32(0))  # below, the quotient would not be exact enough
     return np.rint(weight / np.where(scale == 0, np.float32(1), scale)[..., None]).astype(np.int8), scale
 
 
