@@ -237,15 +237,12 @@ def _suit_both_versions(directory: Path) -> None:
 
 
 def stored_template(directory: Path) -> str | None:
-    """Return the chat template of a tokenizer folder, from whichever file holds it; None where there is none."""
+    """Return the chat template that AutoTokenizer finds in a folder (chat_template.json is for processors), or None."""
     if (directory / _TEMPLATE).exists():
         return (directory / _TEMPLATE).read_bytes().decode("utf-8")
-    for name in (_TOKENIZER_CONFIG, "chat_template.json"):
-        content = read_json(directory / name, "mend it, or fetch the model again")
-        template = content.get("chat_template") if isinstance(content, dict) else None
-        if isinstance(template, list):  # several, by name
-            named = [part for part in template if isinstance(part, dict) and part.get("name") == "default"]
-            template = named[0].get("template") if named else None
-        if isinstance(template, str):
-            return template
-    return None
+    content = read_json(directory / _TOKENIZER_CONFIG, "mend it, or fetch the model again")
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    if isinstance(template, list):  # several, by name
+        named = [part for part in template if isinstance(part, dict) and part.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
