@@ -12,7 +12,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctpd_jax.errors import UserError
-from ctpd_jax.job.table import CONTRASTIVE, STAGES, TRAINED, columns, left_out, models_here, trained_model
+from ctpd_jax.job.table import (
+    CONTRASTIVE,
+    STAGES,
+    TRAINED,
+    base_dtype,
+    columns,
+    left_out,
+    models_here,
+    reading_dtype,
+    trained_model,
+)
 from ctpd_jax.settings import MEASURES, default_config
 
 Range = tuple[Callable[[Any], bool], str]  # what has to hold of a value, and what is said where it does not
@@ -239,10 +249,20 @@ def _check_int8(config: ConfigDict) -> None:
     for stage in (name for name in TRAINED if not left_out(config, name)):
         model, base = trained_model(config, stage), config[stage].lora.base
         sft = f"{model}_sft"
-        if model == "teacher" and stage in CONTRASTIVE.get(config.weights.source, ()):
-            what = f"the teacher reads in annotate.teacher_weights={whole!r}; int8 has to be both, or neither"
-            require((base == "int8") == (whole == "int8"), f"{stage}.lora.base", what)
+        if stage in CONTRASTIVE.get(config.weights.source, ()):
+            reads = {
+                "teacher": f"annotate.teacher_weights={whole!r}; int8 has to be both, or neither",
+                "student": "float32; int8 is the teacher's alone",
+            }
+            same = (base == "int8") == (reading_dtype(config, model) == "int8")
+            require(same, f"{stage}.lora.base", f"the {model} reads in {reads[model]}")
         # Whole parameters that SFT has trained are never rounded: adapters stay beside.
         rounds = base == "int8" or (model == "teacher" and whole == "int8")
         adapted = left_out(config, sft) or config[sft].lora.rank > 0
         require(adapted or not rounds, f"{sft}.lora.rank", "only adapters can lie over the int8 base of later stages")
+    # A student's positive may be measured against the student's start, which lies over the base that `train` has.
+    own = "positive" in CONTRASTIVE.get(config.weights.source, ()) and config.weights.positive_scorer == "student"
+    contrasts = (config.train.objective != "ctpd" and config.train.contrast, config.propose.contrast)
+    against = config.weights.source == "dpo_reference" or "start" in contrasts
+    what = "the student's contrastive pair reads in float32, and so has its start to"
+    require(not (own and against) or base_dtype(config, "train") != "int8", "train.lora.base", what)

@@ -109,5 +109,6 @@ def _stages(config: Mapping[str, Any], updates: Mapping[str, int], says: Mapping
         cells += [f"{settings['beta']:g}", code(settings["loss"])] if pairwise else ["", ""]
         lora = settings["lora"]
         adapted = f"adapters, rank {lora['rank']}, alpha {lora['alpha']:g}"
+        adapted += ", over matrices rounded to int8" if lora["base"] == "int8" else ""
         rows.append([*cells, adapted if lora["rank"] else "all parameters"])
     return rows

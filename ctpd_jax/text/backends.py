@@ -13,7 +13,10 @@ from tokenizers import AddedToken, Tokenizer, models
 from ctpd_jax.artifacts import read_object, refuse_impostor
 from ctpd_jax.errors import UserError
 
-_FETCHED = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+_FETCHED = (
+    *("tokenizer*", "*.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges.txt", "*.model"),
+)
 # Stands for a control token where a template's text is read beside what somebody typed. Noncharacters are not for
 # interchange, so they do not turn up in texts; one that has them is refused.
 _STAND_IN = "\ufdd0{}\ufdd1"
@@ -61,6 +64,13 @@ def open_tokenizer(source: str) -> tuple[Any, str]:
                 "transformers' convert_slow_tokenizer and save it."
             )
         content = hf.backend_tokenizer.to_str()
+    # 4. Vision-language models may have their template in a file that only their processors read.
+    if hf.chat_template is None:
+        processors = folder / "chat_template.json"
+        template = (read_object(processors) or {}).get("chat_template")
+        if not isinstance(template, str | None):
+            raise UserError(f"{processors}: chat_template must be text; give a .jinja file as the template instead.")
+        hf.chat_template = template
     return hf, content
 
 

@@ -57,6 +57,45 @@ def test_of_a_vision_language_model_the_text_model_is_read():
     assert from_hf({"model_type": "mistral3", "text_config": mistral}) == from_hf(FAMILIES["mistral"])
     inside = {**GEMMA, "eos_token_id": 7}
     assert from_hf({"model_type": "gemma3", "eos_token_id": 3, "text_config": inside}).eos_ids == (7,)
+    # A null says nothing, on either side.
+    nothing = {**GEMMA, "model_type": None, "eos_token_id": None, "tie_word_embeddings": False}
+    config = from_hf({"model_type": "gemma3", "eos_token_id": 3, "tie_word_embeddings": None, "text_config": nothing})
+    assert config.eos_ids == (3,) and not config.tied
+
+
+def test_a_null_is_no_rope_where_a_family_has_a_default():
+    """Ministral 3's is yarn: with a null for it the model would be another one, silently."""
+    usual = {name: value for name, value in FAMILIES["ministral3"].items() if name != "rope_parameters"}
+    (kind,) = from_hf(usual).kinds
+    assert kind.rope.scaling == "yarn" and from_hf({**usual, "rope_parameters": None}).kinds == (kind,)
+    stated = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+    for old in ({"rope_scaling": stated}, {"rope_scaling": stated, "rope_parameters": None}):
+        assert from_hf({**usual, **old}) == from_hf({**usual, "rope_parameters": stated})
+
+
+def test_a_yarn_whose_scales_of_the_logarithm_are_zero_is_one_without_them():
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    for scales in ({"mscale": 1.0, "mscale_all_dim": 0.0}, {"mscale": 0, "mscale_all_dim": 0}, {"mscale": None}):
+        assert from_hf({**LLAMA, "rope_scaling": yarn | scales}) == from_hf({**LLAMA, "rope_scaling": yarn})
+
+
+def test_layers_of_exaone_without_positions_go_out_and_come_back():
+    """None has a window, and none turns, since there is one that they might have."""
+    config = from_hf({**FAMILIES["exaone4"], "layer_types": ["full_attention"] * 4, "sliding_window_pattern": "LLLG"})
+    assert [kind.rope for kind in config.kinds] == [None] and from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize("types", [["full_attention"] * 4, ["sliding_attention"] * 4])
+def test_layers_of_one_kind_alone_go_out_and_come_back(types):
+    for name in ("olmo3", "exaone4", "gemma3"):
+        config = from_hf({**FAMILIES[name], "layer_types": types})
+        assert len(config.kinds) == 1 and from_hf(to_hf(config)) == config
+
+
+def test_ids_that_a_family_has_by_default_need_a_vocabulary_that_has_them():
+    small = {name: value for name, value in FAMILIES["olmo3"].items() if not name.endswith("_token_id")}
+    config = from_hf(small)
+    assert (config.pad_id, config.eos_ids) == (1, ()) and from_hf(to_hf(config)) == config
 
 
 def test_gemma_layer_pattern():
@@ -72,13 +111,24 @@ def test_gemma_layer_pattern():
         ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ["vocab_size"]),
         ({"model_type": "gemma3", "text_config": {**GEMMA, "model_type": "llama"}}, ["text_config", "llama"]),
         ({"model_type": "gemma3", "text_config": GEMMA, "quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"model_type": "gemma3", "text_config": {**GEMMA, "quantization_config": {"x": 1}}}, ["quantization_config"]),
+        (
+            {
+                "model_type": "gemma3",
+                "quantization_config": {},
+                "text_config": {**GEMMA, "quantization_config": {"x": 1}},
+            },
+            ["quantization_config"],
+        ),
         ({"model_type": "gemma3", "text_config": [GEMMA]}, ["text_config", "an object"]),
+        ({"model_type": "gemma3", "text_config": {"text_config": GEMMA, **GEMMA}}, ["text_config"]),
         ({"model_type": "gemma3_vision", "vision_config": {}}, ["gemma3_vision", "gemma3_text"]),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn"}}, ["factor"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1}}, ["llama_4"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, ["truncate"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}}, ["beta_fast"]),
+        ({**LLAMA, "rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_theta", "above 1"]),
         ({**FAMILIES["olmo3"], "rope_parameters": {"sliding_attention": {"rope_theta": 2.0}}}, ["rope"]),
         ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["dynamic"]),
         ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, ["factor"]),

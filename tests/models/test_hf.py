@@ -107,6 +107,14 @@ def test_the_text_model_of_a_vision_language_model(tmp_path, prefixes):
     read, same = load_hf(folder)
     assert read == config
     _same(same, params)
+    # Under both versions' names at once nobody knows which of them counts, and a head that stands twice is no better.
+    norm = next(array for name, array in named.items() if name.endswith("l.norm.weight"))
+    twice = {"language_model.model.norm.weight": norm, "model.language_model.norm.weight": norm}
+    head = dict.fromkeys(("lm_head.weight", "language_model.lm_head.weight"), np.ones((3, 2), np.float32))
+    for more in (twice, head):
+        save_file(named | more, folder / "model.safetensors")
+        with pytest.raises(UserError, match="of the text model under another name too"):
+            load_hf(folder)
     del named[next(name for name in named if "layers" in name)]
     save_file(named, folder / "model.safetensors")
     with pytest.raises(UserError, match="lacks tensors"):

@@ -232,6 +232,15 @@ def test_a_template_in_the_tokenizers_settings_is_not_written_twice(tmp_path, so
     assert (tmp_path / "m" / "chat_template.jinja").read_bytes() == b"{{ z }}"
 
 
+def test_a_template_that_only_processors_read_is_written_for_the_tokenizer(tmp_path, source):
+    config, params = random_model("llama")
+    (source / "chat_template.jinja").unlink()
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": "{{ y }}"}))
+    save_hf(tmp_path / "m", config, params, tokenizer=source, chat_template="{{ y }}")
+    assert (tmp_path / "m" / "chat_template.jinja").read_bytes() == b"{{ y }}"
+
+
 def test_a_card_becomes_the_readme(tmp_path):
     config, params = random_model("llama")
     save_hf(tmp_path / "m", config, params, card="# Größe\n")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from ctpd_jax.errors import UserError
 from ctpd_jax.models.decoder import apply, leaves, param_shapes
 from ctpd_jax.models.hf import load_hf, save_hf
 from ctpd_jax.models.hf.load import held_as, rounded
@@ -27,6 +28,14 @@ def test_no_entry_is_off_by_more_than_half_a_scale(weight):
     assert (np.where(tiny, 0, np.abs(exact - steps)) <= 0.5001 * scale[..., None]).all()
     largest = np.abs(whole).max(axis=-1)
     assert ((largest == 127) | (scale < 1e-36)).all()
+
+
+def test_rows_of_hardly_anything_are_zeros():
+    """A scale of a few of the least floats is off by half of itself: 190 of them would be 190 scales, no int8."""
+    least = np.float32(2.0**-149)
+    for row in (np.zeros(3, np.float32), np.array([190, -190, 3], np.float32) * least):
+        whole, scale = rounded(row[None])
+        assert not whole.any() and not scale.any()
 
 
 def dequantized(params):
@@ -61,6 +70,16 @@ def test_an_int8_model_is_that_of_its_rounded_matrices(tmp_path, name):
     # And not far from the model itself, on average: a router may choose another expert.
     exact = apply(config, params, tokens)
     assert float(jnp.abs(found - exact).mean()) < 0.1 * float(jnp.abs(exact).mean())
+
+
+def test_an_int8_model_is_not_exported(tmp_path):
+    config, params = random_model("llama")
+    with pytest.raises(UserError, match=r"'int8' is not supported; use one of float32, bfloat16, float16\.$"):
+        save_hf(tmp_path / "other", config, params, dtype="int8")
+    save_hf(tmp_path / "model", config, params)
+    with pytest.raises(UserError, match="rounded to int8 has no checkpoint"):
+        save_hf(tmp_path / "other", *load_hf(tmp_path / "model", dtype="int8"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_adapters_over_int8_train_and_answer(tmp_path):

@@ -117,6 +117,8 @@ def test_an_unknown_target_is_refused_before_anything_is_trained(tmp_path, capsy
 
 
 INT8 = [f"--config.{stage}.lora.{setting}" for stage in ("positive", "negative") for setting in ("rank=4", "base=int8")]
+SCORES = [f"--config.weights.{side}_scorer=student" for side in ("positive", "negative")]
+OVER_INT8 = ["--config.train.lora.base=int8", "--config.student_sft.steps=-1"]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,12 @@ INT8 = [f"--config.{stage}.lora.{setting}" for stage in ("positive", "negative")
         (["--config.train.lora.rank=4", "--config.train.lora.base=int8"], "config.student_sft.lora.rank is 0; only"),
         (["--config.train.lora.base=int8"], "without adapters (train.lora.rank 0) parameters train in float32"),
         (["--config.train.lora.base=int4"], "choose one of float32, bfloat16, int8"),
+        # The student that scores reads in float32: its pair is no int8, nor the start that it is held against.
+        ([*INT8, *SCORES], "config.positive.lora.base is 'int8'; the student reads in float32"),
+        (
+            [*SCORES, "--config.train.lora.rank=4", *OVER_INT8, "--config.weights.source=dpo_reference"],
+            "config.train.lora.base is 'int8'; the student's contrastive pair reads in float32",
+        ),
     ],
 )
 def test_an_int8_model_is_held_against_itself_alone(tmp_path, capsys, settings, sentence):

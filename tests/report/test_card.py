@@ -61,6 +61,13 @@ def test_other_sources_of_weights_are_told():
     assert "every span counts alike" in card({"weights.source": "uniform"}, updates={"train": 3})
     half = "parameters in bfloat16"
     assert half in card({"annotate.teacher_weights": "bfloat16"}) and half not in card()
+    # An int8 model is another one: who read, and what adapters were trained over, is told.
+    rounded, told = (
+        "the teacher read with its layers' matrices rounded to int8",
+        "alpha 16, over matrices rounded to int8 |",
+    )
+    text = card({"annotate.teacher_weights": "int8", "positive.lora.rank": 8, "positive.lora.base": "int8"})
+    assert rounded in text and text.count(told) == 1 and "rounded" not in card()
     mixed = card({"weights.negative_scorer": "student"})
     assert "student, leaning to the rejected responses" in mixed
     assert "| teacher, leaning to the chosen responses | 1,200 | 16 | 2e-06 |  |  |" in card({"weights.source": "sft"})

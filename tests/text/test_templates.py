@@ -1,6 +1,7 @@
 """Prompts as the models were trained on them; users cannot type special tokens; only the last question is cut."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -177,6 +178,19 @@ def test_plain_prompts():
         "User: Tell me\nabout tea {% now %}\n\nAssistant:\n"
     )
     assert render_prompt(plain, ()) == []
+
+
+def test_a_template_that_only_processors_read_is_the_models(student, tmp_path):
+    """So some vision-language models have it: read as plain, every prompt would be another one."""
+    with_template(student, None).hf.save_pretrained(tmp_path)
+    assert load_template(load_tokenizer(tmp_path)).kind == "plain"
+    for content, kind in (({}, "plain"), ({"chat_template": student.hf.chat_template}, "chat")):
+        (tmp_path / "chat_template.json").write_text(json.dumps(content))
+        assert load_template(load_tokenizer(tmp_path)).kind == kind
+    assert load_template(load_tokenizer(tmp_path)).source == load_template(student).source
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": [1]}))
+    with pytest.raises(UserError, match=r"chat_template\.json: chat_template must be text"):
+        load_tokenizer(tmp_path)
 
 
 def test_choices_of_template(student, tmp_path):

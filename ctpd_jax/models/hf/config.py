@@ -63,11 +63,11 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         UserError: an unknown architecture, or a field that changes the computation and is not implemented.
     """
     # 1. The family, which says how the rest is read.
-    if raw.get("quantization_config"):
+    whole, raw = raw, of_text(raw, where)
+    if whole.get("quantization_config") or raw.get("quantization_config"):
         raise UserError(
             f"{where}: quantization_config is not supported; take a model with bfloat16 or float32 weights."
         )
-    raw = of_text(raw, where)
     name = Fields(raw, where).or_null("model_type")
     if name is None:
         raise UserError(f"{where} has no field 'model_type': it is not a complete model config.")
@@ -138,13 +138,15 @@ def of_text(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if known is None:
         return raw
     text = fields.or_null("text_config") or {}
-    wanted = text.get("model_type", known[0])
+    wanted = text.get("model_type") or known[0]
     if wanted not in known:
         raise UserError(f"{where}: a text_config of model_type {wanted!r} is not supported; {' and '.join(known)} are.")
     # What ends an answer may stand outside alone; whether the head is the embedding is decided there, if it is said.
-    ids, counts = ("bos_token_id", "eos_token_id", "pad_token_id"), ("tie_word_embeddings", "quantization_config")
-    outside, deciding = ({name: raw[name] for name in names if name in raw} for names in (ids, counts))
-    return {**outside, **text, **deciding, "model_type": wanted}
+    ids, counts = ("bos_token_id", "eos_token_id", "pad_token_id"), ("tie_word_embeddings",)
+    outside, deciding = ({name: raw[name] for name in names if raw.get(name) is not None} for names in (ids, counts))
+    # A null inside says nothing against what is said outside.
+    inside = {name: value for name, value in text.items() if value is not None or name not in outside}
+    return {**outside, **inside, **deciding, "model_type": wanted}
 
 
 def _token_ids(fields: Fields, name: str, vocab: int) -> tuple[int, ...]:
@@ -154,7 +156,7 @@ def _token_ids(fields: Fields, name: str, vocab: int) -> tuple[int, ...]:
     ids = tuple(one for one in (value if isinstance(value, list) else [value]) if one not in (None, -1))
     if name in fields.raw and any(one >= vocab for one in ids):
         raise UserError(f"{fields.where}: {name} is {value}, but the vocabulary has {vocab} tokens; mend it, or null.")
-    return ids
+    return tuple(one for one in ids if one < vocab)  # a family's default may lie past a small vocabulary
 
 
 def to_hf(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -22,12 +22,15 @@ def written_fields(config: DecoderConfig) -> dict[str, Any]:
     window = next((kind.window for kind in config.kinds if kind.window is not None), None)
     kinds = [config.kinds[kind] for kind in config.layer_kinds]
     scalar, share = config.attention_scale**-2, config.turned / config.head_dim
+    # Where nobody has a window, such a field only says something else: Gemma's has a default, and EXAONE's layers turn
+    # without it.
+    unused = 4096 if config.family.startswith("gemma") or not (config.kinds[0].rope or len(config.kinds) > 1) else None
     # One value for every field that any family writes; the family's row picks its own.
     values = {
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "use_sliding_window": window is not None,
-        "sliding_window": window or (4096 if config.family.startswith("gemma") else None),
+        "sliding_window": window or unused,
         "max_window_layers": config.num_layers,
         "layer_types": ["full_attention" if kind.window is None else "sliding_attention" for kind in kinds],
         "no_rope_layers": [int(kind.rope is not None) for kind in kinds],

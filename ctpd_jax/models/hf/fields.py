@@ -82,8 +82,8 @@ _NAMES_OF_KINDS: tuple[tuple[Kind, str], ...] = (
     (_POSITIVE, "query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping"),
     (_POSITIVE, "rope_theta rope_local_base_freq rotary_emb_base"),
     (_POSITIVE, "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow"),
-    (_POSITIVE, "mscale mscale_all_dim embedding_multiplier attention_multiplier residual_multiplier logits_scaling"),
-    (_NUMBER, "llama_4_scaling_beta rms_norm_eps layer_norm_eps initializer_range"),
+    (_POSITIVE, "embedding_multiplier attention_multiplier residual_multiplier logits_scaling"),
+    (_NUMBER, "llama_4_scaling_beta mscale mscale_all_dim rms_norm_eps layer_norm_eps initializer_range"),
     (_SHARE, "partial_rotary_factor rotary_pct"),
     (_TEXT, "hidden_act hidden_activation rope_type type model_type"),
     (_OBJECT, "rope_parameters rope_scaling full_attention sliding_attention text_config"),
@@ -158,8 +158,10 @@ Entry = Mapping[str, Any] | None  # of rotary parameters
 
 def rope_spellings(fields: Fields) -> tuple[Entry, Entry]:
     """Return `rope_parameters`, transformers 5's spelling, and `rope_scaling`, that of 4: {} where a null stands."""
-    old = fields.or_null("rope_scaling")
-    return fields.or_null("rope_parameters"), {} if old is None and "rope_scaling" in fields.raw else old
+    new, old = fields.take("rope_parameters", None), fields.or_null("rope_scaling")
+    if old and fields.raw.get("rope_parameters") is None:
+        new = None  # the family's default counts where neither says anything
+    return new, {} if old is None and "rope_scaling" in fields.raw else old
 
 
 def read_rope(
@@ -231,6 +233,8 @@ def _rope_entry(raw: Entry, theta: float, positions: int, where: str, original: 
         betas = float(fields.take("beta_fast", 32.0)), float(fields.take("beta_slow", 1.0))
         if betas[0] <= betas[1] or not fields.take("truncate", True):
             raise UserError(f"{fields.where}: yarn without truncate, or beta_fast below beta_slow, is not supported.")
+        if theta <= 1:  # its ramp lies where a logarithm to this base says
+            raise UserError(f"{fields.where}: rope_theta is {theta}, but has to be above 1 with yarn.")
         amplitude = yarn_amplitude(fields, factor)
         if fields.take("max_position_embeddings", positions) != positions:
             raise UserError(f"{fields.where}: max_position_embeddings differs from the config's own.")
@@ -275,8 +279,10 @@ def written_ropes(config: DecoderConfig, share: float) -> dict[str, Any]:
     """Return the rotary parameters in the spellings of transformers 4 and 5, since each version reads only its own."""
     ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
     if config.family in ("gemma3_text", "olmo3"):
-        local = next((kind.rope for kind in config.kinds if kind.window is not None), None) or Rope()
-        rope = next((kind.rope for kind in config.kinds if kind.window is None), None) or Rope(1_000_000.0)
+        # A kind of layer that the model has not still has a base: its family's, or in OLMo 3 that of the other kind.
+        bases = (10_000.0, 1_000_000.0) if config.family == "gemma3_text" else (ropes[0].theta, ropes[0].theta)
+        local = next((kind.rope for kind in config.kinds if kind.window is not None), None) or Rope(bases[0])
+        rope = next((kind.rope for kind in config.kinds if kind.window is None), None) or Rope(bases[1])
         new: dict[str, Any] = {"sliding_attention": _new_rope(local), "full_attention": _new_rope(rope)}
     else:
         local = rope = ropes[0] if ropes else Rope()

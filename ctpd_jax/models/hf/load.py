@@ -32,7 +32,8 @@ ParamPath = tuple[str, ...]  # the keys on the way to a parameter
 Placement = jax.sharding.Sharding | Callable[[ParamPath, tuple[int, ...]], jax.sharding.Sharding] | None
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-LOAD_DTYPES = ("float32", "bfloat16", "float16", "int8")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+LOAD_DTYPES = (*SAVE_DTYPES, "int8")
 # What is fetched from the hub. Other files, such as pickles, code and second copies of the weights, stay there.
 _FETCHED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model*", "spiece.model", "merges.txt", "vocab.txt")
 # Buffers that old checkpoints stored, and that the config determines: rotary frequencies, causal masks.
@@ -108,6 +109,7 @@ def rounded(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The largest entry of a row is 127 scales, and no entry is off by more than half a scale.
     """
     scale = np.abs(weight).max(axis=-1) / np.float32(127)
+    scale = np.where(scale > np.float32(1e-40), scale, np.float32(0))  # below, the quotient would not be exact enough
     return np.rint(weight / np.where(scale == 0, np.float32(1), scale)[..., None]).astype(np.int8), scale
 
 
@@ -302,15 +304,20 @@ def _stored_tensors(directory: Path) -> dict[str, safetensors.Tensor]:
 
 def _of_text(stored: dict[str, safetensors.Tensor]) -> dict[str, safetensors.Tensor]:
     """Return the tensors of a vision-language model's text model, under that model's names; any other's as they are."""
-    # The text model stands beside the others, or within "model", by the version of transformers that wrote it.
-    found = {}
+    # The text model stands beside the others, or within "model", by the version of transformers that wrote it; the head
+    # with it, or outside.
+    prefixes = {"language_model.": "", "model.language_model.": "model.", "lm_head.": "lm_head."}
+    if not any(name.startswith(("language_model.", "model.language_model.")) for name in stored):
+        return stored
+    found: dict[str, safetensors.Tensor] = {}
     for name, tensor in stored.items():
-        for prefix, own in (("language_model.", ""), ("model.language_model.", "model.")):
-            if name.startswith(prefix):
-                found[own + name.removeprefix(prefix)] = tensor
-    if found and "lm_head.weight" in stored:
-        found["lm_head.weight"] = stored["lm_head.weight"]
-    return found or stored
+        for prefix, own in prefixes.items():
+            if name.startswith(prefix) and found.setdefault(own + name.removeprefix(prefix), tensor) is not tensor:
+                raise UserError(
+                    f"{tensor.file} holds tensor {name} of the text model under another name too: it is not known "
+                    f"which of them counts. Save the model again with save_pretrained."
+                )
+    return found
 
 
 def _some(names: list[str]) -> str:

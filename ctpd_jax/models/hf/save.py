@@ -67,8 +67,8 @@ def save_hf(
             otherwise than it was meant.
     """
     # 1. What is asked for can be done, and may be done there.
-    if dtype is not None and dtype not in load.LOAD_DTYPES:
-        raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(load.LOAD_DTYPES)}.")
+    if dtype is not None and dtype not in load.SAVE_DTYPES:
+        raise UserError(f"dtype = {dtype!r} is not supported; use one of {', '.join(load.SAVE_DTYPES)}.")
     place = local_path(directory)
     if found := [name for name in ADAPTERS if (place / name).exists()]:
         raise UserError(f"{place} holds adapters ({found[0]}), which are put on the model beside them; choose another.")
@@ -108,6 +108,8 @@ def _check_params(config: DecoderConfig, params: Params) -> None:
         raise UserError(
             "A model with adapters has no checkpoint of its own: merge them into the weights before the export."
         )
+    if config.int8:
+        raise UserError("A model that was rounded to int8 has no checkpoint of its own: load it as float32.")
     expected, found = load.checkpoint_shapes(config), dict(leaves(params))
     for path in sorted(expected.keys() ^ found.keys()):
         raise UserError(
@@ -127,7 +129,7 @@ def _tensors(config: DecoderConfig, params: Params, dtype: str | None) -> list[T
     for path, entry in load.tensor_table(config).items():
         kind = jnp.dtype(dtype or found[path].dtype)
         if kind not in safetensors.DTYPES.values():
-            raise UserError(f"{'.'.join(path)} has dtype {kind}; give dtype, one of {', '.join(load.LOAD_DTYPES)}.")
+            raise UserError(f"{'.'.join(path)} has dtype {kind}; give dtype, one of {', '.join(load.SAVE_DTYPES)}.")
         for name, place in load.tensor_names(config, entry).items():
             fetch = partial(_fetch, found[path], place, name, kind)
             tensors.append((name, found[path].shape[len(place) :], kind, fetch))
@@ -235,15 +237,12 @@ def _suit_both_versions(directory: Path) -> None:
 
 
 def stored_template(directory: Path) -> str | None:
-    """Return the chat template of a tokenizer folder, from whichever file holds it; None where there is none."""
+    """Return the chat template that AutoTokenizer finds in a folder (chat_template.json is for processors), or None."""
     if (directory / _TEMPLATE).exists():
         return (directory / _TEMPLATE).read_bytes().decode("utf-8")
-    for name in (_TOKENIZER_CONFIG, "chat_template.json"):
-        content = read_json(directory / name, "mend it, or fetch the model again")
-        template = content.get("chat_template") if isinstance(content, dict) else None
-        if isinstance(template, list):  # several, by name
-            named = [part for part in template if isinstance(part, dict) and part.get("name") == "default"]
-            template = named[0].get("template") if named else None
-        if isinstance(template, str):
-            return template
-    return None
+    content = read_json(directory / _TOKENIZER_CONFIG, "mend it, or fetch the model again")
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    if isinstance(template, list):  # several, by name
+        named = [part for part in template if isinstance(part, dict) and part.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
