@@ -75,7 +75,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"devices: the product of its sizes must be their number (config.mesh)."
         )
     types = (AxisType.Auto,) * len(AXES)
-    if (slices := len({device.slice_index for device in devices if device.platform == "tpu"})) <= 1:
+    # Devices of a single slice may not say which it is; those of other kinds are no slices.
+    if (slices := len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})) <= 1:
         return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
     # 3. Between slices is a network, which is slow: only the sum of the gradient goes over it.
     data, *within = shape
