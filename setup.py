@@ -34,6 +34,7 @@ setup(
         "lazy_loader>=0.4",
         "jaxtyping>=0.3",  # shapes in the signatures of core; nothing checks them outside the tests
         "huggingface_hub>=1.0",
+        "fsspec>=2024.6",  # buckets; huggingface_hub brings it too
         "requests>=2.31",  # the judge's endpoint; tensorflow-datasets brings it too
         "numpy>=2.0",
         "rich>=13",
@@ -48,12 +49,15 @@ setup(
             "beartype>=0.20",
             "tensorboard>=2.18",
             "lm-eval==0.4.13",
+            "gcsfs>=2024.6",
         ],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "dev": ["ruff>=0.12", "mypy>=1.15", "ctpd-jax[docs]"],
         "hub": ["datasets>=4", "huggingface_hub>=1.0"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+        "gs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.18"],
         "eval": ["lm-eval==0.4.13"],
         "parity": ["torch==2.13.0", "accelerate", "peft"],  # tests/helpers/real_assets.py installs the same

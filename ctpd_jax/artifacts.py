@@ -39,11 +39,16 @@ class Broken(UserError):
 # ------------------------------------------------------------------------------------------------ files
 
 
+def is_url(path: object) -> bool:
+    """Return whether a path is one of a bucket, as gs://NAME/run; what begins with http is a server."""
+    return isinstance(path, str) and "://" in path and not path.lower().startswith(("http://", "https://"))
+
+
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as an absolute Path. Raises UserError for gs:// and the like, where a rename is not atomic."""
+    """Return `path` as an absolute Path. Raises UserError for gs:// and the like, which has no place here."""
     text = os.fspath(path)
     if "://" in text:
-        raise UserError(f"{text} is not a folder of this machine; mount the bucket (gcsfuse, NFS) and give that path.")
+        raise UserError(f"{text} is not a folder of this machine; give the path of one.")
     return Path(text).expanduser().absolute()
 
 

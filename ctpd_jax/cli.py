@@ -52,6 +52,8 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         if known.command in LOOKING or asks_harness(known):
             return look(known, overrides)
         with preempt.listening():
+            from ctpd_jax.buckets import twin
+
             # 1. What is asked for. JAX reads its environment when it is imported: until here it is not.
             config = load_config(known.config, overrides)
             check_config(config)
@@ -67,7 +69,11 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
             stages = {name: import_module(f"ctpd_jax.stages.{STAGES[name].kind}") for name in chosen_stages(known)}
 
             # 3. Each stage that is not left out knows whether it is finished or goes on.
-            with distributed.joined(), open_job(config, known.workdir, messages.say) as job:
+            with (
+                distributed.joined(),
+                twin.local(known.workdir) as workdir,
+                open_job(config, workdir, messages.say) as job,
+            ):
                 preflight(job, known.command)
                 job.note("config.json", told(config))
                 for name, module in stages.items():
@@ -134,13 +140,11 @@ def chosen_stages(known: argparse.Namespace) -> list[str]:
 def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """The commands that only look. Returns the exit code."""
     # 1. Those that need no run.
-    if known.command == "report":
-        return reported(known.workdir)
-    if known.command == "status":
-        from ctpd_jax.job.status import status
+    from ctpd_jax.buckets import twin
 
-        print(status(known.workdir))
-        return 0
+    if known.command in ("report", "status"):
+        with twin.local(known.workdir, looks_only=True, small=True) as workdir:
+            return looked_at(known.command, workdir)
     if known.command == "plan":
         return planned(known, overrides)
     if known.command == "judge":
@@ -164,7 +168,11 @@ def look(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     # The answers of `generate` may go into a file, where nothing else belongs.
     say = partial(print, file=sys.stderr) if known.command == "generate" else print
-    with distributed.joined(), open_job(config, known.workdir, say, looks_only=True) as job:
+    with (
+        distributed.joined(),
+        twin.local(known.workdir, looks_only=known.command != "evaluate") as workdir,  # lm-eval's answers are kept
+        open_job(config, workdir, say, looks_only=True) as job,
+    ):
         if known.command == "inspect":
             inspect.inspect(job, known)
         elif known.command == "evaluate":
@@ -205,17 +213,22 @@ def planned(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     return plan_command(known, config)
 
 
-def reported(workdir: Path) -> int:
-    """Writes the page of a run as far as it has come.
+def looked_at(command: str, workdir: Path) -> int:
+    """Says how far a run has come, or writes its page as far as it has.
 
     Raises:
       UserError: there is no run.
     """
-    from ctpd_jax.report.page import write_report
-
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run: there is no config.json.")
-    print(write_report(workdir))
+    if command == "status":
+        from ctpd_jax.job.status import status
+
+        print(status(workdir))
+    else:
+        from ctpd_jax.report.page import write_report
+
+        print(write_report(workdir))
     return 0
 
 

@@ -81,7 +81,7 @@ def model() -> ConfigDict:
     """Which model, how it is asked, and what of it is kept for the gradient."""
     return ConfigDict(
         {
-            "path": "",  # folder in Hugging Face format, or a hub id
+            "path": "",  # folder in Hugging Face format, here or in a bucket (gs://BUCKET/NAME), or a hub id
             # "chat", "chat:NAME", "plain", FILE.jinja, or "auto": chat where the tokenizer brings a template.
             "template": "auto",
             "template_variables": "",  # what it is told, as JSON: '{"enable_thinking": false}'
@@ -107,7 +107,7 @@ def default_config() -> ConfigDict:
             "platform": "auto",  # "cpu", "tpu", "gpu": fail where JAX finds another one
             "smaller_teacher": False,  # allow a teacher with fewer parameters than the student
             "data": {
-                "train": "",  # FILE.jsonl, .json, .csv, .parquet, a folder, tfds:NAME, hf:NAME
+                "train": "",  # FILE.jsonl, .json, .csv, .parquet or a folder, here or in a bucket; tfds:NAME, hf:NAME
                 "test": "",  # held-out pairs, likewise
                 "train_split": "train",  # of a data set that has several: tfds:NAME, hf:NAME
                 "test_split": "test",  # likewise

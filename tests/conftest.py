@@ -43,6 +43,8 @@ MEDIUM = (
     "pipeline/test_elsewhere.py",
     "pipeline/test_bad_numbers.py",
     "text/test_fuzz.py",
+    "buckets/test_twin.py",
+    "buckets/test_objects.py",
     "train/test_programs.py",
     "examples/test_one_page.py",
     "pipeline/test_sigterm.py",

@@ -13,8 +13,8 @@ ROOT = Path(ctpd_jax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up. A room may import those before it, and itself.
 ROOMS = (
-    "errors", "processes", "artifacts", "schema", "settings", "text", "core", "sharding", "models", "data", "train",
-    "annotate", "evaluate", "report", "job", "stages", "plan",
+    "errors", "processes", "artifacts", "buckets", "schema", "settings", "text", "core", "sharding", "models", "data",
+    "train", "annotate", "evaluate", "report", "job", "stages", "plan",
     "cli",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import requests
 
+from ctpd_jax.buckets.objects import at_hand
 from ctpd_jax.errors import UserError, printable
 from ctpd_jax.processes import server
 from ctpd_jax.schema import SIDES, AlignedPair
@@ -108,7 +109,7 @@ class Table:
         import pyarrow.parquet
 
         # 1. What has to be there, and what is compared if it is. Numbers are read when the first one is asked for.
-        self.path = Path(path).expanduser()
+        self.path = at_hand(path)
         if not self.path.exists():
             raise UserError(f"There is no table {self.path}: config.annotate.table names a Parquet file.")
         with self._readable():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ctpd_jax.artifacts import is_url
 from ctpd_jax.job.table import PLANNED, STAGES
 
 COMMANDS = {
@@ -113,18 +114,24 @@ def parser() -> argparse.ArgumentParser:
             add_plan_arguments(command)
             continue
         if name == "judge":
-            command.add_argument("answers", nargs=2, type=Path, metavar="FILE.json", help="answers of two models")
+            command.add_argument("answers", nargs=2, type=file, metavar="FILE.json", help="answers of two models")
             command.add_argument("--url", required=True, help="of the endpoint, as far as chat/completions")
             command.add_argument("--model", required=True, help="of the endpoint, that judges")
-            command.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="where the result goes")
+            command.add_argument("--out", required=True, type=file, metavar="FILE.json", help="where the result goes")
             command.add_argument("--parallel", type=int, default=4, metavar="N", help="questions at once (default: 4)")
             continue
-        command.add_argument("--workdir", required=needed, metavar="DIR", type=Path, help="where the run lives")
+        command.add_argument(
+            "--workdir",
+            required=needed,
+            metavar="DIR",
+            type=workdir,
+            help="where the run lives; may be gs://BUCKET/NAME",
+        )
         if name not in LOOKING:
             command.add_argument("--quiet", action="store_true", help="show only warnings, errors, and what is there")
-            command.add_argument("--log", metavar="FILE", type=Path, help="all that is said, as JSON lines too")
+            command.add_argument("--log", metavar="FILE", type=file, help="all that is said, as JSON lines too")
         if name == "table":
-            command.add_argument("--out", required=True, type=Path, metavar="FILE.parquet", help="where the table goes")
+            command.add_argument("--out", required=True, type=file, metavar="FILE.parquet", help="where the table goes")
         if name == "sft":
             command.add_argument("--model", choices=["teacher", "student"], help="only this one")
         if name == "dpo":
@@ -143,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--stats", action="store_true", help="of all pairs: how spans, cuts and weights are spread"
             )
-            command.add_argument("--html", type=Path, metavar="FILE", help="the pair as a page, too")
+            command.add_argument("--html", type=file, metavar="FILE", help="the pair as a page, too")
             command.add_argument("--data", metavar="FILE", help="a data set, as config.data.train takes it")
             command.add_argument("--split", default="train", help="of the data set (default: train)")
             for model in ("teacher", "student"):
@@ -153,6 +160,18 @@ def parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             add_harness_arguments(command)
     return top
+
+
+def workdir(text: str) -> str | Path:
+    """A local folder, or the URL of one in a bucket, which pathlib would garble."""
+    return text if is_url(text) else Path(text)
+
+
+def file(text: str) -> Path:
+    """What is written, and by the name of a local file alone."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} lies in a bucket; name a local file, and copy it there.")
+    return Path(text)
 
 
 def add_harness_arguments(command: argparse.ArgumentParser) -> None:
@@ -227,7 +246,7 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", default="train", help="of --prompts (default: train)")
     command.add_argument("--limit", type=int, metavar="N", help="the first N of --prompts (default: all)")
     command.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="where their answers go, as AlpacaEval writes them"
+        "--out", type=file, metavar="FILE.json", help="where their answers go, as AlpacaEval writes them"
     )
     command.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="the longest answer, in tokens (default: 128)"

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ctpd_jax.artifacts import read_record
+from ctpd_jax.buckets.twin import WRITER
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.table import STAGES, why_left_out
 from ctpd_jax.train.metrics import read_metrics
@@ -35,7 +36,7 @@ def status(workdir: Path, now: float | None = None) -> str:
         raise UserError(f"{workdir} holds no run: there is no config.json.")
     config, now, lines = ConfigDict(settings), time.time() if now is None else now, read_metrics(workdir)
     heard = f", last heard {spoken(now - lines[-1]['time'])} ago" if lines else ""
-    told = [f"{workdir}: {_at_work(workdir)}{heard}"]
+    told = [f"{workdir}: {_at_work(workdir, now)}{heard}"]
     left_out = [name for name in STAGES if why_left_out(config, name)]
     for name in STAGES:
         if name not in left_out:
@@ -71,8 +72,11 @@ def is_news(workdir: Path, name: str) -> bool:
     return not page.exists() or (seal.exists() and seal.stat().st_mtime_ns > page.stat().st_mtime_ns)
 
 
-def _at_work(workdir: Path) -> str:
+def _at_work(workdir: Path, now: float) -> str:
     """Who holds the lock, which goes with its process; a file system without locks cannot tell."""
+    writer = read_record(workdir / WRITER)  # of a bucket, whose index tells
+    if writer and writer["heard"]:
+        return f"process {writer['process']} on {writer['host']} was heard of {spoken(now - writer['heard'])} ago"
     try:
         with open(workdir / "lock", encoding="utf-8") as file:
             try:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from ctpd_jax.buckets.objects import at_hand
 from ctpd_jax.data.loader import padding, plan_shapes
 from ctpd_jax.data.packing import PackingConfig, round_up
 from ctpd_jax.data.rows import BatchShape, PairItem, ScoredResponse
@@ -88,7 +89,7 @@ def decoder_of(config: ConfigDict, model: Model) -> DecoderConfig:
     path = config[model].path
     if not path:
         raise UserError(f"config.{model}.path is empty; give a folder with a config.json, or a hub id.")
-    folder = Path(path).expanduser()
+    folder = at_hand(path, weights=False)
     if folder.is_dir():
         return read_config(folder)
     known = json.loads(KNOWN_MODELS.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ctpd_jax.annotate.scorer import score_pairs
 from ctpd_jax.annotate.store import shard_ranges, to_record, write_store
 from ctpd_jax.artifacts import kept, sha256_file, write_record
+from ctpd_jax.buckets.objects import at_hand
 from ctpd_jax.data.loader import plan_shapes
 from ctpd_jax.job.job import Job, by_first, result
 from ctpd_jax.job.lineage import identity
@@ -117,21 +118,21 @@ def known_without_teacher(job: Job, stored: Mapping) -> dict[str, Any]:
         settings["weights_source"] = "dpo"
     # Of a model whose stage is in this workdir, or that is the user's own student, the digest is known; of a table that
     # is there still, too.
-    at_hand = {}
+    known = {}
     for name, column in asked.items():
         student = column.model == "student"
         if column.outside:
             if not config.annotate.table or Path(config.annotate.table).expanduser().exists():
-                at_hand[name] = identity_of(job, column)
+                known[name] = identity_of(job, column)
         elif student if left_out(config, column.stage) else result(job, column.stage) is not None:
-            at_hand[name] = identity(job, column.stage)
+            known[name] = identity(job, column.stage)
     return {
         "settings": settings,
         "source": same_source(config, stored.get("source", {})),
         "compute": dtype_of(config, job.mesh),
         "student": _student(job),
         "data": {"rules": RULES},  # spans that this version would cut otherwise are not trained on
-        "measured_by": at_hand,
+        "measured_by": known,
     }
 
 
@@ -153,7 +154,7 @@ def compared(manifest: Mapping) -> dict[str, Any]:
 
 def source_of(config: ConfigDict) -> dict[str, Any]:
     """Where the training pairs come from; of a file that is there, also its SHA-256."""
-    found, path = {"train": config.data.train, "split": config.data.train_split}, Path(config.data.train).expanduser()
+    found, path = {"train": config.data.train, "split": config.data.train_split}, at_hand(config.data.train)
     return found | {"sha256": sha256_file(path)} if path.is_file() else found
 
 

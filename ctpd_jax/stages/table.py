@@ -16,6 +16,7 @@ import numpy as np
 from ctpd_jax.annotate.coefficients import Example, margin_values, span_values
 from ctpd_jax.annotate.store import Store
 from ctpd_jax.artifacts import PARTIAL
+from ctpd_jax.buckets.objects import at_hand
 from ctpd_jax.errors import UserError
 from ctpd_jax.job.job import Job
 from ctpd_jax.job.pairs import Pairs, load_pairs
@@ -68,7 +69,7 @@ def place_for(job: Job, out: Path) -> Path:
         UserError: `out` cannot be a table, or it is the one that was given.
     """
     # 1. What is there may be replaced by a table, if it is a file and not what others have measured.
-    given = Path(job.config.annotate.table).expanduser().resolve() if job.config.annotate.table else None
+    given = at_hand(job.config.annotate.table).resolve() if job.config.annotate.table else None
     if given and given in (out.resolve(), out.resolve().parent) and given.exists():
         raise UserError(f"--out {out} is config.annotate.table: what was measured would be lost; name another file.")
     if not out.name or (out.exists() and not out.is_file()):

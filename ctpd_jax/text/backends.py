@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, models
 
 from ctpd_jax.artifacts import read_object, refuse_impostor
+from ctpd_jax.buckets.objects import at_hand
 from ctpd_jax.errors import UserError
 
 _FETCHED = (
@@ -32,7 +33,7 @@ def open_tokenizer(source: str) -> tuple[Any, str]:
     Raises UserError, by the tokenizer's name, where it cannot be read or needs code of its own.
     """
     # 1. The files, and that they ask for no code.
-    folder = Path(source).expanduser()
+    folder = at_hand(source, weights=False)
     if not folder.is_dir():
         folder = _fetched(source)
     file = folder / "tokenizer.json"

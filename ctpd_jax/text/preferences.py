@@ -25,6 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ctpd_jax.artifacts import is_url
+from ctpd_jax.buckets.objects import at_hand
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Counters, Message, PreferencePair
 from ctpd_jax.text.answers import UNKNOWN_LAYOUT
@@ -213,7 +215,7 @@ def overlap(train: Sequence[PreferencePair], test: Sequence[PreferencePair]) -> 
 def _rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Iterator[Located]:
     if spec.startswith("tfds:"):
         return _tfds_rows(spec, split, data_dir)
-    if spec.startswith("hf:"):
+    if spec.startswith("hf:") and not is_url(spec):
         return _hub_rows(spec, split)
     return (row for path in _paths(spec, split) for row in _file_rows(path))
 
@@ -221,7 +223,7 @@ def _rows(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ite
 def _paths(spec: str, split: str) -> list[Path]:
     """Find the file, or the shards of a split in a folder."""
     # 1. A folder has one file or several shards of each split.
-    path = Path(spec.replace("{split}", split)).expanduser()
+    path = at_hand(spec.replace("{split}", split))
     if path.is_dir():
         for ending in ENDINGS:
             for folder in (path, path / "data"):  # the hub keeps its shards in "data"

@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jinja2
 import jinja2.meta
 
+from ctpd_jax.buckets.objects import at_hand
 from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Message
 from ctpd_jax.text import sandbox
@@ -122,7 +122,7 @@ def _own_template(named: dict[str, str], wanted: str, name: str) -> str:
 
 
 def _template_of_file(choice: str) -> str:
-    path = Path(choice).expanduser()
+    path = at_hand(choice)
     if path.suffix != ".jinja" or not path.is_file():
         raise UserError(
             f'The template "{choice}" is none of "auto", "chat", "chat:NAME", "plain", nor an existing .jinja file.'

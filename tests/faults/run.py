@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,12 +51,12 @@ def run(workdir: Path, fault: str = "", points: Path | None = None, each: bool =
     return forked(work, workdir.with_suffix(".log"))
 
 
-def outcome(workdir: Path) -> dict[str, object]:
+def outcome(workdir: Path, stages: Sequence[str] = STAGES) -> dict[str, object]:
     """What has to be the same, bit for bit: parameters, export, evaluation, store, and that all was told once."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     told = [(line["stage"], line["step"], line.get("loss")) for line in lines]
     return {
-        **{stage: json.loads((workdir / stage / "done.json").read_text())["params"] for stage in STAGES},
+        **{stage: json.loads((workdir / stage / "done.json").read_text())["params"] for stage in stages},
         "export": (workdir / "export" / "model.safetensors").read_bytes(),
         "evaluation": json.loads((workdir / "evaluation.json").read_text(), object_hook=timeless),
         "store": sorted(path.read_bytes() for path in workdir.glob("annotations/*.array_record*")),

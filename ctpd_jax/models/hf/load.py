@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctpd_jax.artifacts import read_json
+from ctpd_jax.buckets.objects import at_hand
 from ctpd_jax.errors import UserError
 from ctpd_jax.models.config import DecoderConfig
 from ctpd_jax.models.decoder import Params, leaves, param_shapes
@@ -115,7 +116,7 @@ def rounded(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def model_directory(path_or_repo: str | Path, weights: bool = True) -> Path:
     """Return the local folder of a model: the path itself, or a hub repository, downloaded with or without weights."""
-    path = Path(path_or_repo).expanduser()
+    path = at_hand(path_or_repo, weights)
     if path.is_dir():
         return path
     name = str(path_or_repo)

@@ -1,0 +1,331 @@
+"""The twin of a workdir: the bucket always holds the folder of some moment, whatever ends the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ctpd_jax.artifacts import write_bytes
+from ctpd_jax.buckets import twin as twins
+from ctpd_jax.buckets.objects import Bucket, cache
+from ctpd_jax.buckets.twin import INDEX, Twin
+from ctpd_jax.errors import UserError
+
+URL = "gs://bucket/run"
+NAMES = ("a", "b", "c/d", "c/e", "f")
+
+
+def taken(url: str = URL) -> Twin:
+    twin = Twin(url)
+    twin._every = 1000.0  # rounds only where the test has them
+    twin.take()
+    return twin
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / name, text.encode())
+
+
+def in_bucket(store) -> dict[str, str]:
+    return {n.removeprefix("run/"): d.decode() for n, d in store.objects.items() if n != f"run/{INDEX}"}
+
+
+def in_folder(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in twins._listed(folder)}
+
+
+def index_of(store) -> dict:
+    return json.loads(store.objects[f"run/{INDEX}"])
+
+
+def another_machine() -> None:
+    shutil.rmtree(cache("workdirs", URL))
+
+
+def test_what_a_run_leaves_is_in_the_bucket_and_comes_back_on_another_machine(store):
+    with twins.local(URL) as folder:
+        write(folder, {"config.json": "{}", "train/params/0": "a", "lock": "me", "x.partial": "half"})
+        (folder / "train" / "00000004.orbax-checkpoint-tmp").mkdir()
+        write(folder, {"train/00000004.orbax-checkpoint-tmp/d": "half"})
+    assert in_bucket(store) == {"config.json": "{}", "train/params/0": "a"} and index_of(store)["writer"] is None
+    times = {name: stat.st_mtime_ns for name, stat in twins._listed(folder).items()}
+    another_machine()
+    with twins.local(URL) as folder:
+        assert in_folder(folder) == {"config.json": "{}", "train/params/0": "a"}
+        assert {name: stat.st_mtime_ns for name, stat in twins._listed(folder).items()} == times
+        # Nothing new, nothing sent but the index.
+        store.written.clear()
+    assert set(store.written) == {f"run/{INDEX}"}
+
+
+def test_what_is_removed_or_replaced_follows_and_a_log_grows(store):
+    twin = taken()
+    write(twin.folder, {"train/a": "1", "train/b": "2", "metrics.jsonl": "one\n"})
+    twin._round()
+    (twin.folder / "train" / "a").unlink()
+    write(twin.folder, {"train/b": "3"})
+    with open(twin.folder / "metrics.jsonl", "a") as log:
+        log.write("two\n")
+    store.written.clear()
+    twin.close()
+    assert in_bucket(store) == {"train/b": "3", "metrics.jsonl": "one\ntwo\n"}
+    # What a reader could miss goes last: the index, after all that it names, and removals after that.
+    assert store.written[-1] == f"run/{INDEX}" and store.removed == ["run/train/a"]
+
+
+def test_new_names_are_sent_before_what_the_last_index_names(store):
+    twin = taken()
+    write(twin.folder, {"manifest": "0 shards"})
+    twin._round()
+    store.written.clear()
+    write(twin.folder, {"manifest": "1 shard", "shard": "data"})
+    twin._round()
+    assert store.written == [f"run/{INDEX}", "run/shard", "run/manifest", f"run/{INDEX}"]
+    twin.close()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    states=st.lists(
+        st.dictionaries(st.sampled_from(["a", "b", "c/d", "c/e", "f"]), st.text("xyz")), min_size=1, max_size=4
+    ),
+    kill=st.integers(0, 25),
+    lost=st.booleans(),
+)
+def test_killed_at_any_write_the_next_one_goes_on_from_the_last_index_or_a_later_state(
+    tmp_path, monkeypatch, states, kill, lost
+):
+    monkeypatch.setenv("CTPD_CACHE", str(tmp_path / "cache"))
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    bucket = Bucket.open("memory://bucket/run")
+    for name in bucket.names():
+        bucket.remove(name)
+    left = kill
+
+    def struck(does: Callable) -> Callable:
+        def work(*arguments: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:  # from then on nothing is done
+                raise UserError("killed")
+            does(*arguments)
+
+        return work
+
+    # 1. The run goes from state to state; a round that was cut short is its last.
+    with monkeypatch.context() as patch:
+        twin, sent = taken("memory://bucket/run"), {}
+        patch.setattr(Bucket, "put", struck(Bucket.put))
+        patch.setattr(Bucket, "remove", struck(Bucket.remove))
+        for state in states:
+            before = in_folder(twin.folder)
+            for name in before.keys() - state.keys():
+                (twin.folder / name).unlink()
+            write(twin.folder, {name: text for name, text in state.items() if before.get(name) != text})
+            try:
+                twin._round()
+            except UserError:
+                break
+            sent = state
+    twin._ended.set(), twin._thread.join()
+    now = in_folder(twin.folder)
+    # 2. Another command, here or where nothing is left.
+    if lost:
+        shutil.rmtree(tmp_path / "cache")
+    again = taken("memory://bucket/run")
+    found = in_folder(again.folder)
+    if not lost:
+        assert found == now  # the twin was ahead of the bucket, and stays so
+    else:
+        # The names are those of the last index, or of the one that was being sent; a content may be newer than it.
+        assert found.keys() in (sent.keys(), now.keys())
+        assert all(text in (sent.get(name), now.get(name)) for name, text in found.items())
+    again.close()
+    # Nothing is left behind.
+    there = {name: bucket.fs.cat_file(bucket._at(name)).decode() for name in bucket.names() if name != INDEX}
+    assert there == found
+
+
+def test_a_store_that_is_away_for_a_while_costs_nothing(store, monkeypatch, capsys):
+    monkeypatch.setenv("CTPD_BUCKET_SECONDS", "0.02")
+    twin = Twin(URL)
+    twin.take()
+    store.fault = lambda method, name: 403 if method == "POST" else None
+    write(twin.folder, {"a": "1"})
+    while "It is tried again" not in capsys.readouterr().err:
+        time.sleep(0.01)
+    store.fault = lambda method, name: None
+    twin.close()
+    assert in_bucket(store) == {"a": "1"}
+
+
+def test_a_store_that_stays_away_is_told_and_nothing_is_lost(store):
+    twin = taken()
+    write(twin.folder, {"a": "1"})
+    store.fault = lambda method, name: 403 if method == "POST" else None
+    with pytest.raises(UserError, match=f"{URL} is not up to date: .* All of it lies in {twin.folder}"):
+        twin.close()
+    store.fault = lambda method, name: None
+    with twins.local(URL):
+        pass
+    assert in_bucket(store) == {"a": "1"}
+
+
+def test_what_ends_a_run_is_told_first(store, capsys):
+    with pytest.raises(KeyError, match="the run's own"), twins.local(URL) as folder:
+        write(folder, {"a": "1"})
+        store.fault = lambda method, name: 403 if method == "POST" else None
+        raise KeyError("the run's own")
+    assert "is not up to date" in capsys.readouterr().err
+
+
+def test_a_stage_that_somebody_removed_in_the_bucket_is_made_anew(store):
+    with twins.local(URL) as folder:
+        write(folder, {"config.json": "{}", "train/done.json": "{}", "train/params/0": "a"})
+    for name in ("run/train/done.json", "run/train/params/0"):
+        store.remove(name)
+    with twins.local(URL) as folder:
+        assert in_folder(folder) == {"config.json": "{}"}
+
+
+def test_objects_that_are_listed_late_are_not_taken_for_removed(store):
+    store.late = 1000.0
+    with twins.local(URL) as folder:
+        write(folder, {"a": "1"})
+    another_machine()
+    with twins.local(URL) as folder:
+        assert in_folder(folder) == {"a": "1"}
+
+
+def test_a_bucket_that_holds_something_else_is_refused(store):
+    store.objects["run/holiday.jpg"] = b"x"
+    with pytest.raises(UserError, match=f"{URL} holds files, but no run"):
+        taken()
+    assert list(store.objects) == ["run/holiday.jpg"]
+
+
+def test_an_index_that_names_what_lies_elsewhere_is_refused(store):
+    with twins.local(URL) as folder:
+        write(folder, {"a": "1"})
+    index = index_of(store)
+    index["files"]["../../evil"] = index["files"]["a"]
+    index.pop("sha256", None)
+    store.objects[f"run/{INDEX}"] = json.dumps(index).encode()
+    another_machine()
+    with pytest.raises(UserError, match="lies outside of it"):
+        taken()
+
+
+# ------------------------------------------------------------------------------------------------ others
+
+
+def elsewhere(store, seconds_ago: float) -> None:
+    """As if the bucket's writer were on another machine, and was heard of so long ago."""
+    index = index_of(store)
+    index.pop("sha256", None)
+    index["writer"] = {"id": "x", "process": 7, "host": "far", "machine": "far", "heard": time.time() - seconds_ago}
+    store.objects[f"run/{INDEX}"] = json.dumps(index).encode()
+
+
+def test_one_of_this_machine_that_is_alive_is_refused_at_once_and_one_that_died_is_not(store):
+    taken()._ended.set()
+    for process in (os.getppid(), 2**22 + 1):  # the last is more than there can be
+        index = index_of(store)
+        index.pop("sha256", None)
+        index["writer"]["process"] = process
+        store.objects[f"run/{INDEX}"] = json.dumps(index).encode()
+        if process == os.getppid():
+            with pytest.raises(UserError, match=f"Another command is at work in {URL}, process {process} on "):
+                taken()
+        else:
+            taken().close()
+
+
+def test_one_of_another_machine_is_waited_for_until_it_is_silent_for_long(store, monkeypatch, capsys):
+    with twins.local(URL) as folder:
+        write(folder, {"a": "1"})
+    elsewhere(store, seconds_ago=twins.SILENT + 1)
+    taken().close()  # it has been silent for long
+    capsys.readouterr()
+    monkeypatch.setattr(twins, "SILENT", 0.4)
+    elsewhere(store, seconds_ago=0.0)
+    taken().close()
+    assert f"{URL}: process 7 on far may be at work; waiting 0 s" in capsys.readouterr().out
+
+
+def test_one_of_another_machine_that_is_heard_of_is_refused(store, monkeypatch):
+    with twins.local(URL):
+        pass
+    elsewhere(store, seconds_ago=0.0)
+    monkeypatch.setattr(twins.Twin, "_index", heard_of_again(twins.Twin._index, store))
+    with pytest.raises(UserError, match=f"Another command is at work in {URL}, process 7 on far"):
+        taken()
+
+
+def heard_of_again(read, store):
+    """The index as it is read, and a word of its writer before each reading."""
+
+    def index(self):
+        elsewhere(store, seconds_ago=0.0)
+        return read(self)
+
+    return index
+
+
+def test_who_was_taken_for_dead_and_was_not_stops(store, monkeypatch):
+    sent = []
+    monkeypatch.setattr(twins.os, "kill", lambda process, number: sent.append(number))
+    monkeypatch.setenv("CTPD_BUCKET_SECONDS", "0.05")
+    twin = Twin(URL)
+    twin.take()
+    elsewhere(store, seconds_ago=0.0)
+    twin._thread.join(20)
+    assert sent == [15] and index_of(store)["files"] == {}
+    with pytest.raises(
+        UserError, match=f"belongs to another command now; what this one has made lies in {twin.folder}"
+    ):
+        twin.close()
+
+
+def test_who_looks_sees_the_newest_and_sends_nothing(store):
+    with pytest.raises(UserError, match=f"{URL} holds no run"), twins.local(URL, looks_only=True):
+        pass
+    twin = taken()
+    write(twin.folder, {"config.json": "{}", "big": "x" * 100})
+    # On this machine that is the twin itself, also before it is sent.
+    with twins.local(URL, looks_only=True) as seen:
+        assert seen == twin.folder
+    twin.close()
+    another_machine()
+    store.written.clear()
+    elsewhere(store, seconds_ago=3.0)
+    with pytest.MonkeyPatch.context() as patch, twins.local(URL, looks_only=True, small=True) as _:
+        patch.setattr(twins, "SMALL", 50)
+        with twins.local(URL, looks_only=True, small=True) as seen:
+            assert in_folder(seen) == {"config.json": "{}"} and seen != twin.folder
+            assert json.loads((seen / twins.WRITER).read_text())["host"] == "far"
+    with twins.local(URL, looks_only=True) as seen:
+        assert in_folder(seen) == {"config.json": "{}", "big": "x" * 100}
+    assert store.written == []
+
+
+def test_one_process_only(store, monkeypatch):
+    monkeypatch.setattr(twins, "several", lambda: True)
+    with pytest.raises(UserError, match="several need a folder that all of them see"), twins.local(URL):
+        pass
+
+
+def test_a_local_workdir_is_itself(tmp_path):
+    with twins.local(tmp_path / "run") as folder:
+        assert folder == tmp_path / "run" and not folder.exists()
