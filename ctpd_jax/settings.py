@@ -29,7 +29,8 @@ def training(lr: float, **changes) -> ConfigDict:
             "adam_b1": 0.9,  # decay of the mean of gradients
             "adam_b2": 0.999,  # of the mean of their squares
             "moments": "float32",  # "bfloat16": Adam's first moment, kept in two bytes a parameter instead of four
-            "save_every": 100,  # updates between checkpoints
+            "save_every": 100,  # updates between checkpoints, at most
+            "save_minutes": 30.0,  # and minutes, by the time that updates take; 0: those of save_every alone
             "nonfinite": "stop",  # what an update does whose loss or gradient is not finite: "stop", or "skip" it
             "lora": {  # adapters instead of all parameters; the result is relative to what the stage started from
                 "rank": 0,  # 0: train all parameters

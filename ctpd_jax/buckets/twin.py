@@ -38,6 +38,7 @@ from ctpd_jax.processes.together import several
 INDEX = "ctpd-index.json"
 WRITER = ".index-writer.json"  # in a copy that is only looked at: who has its original
 EVERY = 30.0  # seconds from one look at the twin to the next; CTPD_BUCKET_SECONDS
+LONGEST = 60.0  # that it may be
 SILENT = 120.0  # seconds after which a writer counts as dead
 # Files of one process, half-written ones, and what changes whenever it is read.
 _UNSENT = ("lock", ".index*", "*.partial", "*.old", "*.orbax-checkpoint-tmp*", "*-atime")
@@ -77,6 +78,15 @@ def local(workdir: str | Path, looks_only: bool = False, small: bool = False) ->
     twin.close()
 
 
+def every() -> float:
+    """Return the seconds from one look at the twin to the next."""
+    given = os.environ.get("CTPD_BUCKET_SECONDS") or EVERY
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) <= LONGEST:
+            return float(given)
+    raise UserError(f"CTPD_BUCKET_SECONDS={given} in the environment: seconds, more than 0, at most {LONGEST:g}.")
+
+
 class _TakenOver(UserError):
     """Another command writes into the bucket."""
 
@@ -93,7 +103,7 @@ class Twin:
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of each file as it was sent
         self._me = {"id": uuid.uuid4().hex, "process": os.getpid(), "host": platform.node(), "machine": _machine()}
         self._holds, self._lost = False, False
-        self._every = float(os.environ.get("CTPD_BUCKET_SECONDS") or EVERY)
+        self._every = every()
         self._ended, self._thread = threading.Event(), threading.Thread(target=self._follow, daemon=True)
 
     def take(self) -> None:
@@ -165,12 +175,14 @@ class Twin:
 
     def _index(self) -> Index:
         """Return what the index holds, {} where there is none."""
-        file = self._place / INDEX
+        file = self._place / f"{self._me['id']}.json"  # others of this machine may look meanwhile
         try:
             self.bucket.get(INDEX, file)
+            index = read_record(file, f"remove {self.url}, or take another --workdir") or {}
         except FileNotFoundError:
             return {}
-        index = read_record(file, f"remove {self.url}, or take another --workdir") or {}
+        finally:
+            file.unlink(missing_ok=True)
         for name in [*index["files"], *index["gone"]]:
             check_inside(self.url, name)
         return index

@@ -60,7 +60,7 @@ DTYPE = (lambda x: x in ("float32", "bfloat16"), "choose one of float32, bfloat1
 # What every stage that trains has, and those with a `beta` besides: settings, what has to hold, and else what is said.
 OF_STAGES: tuple[tuple[str, Range], ...] = (
     ("lr epochs batch_size micro_batch clip save_every lora.alpha", POSITIVE),
-    ("weight_decay", NOT_NEGATIVE),
+    ("weight_decay save_minutes", NOT_NEGATIVE),
     ("warmup", (SHARE[0], "it is a share of the steps, from 0 to 1")),
     ("moments", DTYPE),
     ("lora.base", (lambda x: x in ("float32", "bfloat16", "int8"), "choose one of float32, bfloat16, int8")),

@@ -169,7 +169,7 @@ def fingerprint(config: ConfigDict, stage: str) -> dict[str, Any]:
     if not settings["lora"]["rank"]:
         settings["lora"] = {"rank": 0}
     # A stage that an update without a number has ended may go on without that update.
-    without = {"save_every", "micro_batch", "epochs", "nonfinite"}
+    without = {"save_every", "save_minutes", "micro_batch", "epochs", "nonfinite"}
     if not settings.get("keep_best"):  # then looking changes nothing
         without |= {"eval_every", "eval_pairs", "keep_best", "patience"}
     return {name: value for name, value in settings.items() if name not in without}

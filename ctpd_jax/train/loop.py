@@ -33,7 +33,7 @@ from ctpd_jax.models.decoder import Params
 from ctpd_jax.models.lora import join
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import Array, Batch, Model
-from ctpd_jax.sharding import compiler_options, place_batch, replicated
+from ctpd_jax.sharding import compiler_options, place_batch, replicated, told_by_first
 from ctpd_jax.train.checkpoint import Checkpoints
 from ctpd_jax.train.held_out import HeldOut, Looks
 from ctpd_jax.train.metrics import MetricLog, Progress
@@ -41,6 +41,7 @@ from ctpd_jax.train.optimizer import learning_rate, make_optimizer
 from ctpd_jax.train.profile import PROFILE, traced
 from ctpd_jax.train.sums import Sums, mean_of
 
+TIMED = 5  # updates of a process before it says when to save: the first one compiles
 MOST_IN_A_ROW = 5  # updates that are not finite end a stage also where they are left out: it has diverged
 
 
@@ -123,6 +124,7 @@ def train(
         first = int(state.step)
         log.rewind(name, first - 1)  # the line of step s tells of update s, counted from 0
         prepared = ahead(updates.batches, first, steps)
+        saved, next_save = first, next_by_count(first, settings.save_every)
         began, in_a_row = 0.0, 0  # when the update before had ended; updates that were left out, up to it
         gradient: Any = zeros(state.params)
         with Progress(steps, name, first, unit="update") as progress:
@@ -187,7 +189,7 @@ def train(
                 if preempt.stop_now():
                     if untold:
                         tell(*untold)
-                    if step > first and step % settings.save_every:  # else it is there already
+                    if step > saved:
                         checkpoints.save(step, state)
                     checkpoints.wait()
                     raise preempt.Preempted(f"saved after update {step} of {steps}" if step else "nothing to save yet")
@@ -212,12 +214,18 @@ def train(
                 if untold:
                     tell(*untold)
                 untold = step, sums, norm, compiled_programs(name, accumulate, len(updates.shapes)), ended
-                saves = (step + 1) % settings.save_every == 0
+                saves = step + 1 == next_save
                 if saves or looks.due(step) or step + 1 == steps or not fine:
                     tell(*untold)
                     if saves and step + 1 < steps:
                         checkpoints.save(step + 1, state)
                     untold, began = None, time.perf_counter()
+                if step == first:  # which has compiled
+                    clock = time.perf_counter()
+                if saves or step + 1 == first + TIMED:
+                    saved = step + 1 if saves else saved
+                    seconds = (time.perf_counter() - clock) / max(step - first, 1)
+                    next_save = told_by_first(partial(save_after, step + 1, seconds, settings))
                 if looks.over(step):
                     progress.write(f"{name}: ends after update {step + 1}, no look was better for so long.")
                     break
@@ -226,6 +234,19 @@ def train(
                 progress.write(f"{name}: {what}.")
         checkpoints.wait()
     return params
+
+
+def next_by_count(step: int, every: int) -> int:
+    """Returns the next multiple of `every` updates."""
+    return (step // every + 1) * every
+
+
+def save_after(step: int, seconds: float, settings: ConfigDict) -> int:
+    """Returns the update after which to save next: by count, or sooner by time, where one takes so many seconds."""
+    by_count = next_by_count(step, settings.save_every)
+    if not settings.save_minutes:
+        return by_count
+    return min(by_count, step + max(1, int(60 * settings.save_minutes / max(seconds, 1e-9))))
 
 
 def require_shapes(name: str, expected: Params, found: Params) -> Params:

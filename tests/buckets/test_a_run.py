@@ -85,12 +85,12 @@ def test_two_commands_do_not_write_into_one_bucket(finished_micro, tmp_path):
             assert first.poll() is None, first.communicate()[0]
         # Of one machine that is known at once; of another one it takes minutes (test_twin.py).
         code, told = ended(ctpd(store, tmp_path / "b", *command))
-        assert code == 2 and "Another command is at work in gs://bucket/run" in told
+        assert code == 2 and "Another command is at work in gs://bucket/run" in told, told
         # Who only looks may, and is told who is at work.
         while "run/config.json" not in store.objects:
             assert first.poll() is None, first.communicate()[0]
         code, told = ended(ctpd(store, tmp_path / "a", "status", "--workdir", "gs://bucket/run"))
-        assert code == 0 and "is at work" in told
+        assert code == 0 and "is at work" in told, told
         first.send_signal(signal.SIGTERM)
         code, told = ended(first)
         assert code == 75 and "gs://bucket/run: up to date." in told

@@ -320,6 +320,13 @@ def test_who_looks_sees_the_newest_and_sends_nothing(store):
     assert store.written == []
 
 
+@pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "500"])
+def test_seconds_that_are_none(store, monkeypatch, given):
+    monkeypatch.setenv("CTPD_BUCKET_SECONDS", given)
+    with pytest.raises(UserError, match=f"CTPD_BUCKET_SECONDS={given} in the environment"):
+        Twin(URL)
+
+
 def test_one_process_only(store, monkeypatch):
     monkeypatch.setattr(twins, "several", lambda: True)
     with pytest.raises(UserError, match="several need a folder that all of them see"), twins.local(URL):

@@ -14,7 +14,8 @@ from ctpd_jax.errors import UserError
 from ctpd_jax.schema import Batch, RowLayout
 from ctpd_jax.settings import training
 from ctpd_jax.train import loop
-from ctpd_jax.train.loop import Recipe, train
+from ctpd_jax.train.checkpoint import Checkpoints
+from ctpd_jax.train.loop import Recipe, save_after, train
 from ctpd_jax.train.metrics import MetricLog, read_metrics
 from ctpd_jax.train.optimizer import make_optimizer
 
@@ -76,6 +77,41 @@ def test_each_update_has_its_own_time_where_programs_run_at_once(tmp_path, monke
     with MetricLog(tmp_path, tensorboard=False) as log:
         train(timed, tmp_path / "checkpoints", lambda: initial, {}, updates_of(lambda step: batches(0), 1), log)
     assert [line["seconds"] for line in read_metrics(tmp_path)] == [1.0] * 10
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds", "minutes", "expected"),
+    [
+        (0, 1.0, 0.0, 100),  # by count alone
+        (5, 1.0, 30.0, 100),  # quick: the count comes first
+        (5, 60.0, 30.0, 35),
+        (95, 60.0, 30.0, 100),
+        (100, 60.0, 30.0, 130),
+        (7, 7200.0, 30.0, 8),  # one update takes longer than that
+        (7, 0.0, 30.0, 100),
+    ],
+)
+def test_when_to_save_next(step, seconds, minutes, expected):
+    settings = training(lr=0.1, save_every=100, save_minutes=minutes)
+    assert save_after(step, seconds, settings) == expected
+
+
+def test_slow_updates_are_saved_by_time_and_change_no_number(tmp_path, monkeypatch):
+    """Here every update is slow: from the fifth on each is saved, and so is one that is asked to stop."""
+    shapes = {"model": {"norm": {"weight": jax.ShapeDtypeStruct((4,), jnp.float32)}}}
+    initial = {"model": {"norm": {"weight": jnp.arange(4.0)}}}
+    steps: dict[float, list[int]] = {}
+    found, save = {}, Checkpoints.save
+    for minutes in (0.0, 1e-9):
+        told = steps.setdefault(minutes, [])
+        with monkeypatch.context() as patch, MetricLog(tmp_path / f"{minutes}", tensorboard=False) as log:
+            patch.setattr(Checkpoints, "save", lambda self, *given, t=told: t.append(given[0]) or save(self, *given))
+            recipe = recipe_of(sums_of, shapes, training(lr=0.1, save_every=8, save_minutes=minutes), 10)
+            updates = updates_of(lambda step: batches(0), 1)
+            found[minutes] = train(recipe, tmp_path / f"{minutes}" / "checkpoints", lambda: initial, {}, updates, log)
+    assert steps == {0.0: [8], 1e-9: [6, 7, 8, 9]}
+    weight = [found[minutes]["model"]["norm"]["weight"] for minutes in found]
+    np.testing.assert_array_equal(*weight)
 
 
 # ------------------------------------------------------------------------------------------------ not finite
