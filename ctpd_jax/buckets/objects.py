@@ -21,7 +21,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from ctpd_jax.artifacts import PARTIAL, Broken, is_url, read_record, write_record
-from ctpd_jax.errors import UserError
+from ctpd_jax.errors import UserError, without_secrets
 from ctpd_jax.processes import messages
 
 SMALL = 16 << 20  # bytes: what is there in a moment
@@ -35,7 +35,7 @@ Found = TypeVar("Found")
 def cache(kind: str, url: str) -> Path:
     """Return the local folder for what belongs to a URL: below CTPD_CACHE, or ~/.cache/ctpd_jax."""
     root = os.environ.get("CTPD_CACHE") or Path.home() / ".cache" / "ctpd_jax"
-    return Path(root).expanduser().absolute() / kind / quote(url.rstrip("/"), safe="")
+    return Path(root).expanduser().absolute() / kind / quote(without_secrets(url.rstrip("/")), safe="")
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ class Twin:
         self._gone: list[str] = []  # what it does not name, and may be there
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of each file as it was sent
         self._me = {"id": uuid.uuid4().hex, "process": os.getpid(), "host": platform.node(), "machine": _machine()}
-        self._holds, self._lost = False, False
+        self._ours = {self._me["id"]}  # this writer, and the dead one that it comes after
+        self._lost = False
         self._every = every()
         self._ended, self._thread = threading.Event(), threading.Thread(target=self._follow, daemon=True)
 
@@ -124,6 +125,7 @@ class Twin:
             for name in _listed(self.folder).keys() - files.keys():
                 (self.folder / name).unlink()
         self._files, self._gone = files, index.get("gone", [])
+        self._ours |= {index["writer"]["id"]} if index.get("writer") else set()
         self._sent = {name: (entry["size"], entry["time"]) for name, entry in files.items()}
         # 4. From here on the bucket says who writes.
         self._round()
@@ -139,6 +141,7 @@ class Twin:
         if self._descends_from(index) or (writer and writer["machine"] == _machine() and not _dead(writer)):
             return self.folder
         copy = self._place / "looked"
+        copy.mkdir(parents=True, exist_ok=True)
         for last in (False, False, True):
             files = {name: entry for name, entry in index["files"].items() if not small or entry["size"] < SMALL}
             try:
@@ -189,12 +192,12 @@ class Twin:
 
     def _hold(self, leaving: bool = False) -> None:
         """Write the index, with the word that this one was heard of, unless another command has taken over."""
-        # Whoever waited for this one to fall silent may write by now.
-        other = self._index().get("writer") if self._holds else None
-        if other and other["id"] != self._me["id"]:
+        # Whoever waited for this one to fall silent, or for the same one, may write by now.
+        other = self._index().get("writer")
+        if other and other["id"] not in self._ours:
             self._lost = True
             raise _TakenOver(f"{self.url}: process {other['process']} on {other['host']} writes there now.")
-        self._holds = True
+        self._ours = {self._me["id"]}
         # A kill may come before the store has answered: the twin goes back to either index.
         writer = None if leaving else {**self._me, "heard": time.time()}
         index = {"files": self._files, "gone": self._gone, "writer": writer}
@@ -205,8 +208,11 @@ class Twin:
 
     def _descends_from(self, index: Index) -> bool:
         """Whether the twin was in the state of this index, so that whatever differs is newer than it."""
+        # One that was emptied, but for its notes, is no newer state.
+        files = index.get("files", {})
+        emptied = bool(files) and not any((self.folder / name).exists() for name in files)
         notes = (self.folder / ".index.json", self.folder / ".index-next.json")
-        return bool(index) and any(read_record(note) == index for note in notes)
+        return bool(index) and not emptied and any(read_record(note) == index for note in notes)
 
     def _wait_for_writer(self) -> Index:
         """Return the index once nobody else writes."""

@@ -114,6 +114,10 @@ def test_models_tokenizers_and_data_are_named_as_local_ones_are(store, tmp_path,
     assert main(["generate", "--folder", "gs://bucket/student", "--prompt", "Hello?", "--max-new-tokens", "2"]) == 0
 
 
+def test_no_name_or_password_of_an_address_is_in_the_name_of_its_copy():
+    assert "secret" not in str(objects.cache("inputs", "ftp://me:secret@host/data"))
+
+
 def test_a_local_path_stays_what_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert at_hand("~/x") == tmp_path / "x" and at_hand(Path("a/b")) == Path("a/b")

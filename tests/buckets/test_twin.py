@@ -128,7 +128,7 @@ def test_killed_at_any_write_the_next_one_goes_on_from_the_last_index_or_a_later
         twin, sent = taken("memory://bucket/run"), {}
         patch.setattr(Bucket, "put", struck(Bucket.put))
         patch.setattr(Bucket, "remove", struck(Bucket.remove))
-        for state in states:
+        for state in ({**state, "config.json": "{}"} for state in states):  # which every run has
             before = in_folder(twin.folder)
             for name in before.keys() - state.keys():
                 (twin.folder / name).unlink()
@@ -199,6 +199,33 @@ def test_a_stage_that_somebody_removed_in_the_bucket_is_made_anew(store):
         assert in_folder(folder) == {"config.json": "{}"}
 
 
+def test_a_twin_that_was_emptied_is_filled_again(store):
+    with twins.local(URL) as folder:
+        write(folder, {"config.json": "{}", "train/done.json": "{}"})
+    for path in folder.iterdir():  # as `rm -r FOLDER/*` does, which leaves the notes
+        if not path.name.startswith("."):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with twins.local(URL) as folder:
+        assert in_folder(folder) == {"config.json": "{}", "train/done.json": "{}"}
+    assert in_bucket(store) == in_folder(folder)
+
+
+def test_of_two_that_waited_for_the_same_dead_one_one_writes(store, monkeypatch):
+    with twins.local(URL) as folder:
+        write(folder, {"a": "1"})
+    elsewhere(store, seconds_ago=twins.SILENT + 1)
+    names = Bucket.names
+
+    def slowly(bucket: Bucket) -> dict[str, Any]:  # meanwhile another one is faster
+        elsewhere(store, seconds_ago=0.0, writer="y")
+        return names(bucket)
+
+    monkeypatch.setattr(Bucket, "names", slowly)
+    with pytest.raises(UserError, match="process 7 on far writes there now"):
+        taken()
+    assert index_of(store)["writer"]["id"] == "y"
+
+
 def test_objects_that_are_listed_late_are_not_taken_for_removed(store):
     store.late = 1000.0
     with twins.local(URL) as folder:
@@ -230,11 +257,11 @@ def test_an_index_that_names_what_lies_elsewhere_is_refused(store):
 # ------------------------------------------------------------------------------------------------ others
 
 
-def elsewhere(store, seconds_ago: float) -> None:
+def elsewhere(store, seconds_ago: float, writer: str = "x") -> None:
     """As if the bucket's writer were on another machine, and was heard of so long ago."""
     index = index_of(store)
     index.pop("sha256", None)
-    index["writer"] = {"id": "x", "process": 7, "host": "far", "machine": "far", "heard": time.time() - seconds_ago}
+    index["writer"] = {"id": writer, "process": 7, "host": "far", "machine": "far", "heard": time.time() - seconds_ago}
     store.objects[f"run/{INDEX}"] = json.dumps(index).encode()
 
 
