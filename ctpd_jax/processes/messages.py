@@ -9,9 +9,9 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ctpd_jax.errors import UserError
 
@@ -26,7 +26,7 @@ _quiet = False
 class _JSONLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         told = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
-        return json.dumps(told, ensure_ascii=False)
+        return json.dumps(told | getattr(record, "figures", {}), ensure_ascii=False)
 
 
 @contextlib.contextmanager
@@ -60,10 +60,17 @@ def quiet() -> bool:
     return _quiet
 
 
-def say(text: str, level: int = logging.INFO, shown: TextIO | None = None) -> None:
-    """Tell a message, to stdout; to stderr what is at least a warning; or where it is to be `shown`."""
+def note(text: str, level: int = logging.INFO, figures: Mapping[str, Any] | None = None) -> None:
+    """Tell the log alone; `figures` are fields of its line, beside the text."""
     # The text is no format: it may hold a "%".
-    LOG.log(level, "%s", text)
+    LOG.log(level, "%s", text, extra={"figures": dict(figures or {})})
+
+
+def say(
+    text: str, level: int = logging.INFO, shown: TextIO | None = None, figures: Mapping[str, Any] | None = None
+) -> None:
+    """Tell a message, to stdout; to stderr what is at least a warning; or where it is to be `shown`. See `note`."""
+    note(text, level, figures)
     if level >= logging.WARNING or not _quiet:
         print(text, file=shown or (sys.stderr if level >= logging.WARNING else sys.stdout), flush=True)
 

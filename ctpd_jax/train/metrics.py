@@ -101,9 +101,9 @@ class MetricLog:
         values = {name: _plain(value) for name, value in metrics.items()}
         for name in values.keys() & {*_RESERVED, _SUM}:
             raise ValueError(f"A metric cannot be called {name!r}: every line has a field of that name.")
-        # 1. The line: JSON has no NaN.
+        # 1. The line.
         now = time.time()
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        finite = _finite(values)
         line = {"stage": stage, "step": int(step), "time": round(now, 3), **finite}
         with open(self.workdir / METRICS, "ab") as out:
             out.write(_as_line(line))
@@ -180,6 +180,11 @@ def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
     )
 
 
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as JSON has them: None for NaN and infinity."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
 def _plain(value: Any) -> bool | int | float | str:
     if hasattr(value, "item"):  # a NumPy or JAX scalar
         value = value.item()
@@ -209,20 +214,21 @@ class Progress:
         # On a terminal tqdm counts and draws; a log file would get all of it in one line without end.
         self.total, self.description, self.done, self.unit = total, description, done, unit
         self._stream, self._every, self._clock, self._active = stream or sys.stderr, every, clock, active
-        self._values = ""
+        self._values: dict[str, float | str] = {}
+        self._figures: Mapping[str, Any] = {}
         self._start = self._said = clock(), done
         self._watched = self._stream.isatty()
         self._draws = active and self._watched and not messages.quiet()
         bar = {"desc": description, "initial": done, "unit": unit, "dynamic_ncols": True}
         self._bar = tqdm(total=total, file=self._stream, disable=not self._draws, **bar)
 
-    def update(self, number: int = 1, **values: float | str) -> None:
-        """Count `number` more; `values` stand beside the bar until the next ones."""
+    def update(self, number: int = 1, figures: Mapping[str, Any] | None = None, **values: float | str) -> None:
+        """Count `number` more; `values` stand beside the bar until the next ones, `figures` in the log alone."""
         self.done += number
+        self._figures = figures or self._figures
         if values:
-            shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
-            self._values = " ".join(shown)
-            self._bar.set_postfix_str(self._values, refresh=False)
+            self._values = values
+            self._bar.set_postfix_str(self._shown(), refresh=False)
         self._bar.update(number)
         stall.alive()
         if self._clock() - self._said[0] >= self._every:
@@ -248,18 +254,27 @@ class Progress:
         if self.done != self._said[1]:
             self._say("in all")
 
+    def _shown(self) -> str:
+        return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self._values.items())
+
     def _say(self, what: str) -> None:
-        """Print "train 120/1000 (12%), 3.4 step/s, 4:18 left, loss=0.69" where nobody watches.
+        """Log how far it is, and where nobody watches print "train 120/1000 (12%), 3.4 step/s, 4:18 left, loss=0.69".
 
         The rate is that since the line before; of the last line, which tells the time "in all", since the start.
         """
         now, (then, count) = self._clock(), self._start if what == "in all" else self._said
         self._said = now, self.done
-        if not self._active or self._watched:
+        if not self._active:
             return
         rate = (self.done - count) / max(now - then, 1e-9)
         seconds = now - then if what == "in all" else max(self.total - self.done, 0) / max(rate, 1e-9)
         share = 100 * self.done // max(self.total, 1)
         parts = [f"{self.description} {self.done}/{self.total} ({share}%)", f"{rate:.3g} {self.unit}/s"]
         parts.append(f"{tqdm.format_interval(round(seconds)).removeprefix('0')} {what}")
-        messages.say(", ".join(parts + [self._values] * bool(self._values)), shown=self._stream)
+        text = ", ".join(parts + [self._shown()] * bool(self._values))
+        figures = {"at": self.description, "done": self.done, "total": self.total, "per_second": round(rate, 4)}
+        figures |= {f"seconds_{what.replace(' ', '_')}": round(seconds), **_finite({**self._figures, **self._values})}
+        if self._watched:  # the bar says it
+            messages.note(text, figures=figures)
+        else:
+            messages.say(text, shown=self._stream, figures=figures)

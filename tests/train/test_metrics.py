@@ -11,6 +11,7 @@ import pytest
 
 from ctpd_jax.artifacts import finish
 from ctpd_jax.errors import UserError
+from ctpd_jax.processes import messages
 from ctpd_jax.train.metrics import METRICS, MetricLog, Progress, lost_lines, read_metrics
 
 
@@ -182,6 +183,33 @@ def test_on_a_terminal_a_bar():
         progress.update(3, loss=0.123456)
         progress.write("a line above")
     assert "4/4" in out.getvalue() and "loss=0.1235" in out.getvalue() and "a line above" in out.getvalue()
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_log_has_the_figures_as_fields_whoever_watches(tmp_path, watched):
+    out, now = io.StringIO(), [0.0]
+    out.isatty = lambda: watched
+    with (
+        messages.heard(tmp_path / "log.jsonl", quiet=False),
+        Progress(120, "train", every=30, stream=out, clock=lambda: now[0], unit="update") as progress,
+    ):
+        for number in range(40):
+            now[0] += 2
+            progress.update(1, {"padding": 0.25}, loss=float("nan") if number > 20 else 0.5)
+    first, second, last = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert first.pop("time") and first.pop("message").startswith("train 15/120 (12%), 0.5 update/s, 3:30 left")
+    fields = {
+        "at": "train",
+        "done": 15,
+        "total": 120,
+        "per_second": 0.5,
+        "seconds_left": 210,
+        "padding": 0.25,
+        "loss": 0.5,
+    }
+    assert first == {"level": "info", **fields}
+    assert second["loss"] is None and last["seconds_in_all"] == 80
+    assert ("train 15/120 (12%), 0.5 update/s" in out.getvalue()) != watched
 
 
 def test_nothing_to_do_says_nothing():
