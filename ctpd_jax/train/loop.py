@@ -180,8 +180,8 @@ def train(
                     metrics |= {f"eval/{key}": value for key, value in seen.items()}
                 if step % log_every == 0 or step == steps - 1 or looks.due(step) or not fine:
                     log.log(name, step, metrics | dict(figures or {}))
-                told = {key: metrics[key] for key in ("padding", "peak_memory_gb") if key in metrics}
-                progress.update(1, told, loss=metrics["loss"])
+                beside: dict[str, float] = {k: v for k, v in metrics.items() if k in ("padding", "peak_memory_gb")}
+                progress.update(1, beside, loss=metrics["loss"])
 
             if first < steps:
                 progress.write(f"{name}: compiling, which can take minutes for a large model ...")
