@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import json
 import logging
 import os
 import platform
@@ -29,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from ctpd_jax.artifacts import is_url, read_record, sha256_file, write_record
+from ctpd_jax.artifacts import is_url, read_record, sha256_file, unchanged, write_record
 from ctpd_jax.buckets.objects import SMALL, TOGETHER, Bucket, cache, check_inside, fetch
 from ctpd_jax.errors import UserError, without_secrets
 from ctpd_jax.processes import messages
@@ -181,11 +182,15 @@ class Twin:
         file = self._place / f"{self._me['id']}.json"  # others of this machine may look meanwhile
         try:
             self.bucket.get(INDEX, file)
-            index = read_record(file, f"remove {self.url}, or take another --workdir") or {}
+            index = json.loads(file.read_bytes())
         except FileNotFoundError:
             return {}
+        except (ValueError, RecursionError):
+            index = None
         finally:
             file.unlink(missing_ok=True)
+        if not isinstance(index, dict) or "sha256" not in index or not unchanged(index):
+            raise UserError(f"{self.url}/{INDEX} is damaged; take another --workdir, or remove all of {self.url}.")
         for name in [*index["files"], *index["gone"]]:
             check_inside(self.url, name)
         return index

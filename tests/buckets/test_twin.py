@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctpd_jax.artifacts import write_bytes
+from ctpd_jax.artifacts import canonical_json, write_bytes
 from ctpd_jax.buckets import twin as twins
 from ctpd_jax.buckets.objects import Bucket, cache
 from ctpd_jax.buckets.twin import INDEX, Twin
@@ -47,6 +48,12 @@ def in_folder(folder: Path) -> dict[str, str]:
 
 def index_of(store) -> dict:
     return json.loads(store.objects[f"run/{INDEX}"])
+
+
+def put_index(store, index: dict) -> None:
+    index.pop("sha256", None)
+    index["sha256"] = hashlib.sha256(canonical_json(index)).hexdigest()
+    store.objects[f"run/{INDEX}"] = json.dumps(index).encode()
 
 
 def another_machine() -> None:
@@ -242,13 +249,21 @@ def test_a_bucket_that_holds_something_else_is_refused(store):
     assert list(store.objects) == ["run/holiday.jpg"]
 
 
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"nonsense", b'{"files": {}, "gone": [], "writer": null}'])
+@pytest.mark.parametrize("looks_only", [False, True])
+def test_an_index_that_is_not_as_it_was_written_is_refused(store, data, looks_only):
+    store.objects[f"run/{INDEX}"] = data
+    with pytest.raises(UserError, match=f"{URL}/{INDEX} is damaged"), twins.local(URL, looks_only):
+        pass
+    assert store.objects == {f"run/{INDEX}": data}
+
+
 def test_an_index_that_names_what_lies_elsewhere_is_refused(store):
     with twins.local(URL) as folder:
         write(folder, {"a": "1"})
     index = index_of(store)
     index["files"]["../../evil"] = index["files"]["a"]
-    index.pop("sha256", None)
-    store.objects[f"run/{INDEX}"] = json.dumps(index).encode()
+    put_index(store, index)
     another_machine()
     with pytest.raises(UserError, match="lies outside of it"):
         taken()
@@ -260,18 +275,16 @@ def test_an_index_that_names_what_lies_elsewhere_is_refused(store):
 def elsewhere(store, seconds_ago: float, writer: str = "x") -> None:
     """As if the bucket's writer were on another machine, and was heard of so long ago."""
     index = index_of(store)
-    index.pop("sha256", None)
     index["writer"] = {"id": writer, "process": 7, "host": "far", "machine": "far", "heard": time.time() - seconds_ago}
-    store.objects[f"run/{INDEX}"] = json.dumps(index).encode()
+    put_index(store, index)
 
 
 def test_one_of_this_machine_that_is_alive_is_refused_at_once_and_one_that_died_is_not(store):
     taken()._ended.set()
     for process in (os.getppid(), 2**22 + 1):  # the last is more than there can be
         index = index_of(store)
-        index.pop("sha256", None)
         index["writer"]["process"] = process
-        store.objects[f"run/{INDEX}"] = json.dumps(index).encode()
+        put_index(store, index)
         if process == os.getppid():
             with pytest.raises(UserError, match=f"Another command is at work in {URL}, process {process} on "):
                 taken()
