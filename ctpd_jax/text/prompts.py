@@ -281,8 +281,8 @@ def fit_prompt(
         if not fits(best):
             raise PromptTooLong(
                 f"the prompt without its last user message has {len(best.teacher)} teacher and {len(best.student)} "
-                f"student tokens, the limits are {max_teacher} and {max_student}; raise max_prompt or leave the pair "
-                "out."
+                f"student tokens, the limits are {max_teacher} and {max_student}; raise "
+                "data.max_prompt_tokens or leave the pair out."
             )
         # 2. In between: what is cut at `best` fits, at `low` it does not.
         low = 0

@@ -6,6 +6,7 @@ and stops at the same one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,9 @@ class Looks:
         if measure := self._of.keep_best:
             total, count = sums[measure]
             value = float(total / count) * (-1 if measure in LESS_IS_BETTER else 1)
-            # An equal one later is not better: what a killed run kept is met again and stays.
-            if not self._best or value > self._best["value"]:
+            # An equal one later is not better: what a killed run kept is met again and stays. Nothing is better than a
+            # number that is none, or worse.
+            if math.isfinite(value) and (not self._best or value > self._best["value"]):
                 self._best = {"step": step, "value": value}
                 save_params(self._folder, params, self._best)
         return sums

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -61,8 +63,8 @@ def batch() -> Batch:
     return Batch(row, RowLayout(row, row, row), row, row, row, row, zeros, zeros, zeros, zeros, np.ones(1, np.float32))
 
 
-def run_stage(folder: Path, **looking) -> float:
-    """Trains one number, which each update lessens by one; the look after update n finds VALUES[n]."""
+def run_stage(folder: Path, values: Sequence[float] = VALUES, **looking) -> float:
+    """Trains one number, which each update lessens by one; the look after update n finds values[n]."""
     one = jnp.ones(())
 
     def loss(params, batch):
@@ -71,12 +73,12 @@ def run_stage(folder: Path, **looking) -> float:
 
     def look(params, batch):
         place = jnp.round(-params["model"]["norm"]["weight"][0]).astype(int) - 1
-        return one, {"rewards/margins": jnp.stack([jnp.array(VALUES)[place], one])}
+        return one, {"rewards/margins": jnp.stack([jnp.array(values)[place], one])}
 
     settings = preference(lr=1.0, beta=0.1, save_every=2, warmup=0.0, weight_decay=0.0, clip=1e9)
     shapes = {"model": {"norm": {"weight": jax.ShapeDtypeStruct((1,), jnp.float32)}}}
     initial = {"model": {"norm": {"weight": jnp.zeros(1)}}}
-    recipe = recipe_of(loss, shapes, settings, len(VALUES))
+    recipe = recipe_of(loss, shapes, settings, len(values))
     held_out = HeldOut([batch()], look, every=1, **looking)
     with MetricLog(folder, tensorboard=False) as log, pytest.MonkeyPatch.context() as patch:
         patch.setattr("ctpd_jax.train.loop.make_optimizer", lambda settings, steps: optax.sgd(1.0))
@@ -97,6 +99,12 @@ def run_stage(folder: Path, **looking) -> float:
 def test_what_is_left(tmp_path, looking, left, looks):
     assert run_stage(tmp_path, **looking) == left
     assert len(read_metrics(tmp_path)) == looks
+
+
+def test_a_look_that_finds_no_number_is_never_the_best(tmp_path):
+    looking = {"keep_best": "rewards/margins"}
+    assert run_stage(tmp_path / "some", (math.nan, 0.1, math.inf, 0.3, math.nan), **looking) == 4
+    assert run_stage(tmp_path / "none", (math.nan, -math.inf, math.nan), **looking) == 3  # the last update
 
 
 def test_a_stage_that_was_stopped_keeps_and_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
