@@ -26,7 +26,7 @@ from ctpd_jax.processes import messages
 
 SMALL = 16 << 20  # bytes: what is there in a moment
 TOGETHER = 8  # files that are under way at once
-ATTEMPTS = 4  # of what fails by the network; the client of a store has some of its own
+ATTEMPTS = 2  # of what fails by the network; the clients of stores have some of their own, for a minute
 _UNREAD = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}  # other forms of a model, never read
 
 Found = TypeVar("Found")

@@ -25,8 +25,8 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -266,13 +266,9 @@ class Twin:
         if new:
             self._gone = sorted({*self._gone, *new})
             self._hold()
+        for wave in (new, [name for name in changed if name in self._files]):
+            self._send(wave, kept_aside)
         with ThreadPoolExecutor(TOGETHER) as pool:
-            for wave in (new, [name for name in changed if name in self._files]):
-                under_way = [pool.submit(self.bucket.put, name, kept_aside / name) for name in wave]
-                while wait(under_way, timeout=self._every).not_done:
-                    self._hold()
-                for one in under_way:
-                    one.result()
             entries = dict(zip(changed, pool.map(lambda name: _entry(kept_aside / name, now[name][1]), changed)))
         # 3. The index, and then what it does not name any more.
         self._gone = sorted(name for name in {*self._gone, *self._files} if name not in now)
@@ -284,6 +280,20 @@ class Twin:
         self._gone = []
         shutil.rmtree(kept_aside, ignore_errors=True)
         return None
+
+    def _send(self, names: Sequence[str], folder: Path) -> None:
+        """Write objects from the files of a folder, and meanwhile go on to say that this one writes."""
+        pool = ThreadPoolExecutor(TOGETHER)
+        try:
+            left: set[Future[None]] = {pool.submit(self.bucket.put, name, folder / name) for name in names}
+            while left:
+                done, left = wait(left, timeout=self._every, return_when=FIRST_EXCEPTION)
+                for one in done:
+                    one.result()
+                if left:
+                    self._hold()
+        finally:  # where one fails the others would, one after the other, for minutes each
+            pool.shutdown(cancel_futures=True)
 
     def _kept_aside(self, place: Path) -> dict[str, tuple[int, int]] | None:
         """Keep what is new in the twin as it is at one moment; return size and time of every file at that moment.

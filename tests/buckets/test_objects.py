@@ -72,7 +72,7 @@ def test_a_large_object_goes_both_ways_in_pieces(store, tmp_path):
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_store_that_fails_now_and_then_is_asked_again(store, tmp_path, status):
     store.objects["data/train.jsonl"] = b"one"
-    answers = iter([status, status])
+    answers = iter([status] * 2)
     store.fault = lambda method, name: next(answers, None)
     assert anew("gs://bucket/data/train.jsonl").read_bytes() == b"one"
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ctpd_jax.artifacts import canonical_json, write_bytes
 from ctpd_jax.buckets import twin as twins
-from ctpd_jax.buckets.objects import Bucket, cache
+from ctpd_jax.buckets.objects import ATTEMPTS, TOGETHER, Bucket, cache
 from ctpd_jax.buckets.twin import INDEX, Twin
 from ctpd_jax.errors import UserError
 
@@ -187,6 +187,19 @@ def test_a_store_that_stays_away_is_told_and_nothing_is_lost(store):
     with twins.local(URL):
         pass
     assert in_bucket(store) == {"a": "1"}
+
+
+def test_where_one_cannot_be_sent_the_others_are_not_tried_one_by_one(store):
+    twin, asked = taken(), []
+    write(twin.folder, {f"{number}": "x" for number in range(60)})
+    store.fault = lambda method, name: 403 if method == "POST" and not asked.append(name) and len(asked) > 1 else None
+    with pytest.raises(UserError, match="is not up to date"):
+        twin.close()
+    assert len(asked) <= 1 + 2 * TOGETHER * ATTEMPTS
+    store.fault = lambda method, name: None
+    with twins.local(URL):
+        pass
+    assert len(in_bucket(store)) == 60
 
 
 def test_what_ends_a_run_is_told_first(store, capsys):
