@@ -21,6 +21,8 @@ _LACKS = {
 # https://name:password@host; one slash is what pathlib leaves of two.
 _IN_ADDRESS = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,3})[^/\s@\"'\\]+@", re.IGNORECASE)
 
+_TOKEN = re.compile(r"([?&][\w.-]*(?:token|signature|secret|password|key)=)[^&\s\"']+", re.IGNORECASE)
+
 
 def printable(text: str) -> str:
     """Return foreign text as a message or a table may show it: on one line, and nothing in it steers the terminal."""
@@ -28,8 +30,8 @@ def printable(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text without the names and passwords of the addresses in it."""
-    return _IN_ADDRESS.sub(r"\1***@", text)
+    """Return a text without the names, passwords and tokens of the addresses in it."""
+    return _TOKEN.sub(r"\1***", _IN_ADDRESS.sub(r"\1***@", text))
 
 
 class UserError(ValueError):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ from ctpd_jax.processes import messages
 
 SMALL = 16 << 20  # bytes: what is there in a moment
 TOGETHER = 8  # files that are under way at once
-ATTEMPTS = 2  # of what fails by the network; the clients of stores have some of their own, for a minute
 _UNREAD = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}  # other forms of a model, never read
 
 Found = TypeVar("Found")
@@ -34,15 +33,19 @@ Found = TypeVar("Found")
 
 def cache(kind: str, url: str) -> Path:
     """Return the local folder for what belongs to a URL: below CTPD_CACHE, or ~/.cache/ctpd_jax."""
-    root = os.environ.get("CTPD_CACHE") or Path.home() / ".cache" / "ctpd_jax"
-    return Path(root).expanduser().absolute() / kind / quote(without_secrets(url.rstrip("/")), safe="")
+    root = os.environ.get("CTPD_CACHE") or os.path.join("~", ".cache", "ctpd_jax")
+    name = quote(without_secrets(url.rstrip("/")), safe="")
+    if len(name) > 200:  # of the 255 that a name can have
+        name = name[:150] + hashlib.sha256(name.encode()).hexdigest()[:40]
+    return Path(os.path.expanduser(root)).absolute() / kind / name
 
 
 @dataclass(frozen=True)
 class Bucket:
     """What lies below `url`; names are relative to it, with slashes, and "" is the object `url` itself.
 
-    Methods raise FileNotFoundError for an object that is not there, and UserError where the store does not answer.
+    Methods raise FileNotFoundError for an object that is not there, and UserError where the store does not answer: what
+    fails at first, its client has tried again by then.
     """
 
     url: str
@@ -57,18 +60,30 @@ class Bucket:
         try:
             # What another machine writes meanwhile must be seen.
             fs, root = url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{url} cannot be opened: {error}") from error
+        except Exception as error:  # each client has errors of its own
+            raise UserError(f"{url} cannot be opened ({_said(error)}).") from error
+        if not root.strip("/"):
+            raise UserError(f"{url} names no bucket.")
         return cls(url.rstrip("/"), root.rstrip("/"), fs)
 
     def names(self) -> dict[str, dict[str, Any]]:
-        """Return what the store says of every file below, {name: {"size": bytes, ...}}."""
-        found = self._patiently("be listed", lambda: self.fs.find(self.root, detail=True))
-        return {path.removeprefix(self.root).lstrip("/"): info for path, info in found.items()}
+        """Return what the store says of every file below, {name: {"size": bytes, ...}}; {} where there is nothing."""
+        try:
+            found = self._asked("be listed", lambda: self.fs.find(self.root, detail=True))
+        except FileNotFoundError:
+            return {}
+        # A console makes folders of objects without bytes.
+        folders = {parent for path in found for parent in map(str, PurePosixPath(path).parents)}
+        files = {path: info for path, info in found.items() if path.rstrip("/") not in folders and path[-1] != "/"}
+        return {path.removeprefix(self.root).lstrip("/"): info for path, info in files.items()}
 
     def has(self, name: str) -> bool:
         """Ask for one object by its name."""
-        return self._patiently("be read", lambda: self.fs.isfile(self._at(name)))
+        try:
+            self._asked("be read", lambda: self.fs.info(self._at(name)))
+        except FileNotFoundError:
+            return False
+        return True
 
     def get(self, name: str, to: Path, counted: Callable[[int], object] = lambda size: None) -> None:
         """Fetch an object: written beside `to`, then renamed."""
@@ -81,60 +96,60 @@ class Bucket:
             counted(value - done)  # less than nothing where it begins anew
             done = value
 
-        beside = to.with_name(to.name + PARTIAL)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        hooks = {"count": count}
-        self._patiently(
-            "be read", lambda: self.fs.get_file(self._at(name), str(beside), callback=Callback(hooks=hooks))
-        )
-        os.replace(beside, to)
+        beside, hooks = to.with_name(to.name + PARTIAL), {"count": count}
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            self._asked(
+                "be read", lambda: self.fs.get_file(self._at(name), str(beside), callback=Callback(hooks=hooks))
+            )
+            os.replace(beside, to)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"{error.filename2 or error.filename} is in the way of {self.url}; remove it.") from error
 
     def put(self, name: str, file: Path) -> None:
         """Write an object; a reader sees the old one or the new one, as buckets have it."""
         try:
-            self._patiently("be written", lambda: self.fs.put_file(str(file), self._at(name)))
-        except FileNotFoundError as error:  # no such bucket
-            raise UserError(f"{self.url} cannot be written: there is no such bucket ({error}).") from error
+            self._asked("be written", lambda: self.fs.put_file(str(file), self._at(name)))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.url} cannot be written: there is no such bucket ({_said(error)}).") from error
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
         with contextlib.suppress(FileNotFoundError):
-            self._patiently("be removed", lambda: self.fs.rm_file(self._at(name)))
+            self._asked("be removed", lambda: self.fs.rm_file(self._at(name)))
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def _patiently(self, what: str, work: Callable[[], Found]) -> Found:
-        # A store is elsewhere: what fails once is tried again.
-        for attempt in range(ATTEMPTS):
-            try:
-                return work()
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # each client has errors of its own
-                if attempt + 1 == ATTEMPTS:
-                    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                    raise UserError(f"{self.url} cannot {what} ({said}).") from error
-            time.sleep(2.0**attempt)
-        raise AssertionError
+    def _asked(self, what: str, work: Callable[[], Found]) -> Found:
+        try:
+            return work()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except Exception as error:  # each client has errors of its own
+            raise UserError(f"{self.url} cannot {what} ({_said(error)}).") from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def check_inside(url: str, name: str) -> None:
     """Raise UserError for a name that would lead out of its folder: what a bucket lists is a stranger's word."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+    if path.is_absolute() or ".." in path.parts or not path.parts:
         raise UserError(f"{url} lists {name!r}, which lies outside of it.")
 
 
-def fetch(bucket: Bucket, sizes: Mapping[str, int], folder: Path) -> None:
-    """Fetch objects into files of the same names; `sizes` in bytes are for the bar."""
+def fetch(bucket: Bucket, sizes: Mapping[str, int], folder: Path, objects: Mapping[str, str] | None = None) -> None:
+    """Fetch objects into files of the same names, or those that have others by `objects`; sizes in bytes."""
     total = sum(sizes.values())
-    soon = total < SMALL or messages.quiet()
+    name_of, soon = objects or {}, total < SMALL or messages.quiet()
     with (
-        tqdm(total=total, desc=bucket.url, unit="B", unit_scale=True, disable=soon) as bar,
+        tqdm(total=total, desc=without_secrets(bucket.url), unit="B", unit_scale=True, disable=soon) as bar,
         ThreadPoolExecutor(TOGETHER) as pool,
     ):
-        for _ in pool.map(lambda name: bucket.get(name, folder / name, bar.update), sizes):
+        for _ in pool.map(lambda name: bucket.get(name_of.get(name, name), folder / name, bar.update), sizes):
             pass
 
 
@@ -165,17 +180,21 @@ def fetched(url: str, weights: bool = True) -> Path:
     read = {name for name in now if PurePosixPath(name).suffix not in unread}
     # 2. What was fetched before, and is the same. Processes of one machine share the copy.
     place = cache("inputs", bucket.url)
-    noted, copy = place / "fetched.json", place / PurePosixPath(bucket.root).name
+    noted, copy = place / "fetched.json", place / "copy" / PurePosixPath(bucket.root).name
     with locked(place):
         before: dict[str, Any] = {}
         with contextlib.suppress(Broken):
             before = read_record(noted) or {}
-        for name in before.keys() - now.keys():
-            (copy / name).unlink(missing_ok=True)
+        for path in copy.rglob("*"):
+            if path.is_file() and path.relative_to(copy).as_posix() not in now:
+                path.unlink()
         kept = {name for name in now if before.get(name) == now[name] and (copy / name).is_file()}
         # 3. The rest. It is noted once it is there.
         if missing := {name: infos[name].get("size") or 0 for name in sorted(read - kept)}:
-            fetch(bucket, missing, copy)
+            try:
+                fetch(bucket, missing, copy)
+            except FileNotFoundError as error:
+                raise UserError(f"{url} changes while it is fetched: {error}; give the command again.") from error
             write_record(noted, {name: now[name] for name in read | kept})
     return copy
 

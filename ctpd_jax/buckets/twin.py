@@ -3,11 +3,13 @@
 A run that is killed at any moment leaves a folder from which it goes on. So a bucket that always holds the folder of
 some moment is enough, and no stage needs to know of it. Every half a minute what is new in the twin is kept aside, as
 it was at one moment, and sent; then one object, the index, names all that belongs together. An index is the old one or
-the new one: nothing is renamed, and nothing that it names is removed before the next one is written.
+the new one: nothing is renamed, and nothing that it names is removed or written over before the next one is there. So a
+file that was replaced goes to an object of its own first, and to its own name once an index says so.
 
     URL/STAGE/...             as in a local workdir
+    URL/ctpd-replaced/SHA256  what files were replaced by, on its way to their names
     URL/ctpd-index.json       {"files": {name: {"size", "sha256", "time"}}, "gone": [name], "writer": {...} or null};
-                              "gone" is what it does not name, and may still be there, or on its way
+                              a file may have an "object" that holds it; "gone" may be there without being named
 
 Who writes says in the index when it was last heard; another one waits until it has been silent for long.
 """
@@ -15,7 +17,6 @@ Who writes says in the index when it was last heard; another one waits until it 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import logging
 import os
@@ -25,25 +26,28 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from ctpd_jax.artifacts import is_url, read_record, sha256_file, unchanged, write_record
-from ctpd_jax.buckets.objects import SMALL, TOGETHER, Bucket, cache, check_inside, fetch
+from ctpd_jax.artifacts import Broken, is_url, read_record, unchanged, write_record
+from ctpd_jax.buckets.objects import SMALL, TOGETHER, Bucket, cache, check_inside, locked
+from ctpd_jax.buckets.snapshot import Otherwise, Seen, entry_of, is_as, kept_aside, listed, restore
 from ctpd_jax.errors import UserError, without_secrets
 from ctpd_jax.processes import messages
 from ctpd_jax.processes.together import several
 
 INDEX = "ctpd-index.json"
+REPLACED = "ctpd-replaced"
+NOTE = ".index.json"  # in a twin: the index as it was sent last
+NEXT = ".index-next.json"  # and the one that was on its way
 WRITER = ".index-writer.json"  # in a copy that is only looked at: who has its original
 EVERY = 30.0  # seconds from one look at the twin to the next; CTPD_BUCKET_SECONDS
 LONGEST = 60.0  # that it may be
 SILENT = 120.0  # seconds after which a writer counts as dead
-# Files of one process, half-written ones, and what changes whenever it is read.
-_UNSENT = ("lock", ".index*", "*.partial", "*.old", "*.orbax-checkpoint-tmp*", "*-atime")
-
+SETTLED = 3.0  # seconds after which whoever saw the same dead writer has written its own name
+HOUR = 3600.0  # clocks of two machines do not differ by more
 Index = dict[str, Any]
 
 
@@ -101,8 +105,9 @@ class Twin:
         self.folder = self._place / "workdir"
         self._files: dict[str, dict[str, Any]] = {}  # what the index names
         self._gone: list[str] = []  # what it does not name, and may be there
-        self._sent: dict[str, tuple[int, int]] = {}  # size and time of each file as it was sent
+        self._sent: dict[str, Seen] = {}  # each file as it was sent
         self._me = {"id": uuid.uuid4().hex, "process": os.getpid(), "host": platform.node(), "machine": _machine()}
+        self._me["folder"] = str(self.folder)
         self._ours = {self._me["id"]}  # this writer, and the dead one that it comes after
         self._lost = False
         self._every = every()
@@ -112,23 +117,27 @@ class Twin:
         """Become the one who writes: the twin gets what is new in the bucket, the bucket what is new in the twin."""
         # 1. Nobody else writes, and what is there is a run.
         self.folder.mkdir(parents=True, exist_ok=True)
-        index, listed = self._wait_for_writer(), self.bucket.names()
-        if not index and listed:
+        index, there = self._wait_for_writer(), self.bucket.names()
+        if not index and there:
             raise UserError(f"{self.url} holds files, but no run: there is no {INDEX}. Take another --workdir.")
+        if not index and listed(self.folder):
+            messages.say(f"{self.url} is empty: {self.folder} is sent. Remove that folder to begin anew.")
+        before = index.get("writer")
+        self._ours |= {before["id"]} if before else set()
+        self._files, self._gone = index.get("files", {}), index.get("gone", [])
         # 2. What somebody has removed there is removed here: it is how a stage is made anew.
-        files = index.get("files", {})
-        for name in [name for name in files if name not in listed and not self.bucket.has(name)]:
-            del files[name]
+        for name in self._files.keys() - self._there(self._files, there).keys():
+            del self._files[name]
             (self.folder / name).unlink(missing_ok=True)
         # 3. A twin that goes back to this very index may be ahead of it; any other one is behind.
-        if not self._descends_from(index):
-            _fetch(self.bucket, files, self.folder)
-            for name in _listed(self.folder).keys() - files.keys():
-                (self.folder / name).unlink()
-        self._files, self._gone = files, index.get("gone", [])
-        self._ours |= {index["writer"]["id"]} if index.get("writer") else set()
-        self._sent = {name: (entry["size"], entry["time"]) for name, entry in files.items()}
-        # 4. From here on the bucket says who writes.
+        if index and not self._descends_from(index):
+            self._clear()
+            restore(self.bucket, self._files, self.folder)
+        self._sent = {name: (e["size"], e["time"]) for name, e in self._files.items() if "object" not in e}
+        # 4. From here on the bucket says who writes; of two that came after the same one, the last.
+        self._hold()
+        if before and before["machine"] != _machine():
+            time.sleep(SETTLED)
         self._round()
         messages.say(f"{self.url}: works in {self.folder}, and sends what is new every {self._every:g} s.")
         self._thread.start()
@@ -138,23 +147,27 @@ class Twin:
         index = self._index()
         if not index:
             raise UserError(f"{self.url} holds no run: there is no {INDEX}.")
+        # A command of this machine is ahead of what it has sent.
         writer = index["writer"]
-        if self._descends_from(index) or (writer and writer["machine"] == _machine() and not _dead(writer)):
+        if writer and writer["machine"] == _machine() and not _dead(writer) and Path(writer["folder"]).is_dir():
+            return Path(writer["folder"])
+        if self._descends_from(index):
             return self.folder
-        copy = self._place / "looked"
-        copy.mkdir(parents=True, exist_ok=True)
-        for last in (False, False, True):
-            files = {name: entry for name, entry in index["files"].items() if not small or entry["size"] < SMALL}
-            try:
-                _fetch(self.bucket, files, copy)
-                break
-            except FileNotFoundError:  # the run goes on, and has removed it
-                if last:
-                    raise
-                index = self._index()
-        for name in _listed(copy).keys() - files.keys():
-            (copy / name).unlink()
-        write_record(copy / WRITER, writer or {"heard": None})
+        copy = self._place / ("glanced" if small else "looked")
+        with locked(self._place / f"{copy.name}.lock"):
+            for _ in range(3):
+                files = {name: entry for name, entry in index["files"].items() if not small or entry["size"] < SMALL}
+                try:
+                    files = self._there(files, self.bucket.names())
+                    restore(self.bucket, files, copy)
+                    break
+                except (FileNotFoundError, Otherwise):  # the run goes on
+                    index = self._index() or index
+            else:
+                raise UserError(f"{self.url} changes while it is looked at; give the command again.")
+            for name in listed(copy).keys() - files.keys():
+                (copy / name).unlink()
+            write_record(copy / WRITER, index["writer"] or {"heard": None})
         return copy
 
     def close(self) -> None:
@@ -175,6 +188,29 @@ class Twin:
             ) from error
         messages.say(f"{self.url}: up to date.")
 
+    def _there(self, files: Mapping[str, Index], names: Collection[str]) -> dict[str, Index]:
+        """Return those files of an index whose objects are there, also where the bucket lists them late."""
+        objects = {name: entry.get("object", name) for name, entry in files.items()}
+        return {n: e for n, e in files.items() if objects[n] in names or self.bucket.has(objects[n])}
+
+    def _clear(self) -> None:
+        """Make room for what the bucket has; what never was in it is moved aside."""
+        was: Index = {}
+        with contextlib.suppress(Broken):
+            was = (read_record(self.folder / NOTE) or {}).get("files", {})
+        aside = self._place / "aside" / time.strftime("%Y%m%d-%H%M%S")
+        for name in listed(self.folder):
+            path = self.folder / name
+            if name in self._files and is_as(path, self._files[name]):
+                continue
+            if name in was and is_as(path, was[name]):
+                path.unlink()
+                continue
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, aside / name)
+        if aside.exists():
+            messages.say(f"{self.url}: what was never sent from {self.folder} lies in {aside}.", logging.WARNING)
+
     # ------------------------------------------------------------------------------------------------ the index
 
     def _index(self) -> Index:
@@ -191,7 +227,7 @@ class Twin:
             file.unlink(missing_ok=True)
         if not isinstance(index, dict) or "sha256" not in index or not unchanged(index):
             raise UserError(f"{self.url}/{INDEX} is damaged; take another --workdir, or remove all of {self.url}.")
-        for name in [*index["files"], *index["gone"]]:
+        for name in [*index["files"], *index["gone"], *(e.get("object", "x") for e in index["files"].values())]:
             check_inside(self.url, name)
         return index
 
@@ -206,28 +242,28 @@ class Twin:
         # A kill may come before the store has answered: the twin goes back to either index.
         writer = None if leaving else {**self._me, "heard": time.time()}
         index = {"files": self._files, "gone": self._gone, "writer": writer}
-        following = self.folder / ".index-next.json"
-        write_record(following, index)
-        self.bucket.put(INDEX, following)
-        os.replace(following, self.folder / ".index.json")
+        write_record(self.folder / NEXT, index)
+        self.bucket.put(INDEX, self.folder / NEXT)
+        os.replace(self.folder / NEXT, self.folder / NOTE)
 
     def _descends_from(self, index: Index) -> bool:
         """Whether the twin was in the state of this index, so that whatever differs is newer than it."""
-        # One that was emptied, but for its notes, is no newer state.
+        # One that was emptied, in whole or by half, is no newer state: its files are in the bucket.
         files = index.get("files", {})
-        emptied = bool(files) and not any((self.folder / name).exists() for name in files)
-        notes = (self.folder / ".index.json", self.folder / ".index-next.json")
-        return bool(index) and not emptied and any(read_record(note) == index for note in notes)
+        lost = [name for name in files if not (self.folder / name).exists()]
+        with contextlib.suppress(Broken):
+            same = any(read_record(self.folder / note) == index for note in (NOTE, NEXT))
+            return same and 2 * len(lost) <= len(files) and "config.json" not in lost
+        return False
 
     def _wait_for_writer(self) -> Index:
         """Return the index once nobody else writes."""
         index = self._index()
         if not (first := index.get("writer")) or _dead(first):
             return index
-        # The clocks of two machines may differ, but not by hours.
         who, began = f"process {first['process']} on {first['host']}", time.monotonic()
-        silence = min(SILENT, max(0.0, SILENT - (time.time() - first["heard"])))
-        here = first["machine"] == _machine()
+        silent = time.time() - first["heard"]
+        here, silence = first["machine"] == _machine() and silent < 2 * SILENT, 0.0 if silent > HOUR else SILENT
         if silence and not here:
             messages.say(f"{self.url}: {who} may be at work; waiting {silence:.0f} s whether it is heard of.")
         while not here and time.monotonic() - began < silence and index.get("writer") == first:
@@ -255,37 +291,50 @@ class Twin:
 
     def _round(self, leaving: bool = False) -> None:
         """Bring the bucket to the state of the twin."""
-        # 1. The twin as it is now. None: it was written to all the time.
-        kept_aside = self._place / "outgoing"
-        now = self._kept_aside(kept_aside)
+        # 1. The twin as it is now.
+        if not (self.folder / NOTE).exists():
+            raise UserError(f"{self.folder} was removed while a run is at work in it; nothing of it is sent.")
+        aside = self._place / "outgoing"
+        now = kept_aside(self.folder, aside, self._sent)
         if now is None:
+            if leaving:
+                raise UserError(f"{self.folder} is written to by somebody else all the time.")
             return self._hold()
-        # 2. What no index names yet may be left behind by a kill: it is noted, and then sent first.
+        # 2. What is new goes to its name, what was replaced to an object of its own. A kill may leave it behind: it is
+        #    noted before.
         changed = [name for name, seen in now.items() if self._sent.get(name) != seen]
-        new = [name for name in changed if name not in self._files]
-        if new:
-            self._gone = sorted({*self._gone, *new})
-            self._hold()
-        for wave in (new, [name for name in changed if name in self._files]):
-            self._send(wave, kept_aside)
         with ThreadPoolExecutor(TOGETHER) as pool:
-            entries = dict(zip(changed, pool.map(lambda name: _entry(kept_aside / name, now[name][1]), changed)))
-        # 3. The index, and then what it does not name any more.
-        self._gone = sorted(name for name in {*self._gone, *self._files} if name not in now)
-        self._files = {name: entries.get(name) or self._files[name] for name in now}
-        self._hold(leaving)
+            entries = dict(zip(changed, pool.map(lambda name: entry_of(aside / name, now[name][1]), changed)))
+        replaced = {name: f"{REPLACED}/{entries[name]['sha256']}" for name in changed if name in self._files}
+        places = {name: replaced.get(name, name) for name in changed}
+        if places:
+            self._gone = sorted({*self._gone, *places.values()})
+            self._hold()
+            self._send(places, aside)
+        # 3. The index.
+        earlier = {entry["object"] for entry in self._files.values() if "object" in entry}
+        files = {name: entries.get(name) or self._files[name] for name in now}
+        self._gone = sorted({*self._gone, *self._files, *earlier} - files.keys() - set(replaced.values()))
+        self._files = {n: e | {"object": replaced[n]} if n in replaced else e for n, e in files.items()}
+        self._hold(leaving and not replaced)
+        # 4. What was replaced goes to its name too, and an index says so.
+        if replaced:
+            self._send({name: name for name in replaced}, aside)
+            self._files, self._gone = files, sorted({*self._gone, *replaced.values()})
+            self._hold(leaving)
         self._sent = now
+        # 5. What it does not name any more.
         for name in self._gone:
             self.bucket.remove(name)
         self._gone = []
-        shutil.rmtree(kept_aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         return None
 
-    def _send(self, names: Sequence[str], folder: Path) -> None:
-        """Write objects from the files of a folder, and meanwhile go on to say that this one writes."""
+    def _send(self, places: Mapping[str, str], folder: Path) -> None:
+        """Write files of a folder to their objects, and meanwhile go on to say that this one writes."""
         pool = ThreadPoolExecutor(TOGETHER)
         try:
-            left: set[Future[None]] = {pool.submit(self.bucket.put, name, folder / name) for name in names}
+            left = {pool.submit(self.bucket.put, place, folder / name) for name, place in places.items()}
             while left:
                 done, left = wait(left, timeout=self._every, return_when=FIRST_EXCEPTION)
                 for one in done:
@@ -294,78 +343,6 @@ class Twin:
                     self._hold()
         finally:  # where one fails the others would, one after the other, for minutes each
             pool.shutdown(cancel_futures=True)
-
-    def _kept_aside(self, place: Path) -> dict[str, tuple[int, int]] | None:
-        """Keep what is new in the twin as it is at one moment; return size and time of every file at that moment.
-
-        Files are replaced, not changed, but for logs, which grow. So where the same files are there before and after,
-        what was taken between is of one moment. None: that was not to be had.
-        """
-        for _ in range(20):
-            shutil.rmtree(place, ignore_errors=True)
-            before = _listed(self.folder)
-            seen = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in before.items()}
-            try:
-                for name in seen:
-                    if self._sent.get(name) != seen[name]:
-                        _take(self.folder / name, place / name)
-            except FileNotFoundError:
-                continue
-            after = _listed(self.folder)
-            if {name: s.st_ino for name, s in before.items()} == {name: s.st_ino for name, s in after.items()}:
-                return seen
-        return None
-
-
-def _fetch(bucket: Bucket, files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Fetch the files of an index that are not in `folder`, with their times."""
-    # One that was written over since, by a round that was cut short, is newer than the index, and as good.
-    for _ in range(2):
-        missing = {name: entry["size"] for name, entry in files.items() if not _is(folder / name, entry)}
-        if not missing:
-            return
-        fetch(bucket, missing, folder)
-        for name in missing:
-            if sha256_file(folder / name) == files[name]["sha256"]:
-                os.utime(folder / name, ns=(files[name]["time"],) * 2)
-
-
-def _entry(path: Path, time: int) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_file(path), "time": time}
-
-
-def _is(path: Path, entry: Mapping[str, Any]) -> bool:
-    try:
-        stat = path.stat()
-    except OSError:
-        return False
-    return (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["time"])
-
-
-def _listed(folder: Path) -> dict[str, os.stat_result]:
-    """Return the files below `folder` that belong to others too, by their names."""
-    found = {}
-    for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _unsent(name)]
-        for name in files:
-            path = Path(where, name)
-            with contextlib.suppress(FileNotFoundError):
-                if not _unsent(name):
-                    found[path.relative_to(folder).as_posix()] = path.stat()
-    return found
-
-
-def _unsent(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _UNSENT)
-
-
-def _take(file: Path, to: Path) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if file.stat().st_size >= SMALL:  # a smaller one may be a log, which grows
-        with contextlib.suppress(OSError):  # a file system without links
-            os.link(file, to)
-            return
-    shutil.copyfile(file, to)
 
 
 def _machine() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 from helpers.object_store import Store, served
@@ -22,10 +21,10 @@ def store(tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
         from fsspec.config import conf
 
-        from ctpd_jax.buckets import objects
+        from ctpd_jax.buckets import objects, twin
 
         monkeypatch.setitem(conf, "gs", {"token": "anon"})  # fsspec reads its variables when it is imported
-        monkeypatch.setattr(objects, "time", SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setattr(twin, "SETTLED", 0.1)
         objects.fetched.cache_clear()
         yield store
     objects.fetched.cache_clear()

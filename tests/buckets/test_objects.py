@@ -90,7 +90,35 @@ def test_what_cannot_be_had_is_a_sentence(store, tmp_path, monkeypatch):
         anew("gs://bucket/data/train.jsonl")
 
 
-@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "..\\secret"])
+def test_folders_of_a_console_and_buckets_that_are_not_there(store):
+    store.objects |= {"d/": b"", "d/sub/": b"", "d/sub/train.jsonl": b"one"}
+    assert (anew("gs://bucket/d/") / "sub" / "train.jsonl").read_bytes() == b"one"
+    store.fault = lambda method, name: 404
+    with pytest.raises(UserError, match="There is nothing at gs://nobucket/x"):
+        anew("gs://nobucket/x")
+    with pytest.raises(UserError, match="gs:// names no bucket"):
+        Bucket.open("gs://")
+
+
+def test_an_error_is_no_answer_to_whether_an_object_is_there(store):
+    store.objects["run/a"] = b"1"
+    bucket = Bucket.open("gs://bucket/run")
+    assert bucket.has("a") and not bucket.has("b")
+    store.fault = lambda method, name: 403
+    with pytest.raises(UserError, match="cannot be read"):
+        bucket.has("a")
+
+
+def test_a_copy_has_its_own_names_and_a_long_address_a_short_one(store):
+    store.objects |= {"fetched.json": b"one", "lock": b"two"}
+    for name in ("fetched.json", "lock"):
+        assert anew(f"gs://bucket/{name}").read_bytes() == store.objects[name]
+        assert anew(f"gs://bucket/{name}").read_bytes() == store.objects[name]
+    long = [objects.cache("inputs", f"gs://bucket/{'模型' * 20}/{number}") for number in range(2)]
+    assert long[0] != long[1] and all(len(path.name) <= 200 for path in long)
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd"])
 def test_a_name_that_leads_out_of_its_folder_is_refused(name):
     with pytest.raises(UserError, match="lies outside of it"):
         objects.check_inside("gs://bucket/run", name)
@@ -138,7 +166,7 @@ def test_processes_of_one_machine_fetch_one_after_the_other(store, tmp_path):
         thread = threading.Thread(target=anew, args=("gs://bucket/data",))
         thread.start()
         thread.join(0.3)
-        assert thread.is_alive() and not (place / "data").exists()
+        assert thread.is_alive() and not (place / "copy").exists()
     thread.join(10)
-    assert (place / "data" / "train.jsonl").read_bytes() == b"one"
+    assert (place / "copy" / "data" / "train.jsonl").read_bytes() == b"one"
     shutil.rmtree(place)
