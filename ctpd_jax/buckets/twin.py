@@ -26,7 +26,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,9 @@ class Twin:
         self._ours |= {before["id"]} if before else set()
         self._files, self._gone = index.get("files", {}), index.get("gone", [])
         # 2. What somebody has removed there is removed here: it is how a stage is made anew.
-        for name in self._files.keys() - self._there(self._files, there).keys():
-            del self._files[name]
-            (self.folder / name).unlink(missing_ok=True)
+        removed = self._files.keys() - self._there(self._files, there).keys()
+        self._files = {name: entry for name, entry in self._files.items() if name not in removed}
+        self._move_aside(name for name in removed if (self.folder / name).exists())
         # 3. A twin that goes back to this very index may be ahead of it; any other one is behind.
         if index and not self._descends_from(index):
             self._clear()
@@ -198,18 +198,20 @@ class Twin:
         was: Index = {}
         with contextlib.suppress(Broken):
             was = (read_record(self.folder / NOTE) or {}).get("files", {})
+        behind = [n for n in listed(self.folder) if n not in self._files or not is_as(self.folder / n, self._files[n])]
+        sent = {name for name in behind if name in was and is_as(self.folder / name, was[name])}
+        for name in sent:
+            (self.folder / name).unlink()
+        self._move_aside(name for name in behind if name not in sent)
+
+    def _move_aside(self, names: Iterable[str]) -> None:
+        """Nothing that may be the only copy is removed."""
         aside = self._place / "aside" / time.strftime("%Y%m%d-%H%M%S")
-        for name in listed(self.folder):
-            path = self.folder / name
-            if name in self._files and is_as(path, self._files[name]):
-                continue
-            if name in was and is_as(path, was[name]):
-                path.unlink()
-                continue
+        for name in names:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, aside / name)
+            os.replace(self.folder / name, aside / name)
         if aside.exists():
-            messages.say(f"{self.url}: what was never sent from {self.folder} lies in {aside}.", logging.WARNING)
+            messages.say(f"{self.url}: what is in {self.folder}, but not there, lies in {aside} now.", logging.WARNING)
 
     # ------------------------------------------------------------------------------------------------ the index
 
@@ -294,6 +296,8 @@ class Twin:
         # 1. The twin as it is now.
         if not (self.folder / NOTE).exists():
             raise UserError(f"{self.folder} was removed while a run is at work in it; nothing of it is sent.")
+        if self._ours == {self._me["id"]} and not self._index():  # the bucket was emptied: all of it is sent again
+            self._files, self._gone, self._sent = {}, [], {}
         aside = self._place / "outgoing"
         now = kept_aside(self.folder, aside, self._sent)
         if now is None:

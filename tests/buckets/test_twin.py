@@ -254,6 +254,15 @@ def test_a_bucket_that_was_emptied_is_filled_again(store, capsys):
     assert f"{URL} is empty: {folder} is sent" in capsys.readouterr().out
 
 
+def test_a_bucket_that_is_emptied_under_a_run_is_filled_again(store):
+    twin = taken()
+    write(twin.folder, {"config.json": "{}", "train/a": "1"})
+    twin._round()
+    store.objects.clear()
+    twin.close()
+    assert in_bucket(store) == {"config.json": "{}", "train/a": "1"}
+
+
 def test_what_never_was_in_the_bucket_is_moved_aside(store, monkeypatch, capsys):
     with twins.local(URL) as folder:
         write(folder, {"config.json": "{}", "log": "1", "old": "1"})
@@ -267,7 +276,7 @@ def test_what_never_was_in_the_bucket_is_moved_aside(store, monkeypatch, capsys)
     write(folder, {"train/ckpt": "mine"})
     with twins.local(URL) as folder:
         assert in_folder(folder) == {"config.json": "{}", "log": "2"}
-    assert "what was never sent from" in capsys.readouterr().err
+    assert "but not there, lies in" in capsys.readouterr().err
     (aside,) = (folder.parent / "aside").iterdir()
     assert in_folder(aside) == {"train/ckpt": "mine"}
 
