@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -107,14 +107,33 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     except Exception as error:
         if (sentence := lacking(error, getattr(known, "workdir", None))) is None:
             raise
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # other files of a save that failed would tell the same
+        quiet_loops()  # other files of a save that failed would tell the same
         messages.fail(f"ctpd {known.command}: {sentence}")
         return 2
     return 0
 
 
+def quiet_loops() -> None:
+    """Keep off the screen what a library's loop says when it is closed: it comes from threads, after the last line."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for name in ("excepthook", "unraisablehook"):
+        before = getattr(sys, name)
+        if getattr(before, "__name__", "") != "but_closed_loops":
+            setattr(sys, name, without_closed_loops(before))
+
+
+def without_closed_loops(hook: Callable[..., object]) -> Callable[..., None]:
+    def but_closed_loops(*given: Any) -> None:
+        error = given[1] if len(given) > 1 else given[0].exc_value  # excepthook, unraisablehook
+        if str(error) != "Event loop is closed":
+            hook(*given)
+
+    return but_closed_loops
+
+
 def released(stop: BaseException) -> None:
     """Let go of what was interrupted, so that a library's half-closed loop does not complain after the last line."""
+    quiet_loops()
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         traceback.clear_frames(stop.__traceback__)

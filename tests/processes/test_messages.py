@@ -6,12 +6,13 @@ import json
 import logging
 import os
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 from helpers import MICRO
 
-from ctpd_jax.cli import main
+from ctpd_jax.cli import main, quiet_loops
 from ctpd_jax.errors import UserError, lacking
 from ctpd_jax.processes import messages
 from ctpd_jax.train.metrics import Progress
@@ -144,4 +145,20 @@ def test_after_an_interrupted_command_nothing_is_said_by_what_it_left(tmp_path, 
     gc.collect()
     error = capfd.readouterr().err
     assert error.splitlines()[-1].endswith("interrupted; the same command goes on from the last checkpoint")
-    assert not told and sys.unraisablehook == told.append  # it hears of others again
+    assert not told
+    sys.unraisablehook(SimpleNamespace(exc_value=KeyError("another")))
+    assert len(told) == 1  # it hears of others again
+
+
+def test_a_loop_that_was_closed_has_no_last_word_and_everything_else_has(monkeypatch):
+    said: list = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: said.append(error))
+    monkeypatch.setattr(sys, "unraisablehook", lambda given: said.append(given.exc_value))
+    monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.WARNING)
+    for _ in range(2):
+        quiet_loops()
+    closed, other = RuntimeError("Event loop is closed"), RuntimeError("another")
+    for error in (closed, other):
+        sys.excepthook(RuntimeError, error, None)
+        sys.unraisablehook(SimpleNamespace(exc_value=error))
+    assert said == [other, other]
