@@ -7,6 +7,7 @@ stopped by SIGTERM with everything saved (give the same command again), 130 inte
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import io
 import logging
@@ -120,6 +121,13 @@ def quiet_loops() -> None:
         before = getattr(sys, name)
         if getattr(before, "__name__", "") != "but_closed_loops":
             setattr(sys, name, without_closed_loops(before))
+    atexit.register(mute)  # the last that is registered is the first that runs
+
+
+def mute() -> None:
+    """What libraries still try while the process ends, as to write to a full disk, fails again: that is no news."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def without_closed_loops(hook: Callable[..., object]) -> Callable[..., None]:

@@ -220,13 +220,14 @@ class Twin:
         file = self._place / f"{self._me['id']}.json"  # others of this machine may look meanwhile
         try:
             self.bucket.get(INDEX, file)
-            index = json.loads(file.read_bytes())
+            data = file.read_bytes()
         except FileNotFoundError:
             return {}
-        except (ValueError, RecursionError):
-            index = None
         finally:
             file.unlink(missing_ok=True)
+        index = None
+        with contextlib.suppress(ValueError, RecursionError):
+            index = json.loads(data)
         if not isinstance(index, dict) or "sha256" not in index or not unchanged(index):
             raise UserError(f"{self.url}/{INDEX} is damaged; take another --workdir, or remove all of {self.url}.")
         for name in [*index["files"], *index["gone"], *(e.get("object", "x") for e in index["files"].values())]:

@@ -337,6 +337,12 @@ def test_a_bucket_that_holds_something_else_is_refused(store):
     assert list(store.objects) == ["run/holiday.jpg"]
 
 
+def test_a_bucket_that_does_not_answer_is_not_taken_for_a_damaged_one(store):
+    store.fault = lambda method, name: 403
+    with pytest.raises(UserError, match=f"{URL} cannot be read"), twins.local(URL):
+        pass
+
+
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"nonsense", b'{"files": {}, "gone": [], "writer": null}'])
 @pytest.mark.parametrize("looks_only", [False, True])
 def test_an_index_that_is_not_as_it_was_written_is_refused(store, data, looks_only):
