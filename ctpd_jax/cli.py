@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ctpd_jax.errors import UserError, lacking
+from ctpd_jax.errors import UserError, lacking, without_secrets
 from ctpd_jax.job.arguments import LOOKING, parser
 from ctpd_jax.job.check import check_config
 from ctpd_jax.job.table import STAGES, why_left_out
@@ -109,13 +109,13 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         if (sentence := lacking(error, getattr(known, "workdir", None))) is None:
             raise
         quiet_loops()  # other files of a save that failed would tell the same
-        messages.fail(f"ctpd {known.command}: {sentence}")
+        messages.fail(f"ctpd {known.command}: {without_secrets(sentence)}")
         return 2
     return 0
 
 
 def quiet_loops() -> None:
-    """Keep off the screen what a library's loop says when it is closed: it comes from threads, after the last line."""
+    """Leave the last line the last: closed loops of libraries speak from threads, and others when the process ends."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     for name in ("excepthook", "unraisablehook"):
         before = getattr(sys, name)

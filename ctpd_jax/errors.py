@@ -20,7 +20,7 @@ _LACKS = {
 }
 # https://name:password@host; one slash is what pathlib leaves of two.
 _IN_ADDRESS = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,3})[^/\s@\"'\\]+@", re.IGNORECASE)
-
+# ?access_token=...
 _TOKEN = re.compile(r"([?&][\w.-]*(?:token|signature|secret|password|key)=)[^&\s\"']+", re.IGNORECASE)
 
 

@@ -22,9 +22,8 @@ Seen = tuple[int, int]  # size and time of a file
 
 
 def kept_aside(folder: Path, place: Path, sent: Mapping[str, Seen]) -> dict[str, Seen] | None:
-    """Keep in `place` what is new in a folder, as it is at one moment; return all its files as they are then.
+    """Keep in `place` what differs from how it was `sent`, as it is at one moment; return all files as they are then.
 
-    New is what differs from how it was `sent`.
     Files are replaced, not changed, but for logs, which grow. So where the same files are there before and after,
     what was taken between is of one moment. None: that was not to be had.
     """

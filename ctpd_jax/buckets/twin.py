@@ -48,6 +48,7 @@ LONGEST = 60.0  # that it may be
 SILENT = 120.0  # seconds after which a writer counts as dead
 SETTLED = 3.0  # seconds after which whoever saw the same dead writer has written its own name
 HOUR = 3600.0  # clocks of two machines do not differ by more
+
 Index = dict[str, Any]
 
 

@@ -108,9 +108,7 @@ def test_what_an_index_names_is_not_written_over_before_the_next_one_is_there(st
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    states=st.lists(
-        st.dictionaries(st.sampled_from(["a", "b", "c/d", "c/e", "f"]), st.text("xyz")), min_size=1, max_size=4
-    ),
+    states=st.lists(st.dictionaries(st.sampled_from(NAMES), st.text("xyz")), min_size=1, max_size=4),
     kill=st.integers(0, 25),
     lost=st.booleans(),
 )

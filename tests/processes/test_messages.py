@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -148,6 +149,14 @@ def test_after_an_interrupted_command_nothing_is_said_by_what_it_left(tmp_path, 
     assert not told
     sys.unraisablehook(SimpleNamespace(exc_value=KeyError("another")))
     assert len(told) == 1  # it hears of others again
+
+
+def test_what_libraries_say_at_exit_comes_after_no_last_line():
+    # As TensorBoard's writer does, whose file cannot be flushed to a full disk.
+    script = "import atexit, sys; from ctpd_jax.cli import quiet_loops; atexit.register(lambda: 1 / 0); quiet_loops()"
+    for after, silent in (("", True), ("; atexit.unregister(sys.modules['ctpd_jax.cli'].mute)", False)):
+        told = subprocess.run([sys.executable, "-c", script + after], capture_output=True, text=True)
+        assert (told.stderr == "") == silent, told.stderr
 
 
 def test_a_loop_that_was_closed_has_no_last_word_and_everything_else_has(monkeypatch):
