@@ -8,7 +8,7 @@ As it was written: a record, which is a JSON object of ours, holds the SHA-256 o
 where a flipped bit would go unnoticed.
 
     workdir/STAGE/       inputs.json (what it is made from, written first), done.json (the seal)
-    a checkpoint         checksums.json, with the SHA-256 of its files and of itself
+    a checkpoint         checksums.json, with what tells of its values, files and itself that they are as written
     annotations/         manifest.json, with the SHA-256 of its files
     a scorer's column    identity.json (written first); every shard begins with its own SHA-256
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,8 @@ from typing import Any
 
 from ctpd_jax.errors import UserError
 
-FORMAT = 1  # of seals that hold checksums
+FORMAT = 2  # of seals that hold checksums
+READ = (1, 2)  # the first noted the SHA-256 of every file
 PARTIAL = ".partial"  # what is written beside carries this suffix until it is whole
 ANEW = "remove it, and the command of its stage makes it anew"
 
@@ -259,25 +261,32 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def check_files(folder: Path, files: Mapping[str, str], read: bool = True) -> None:
-    """Raise Broken where one of `files`, {name: SHA-256}, is missing or, if they are `read`, is not as written."""
+    """Raise Broken where one of `files`, {name: SHA-256}, is missing or, if they are `read`, is not as written.
+
+    Of a file with "" for its SHA-256 it is enough that it is there.
+    """
     # First what costs nothing to see. Of what strangers wrote nothing outside of the folder is looked at.
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise Broken(f"{folder} lists {name}, which lies outside of it")
         if not (folder / name).is_file():
             raise Broken(f"{folder / name} is missing")
-    for name, sha256 in checksums(folder, files if read else ()).items():
+    for name, sha256 in checksums(folder, [name for name in files if read and files[name]]).items():
         if sha256 != files[name]:
             raise Broken(f"{folder / name} is damaged (its SHA-256 is not the one that was written)")
 
 
-def seal(path: Path, made_from: Mapping[str, Any]) -> None:
-    """Write the seal `path` with size and SHA-256 of every file below its folder, and the SHA-256 of itself."""
+def seal(path: Path, made_from: Mapping[str, Any], most: float = math.inf) -> None:
+    """Write the seal `path` with size and SHA-256 of every file below its folder, and the SHA-256 of itself.
+
+    Of files of more than `most` bytes only the size is noted: what they hold is checked otherwise.
+    """
     folder = path.parent
     found = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(path.name))
-    hashes = checksums(folder, sorted(p.relative_to(folder).as_posix() for p in found))
-    files = {name: [(folder / name).stat().st_size, sha256] for name, sha256 in hashes.items()}
+    sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(found)}
+    hashes = checksums(folder, (name for name, size in sizes.items() if size <= most))
     # The seal is the one file that no other one vouches for.
+    files = {name: [size, hashes.get(name, "")] for name, size in sizes.items()}
     content = {"format": FORMAT, **made_from, "files": files}
     digest = hashlib.sha256(canonical_json(content)).hexdigest()
     write_bytes(path, canonical_json({**content, "sha256": digest}))
@@ -298,11 +307,15 @@ def unseal(path: Path, read: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict) or "sha256" not in content or not unchanged(content):
         raise Broken(f"{path} is damaged")
     # 2. A whole seal of another version is refused, not taken for a broken one: what is broken gets removed.
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has format {content['format']}; this version reads format {FORMAT} only.")
+    if content["format"] not in READ:
+        raise UserError(f"{path} has format {content['format']}; this version reads formats up to {FORMAT} only.")
     # 3. The files.
     if read:
-        check_files(path.parent, {name: sha256 for name, (_, sha256) in content["files"].items()})
+        folder, files = path.parent, content["files"]
+        check_files(folder, {name: sha256 for name, (_, sha256) in files.items()})
+        for name, (size, _) in files.items():
+            if (there := (folder / name).stat().st_size) != size:
+                raise Broken(f"{folder / name} is damaged ({there:,} bytes; {size:,} were written)")
     return content
 
 

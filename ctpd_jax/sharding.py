@@ -156,6 +156,27 @@ def shard_shapes(mesh: Mesh, shapes: Any) -> Any:
     return jax.tree.map_with_path(place, shapes)
 
 
+def spread(sharding: Any, shape: Sequence[int]) -> Any:
+    """Return a sharding by which the copies of every part hold a piece of it each, where it can be cut so.
+
+    Read like this, an array is read once, however many devices are to hold all of it. The cut is the one by which Orbax
+    has the copies of a part write it together, so that no piece that was written is read twice either.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    # 1. The axes along which there are copies.
+    spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    cut = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
+    copies = [axis for axis in sharding.mesh.axis_names if all(axis not in axes for axes in cut)]
+    count = math.prod(sharding.mesh.shape[axis] for axis in copies)
+    # 2. The first dimension of a part that they divide.
+    for dimension, size in enumerate(sharding.shard_shape(tuple(shape))):
+        if size and size % count == 0:
+            cut[dimension] += tuple(copies)
+            return NamedSharding(sharding.mesh, P(*cut))
+    return sharding
+
+
 def check_heads(mesh: Mesh, heads: int, kv_heads: int, where: str) -> None:
     """Raise UserError where the heads do not divide over the axis `tensor`."""
     # Their projections may divide all the same, in the middle of a head.

@@ -1,8 +1,9 @@
 """Checkpoints on Orbax that are whole or not there, by checksums of our own.
 
 Orbax raises on a truncated file but restores a flipped byte silently, so a step counts only once `checksums.json` lies
-in its folder: written last, it holds the size and SHA-256 of every file, the shape and dtype of every leaf, the
-caller's meta, and a hash of itself. A kill at any moment leaves the last step that has it.
+in its folder: written last, it holds the size of every file and the SHA-256 of the small ones, shape, dtype and
+fingerprint of every leaf, the caller's meta, and a hash of itself. A kill at any moment leaves the last step that has
+it. Values are not read to be checked: their fingerprints are taken on the devices, before and after.
 
     <directory>/00000010/{Orbax's files}, checksums.json
 
@@ -19,6 +20,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,16 @@ import orbax.checkpoint as ocp
 
 from ctpd_jax.artifacts import PARTIAL, Broken, canonical_json, local_path, seal, unseal
 from ctpd_jax.errors import UserError
-from ctpd_jax.sharding import barrier, first_process, patiently, told_by_first
+from ctpd_jax.sharding import barrier, first_process, patiently, spread, summed_over_processes, told_by_first
+from ctpd_jax.train.fingerprint import fingerprints
 
 CHECKSUMS = "checksums.json"
+READ_AGAIN = 2**20  # bytes up to which a file's SHA-256 is taken; larger ones hold values, which have fingerprints
 _STEP = re.compile(r"\d{8,}")
 _UNFINISHED = re.compile(r"\d{8,}\.orbax-checkpoint-tmp.*")  # what Orbax calls a step until it is committed
+
+# How TensorStore speaks of bytes that nobody wrote so.
+_NOT_AS_WRITTEN = re.compile(r"\b(FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE|NOT_FOUND)\b")
 
 PyTree = Any
 Shape = tuple[list[int], str]  # of a leaf: sizes and dtype, as JSON holds them
@@ -93,15 +100,15 @@ def _check_leaves(where: Path, stored: Mapping[str, Shape], wanted: Mapping[str,
             )
 
 
-def _unseal_patiently(folder: Path, read: bool = True) -> dict[str, Any]:
+def _unseal_patiently(folder: Path) -> dict[str, Any]:
     """Return what `seal` wrote of a folder that another process may just have written (see `patiently`)."""
 
     def look() -> dict[str, Any] | None:
         with contextlib.suppress(Broken):
-            return unseal(folder / CHECKSUMS, read)
+            return unseal(folder / CHECKSUMS)
         return None
 
-    return patiently(look) or unseal(folder / CHECKSUMS, read)
+    return patiently(look) or unseal(folder / CHECKSUMS)
 
 
 def _remove(folder: Path) -> None:
@@ -110,45 +117,96 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def _remove_broken(folder: Path, reason: str) -> None:
+    warnings.warn(f"Removed the checkpoint {folder}, which is not whole: {reason}.", stacklevel=5)
+    _remove(folder)
+
+
 # ---------------------------------------------------------------------------------------------- restoring
 
 
 def _restore(
-    checkpointer: ocp.AsyncCheckpointer, folder: Path, leaves: Mapping[str, Any], target: PyTree, cast: bool = False
+    folder: Path, record: Mapping[str, Any], target: PyTree, alone: bool = False, cast: bool = False
 ) -> PyTree:
     """Read every leaf: NumPy where NumPy is wanted, else a JAX array with the sharding asked for.
 
     Bit for bit; where another dtype is asked for, Orbax rounds on the host, and nothing wider goes to the device.
     Without a sharding it lies on the default device, uncommitted, as if `jnp` had made it.
-    """
 
-    # A device's shards are read on their own; what has no sharding comes to the host first.
+    Raises:
+        UserError: leaves that are not those of `target`.
+        Broken: what was read is not what was written; of several processes that read together all of them say so.
+    """
+    # 1. The leaves must be those that are wanted. Orbax would fill in, or leave out, without a word.
+    wanted = _named_leaves(abstract(target))
+    _check_leaves(folder, record["leaves"], _shapes(wanted), cast)
+    # 2. Each process reads for itself, so that one that cannot does not leave the others waiting in Orbax.
+    failed, leaves = "", {}
+    try:
+        leaves = {name: _placed(wanted[name], value) for name, value in _read(folder, wanted).items()}
+    except Exception as error:  # Orbax wraps what TensorStore says in a plain one
+        said = str(error.__cause__ or error)
+        # A disk that has gone, or memory, says nothing about the checkpoint.
+        if not _NOT_AS_WRITTEN.search(said):
+            raise
+        failed = f"{folder} is damaged ({said.strip().splitlines()[0]})"
+    _agree(failed, alone)
+    # 3. Every device gets its part over the links, and says what it holds.
+    leaves = {name: _shared(wanted[name], leaf) for name, leaf in leaves.items()}
+    for name, values in fingerprints(leaves).items():
+        kind = "values" if str(leaves[name].dtype) == record["leaves"][name][1] else "rounded"
+        if values != record.get(kind, {}).get(name, values):  # an earlier version noted none, and hashed every file
+            failed = f"{folder} is damaged (the values of {name} are not those that were saved)"
+    _agree(failed, alone)
+    # 4. Each goes to its place in the target's structure.
+    return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
+
+
+def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Read this process's parts of all leaves, each part once, and make those of size zero, which are not stored."""
+
+    # What has no sharding comes to the host.
     def arguments(leaf: Any) -> ocp.RestoreArgs:
         sharding = getattr(leaf, "sharding", None)
         if sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype(leaf.dtype))
-        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+        return ocp.ArrayRestoreArgs(sharding=spread(sharding, leaf.shape), global_shape=leaf.shape, dtype=leaf.dtype)
 
-    def place(leaf: Any, value: Any) -> Any:
-        if isinstance(value, jax.Array) or isinstance(leaf, np.ndarray | np.generic):
-            return value
-        if leaf.sharding is not None:
-            return jax.device_put(value, leaf.sharding)
-        # JAX would halve 64-bit values: those stay with NumPy.
-        representable = jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
-        return jnp.asarray(value) if representable else value
-
-    # 1. The leaves must be those that are wanted. Orbax would fill in, or leave out, without a word.
-    wanted = _named_leaves(abstract(target))
-    _check_leaves(folder, leaves, _shapes(wanted), cast)
-    # 2. Orbax reads those that have values; the empty ones are made.
+    # Orbax waits for all processes unless it is told who takes part.
+    options, me = {}, jax.process_index()
+    if jax.process_count() > 1:
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
+        )
     stored = _with_values(wanted)
     restore_args = {name: arguments(leaf) for name, leaf in stored.items()}
-    values = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=stored, restore_args=restore_args))
-    for name in wanted.keys() - stored.keys():
-        values[name] = np.zeros(wanted[name].shape, wanted[name].dtype)
-    # 3. Each goes to its place in the target's structure, and on the devices.
-    return jax.tree.unflatten(jax.tree.structure(target), [place(leaf, values[name]) for name, leaf in wanted.items()])
+    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **options) as checkpointer:
+        values = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=stored, restore_args=restore_args))
+    return values | {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if name not in stored}
+
+
+def _placed(leaf: Any, value: Any) -> Any:
+    if isinstance(value, jax.Array) or isinstance(leaf, np.ndarray | np.generic):
+        return value
+    if leaf.sharding is not None:
+        return jax.device_put(value, leaf.sharding)
+    # JAX would halve 64-bit values: those stay with NumPy.
+    representable = jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
+    return jnp.asarray(value) if representable else value
+
+
+def _shared(leaf: Any, value: Any) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or value.sharding == sharding:
+        return value
+    return jax.jit(lambda x: x, out_shardings=sharding, donate_argnums=0)(value)
+
+
+def _agree(failed: str, alone: bool) -> None:
+    """Raise Broken where this process, or one of those that read with it, `failed`."""
+    several = not alone and jax.process_count() > 1
+    if summed_over_processes(np.array(bool(failed), np.int32)) if several else failed:
+        raise Broken(failed or "another process could not read it")
 
 
 # ---------------------------------------------------------------------------------------------- steps of a run
@@ -175,7 +233,7 @@ class Checkpoints:
         """
         # 1. What cannot be saved fails here, not in the background.
         leaves = _named_leaves(tree)
-        content = {"meta": {}, "leaves": _shapes(leaves)}
+        content = {"meta": {}, "leaves": _shapes(leaves), "values": fingerprints(leaves)}
         # 2. The place must be free.
         self.wait()
         folder = self._folder(step)
@@ -202,14 +260,18 @@ class Checkpoints:
         `target` gives the structure, and per leaf shape, dtype and sharding: jax.ShapeDtypeStruct (see `abstract`) or
         arrays. Raises UserError naming the leaf that differs.
         """
-        # One process judges: each from its own view of a shared folder could take another step.
         self.wait()
-        step = told_by_first(self._newest_whole_step)
-        if step is None:
-            return None
-        # It has read the files, too; here they are not read a second time.
-        record = _unseal_patiently(self._folder(step), read=False)
-        return _restore(self._checkpointer, self._folder(step), record["leaves"], target)
+        while True:
+            # One process judges: each from its own view of a shared folder could take another step.
+            step = told_by_first(self._newest_whole_step)
+            if step is None:
+                return None
+            folder = self._folder(step)
+            record = _unseal_patiently(folder)
+            try:
+                return _restore(folder, record, target)
+            except Broken as reason:
+                told_by_first(partial(_remove_broken, folder, str(reason)))
 
     def close(self) -> None:
         """Wait, then free Orbax's threads."""
@@ -236,7 +298,7 @@ class Checkpoints:
         self._checkpointer.wait_until_finished()
         if not first_process():
             return
-        seal(self._folder(step) / CHECKSUMS, content)
+        seal(self._folder(step) / CHECKSUMS, content, READ_AGAIN)
         whole = self.steps()
         kept = {step, *whole[-self.keep :]}
         for other, folder in self._step_folders():
@@ -256,8 +318,7 @@ class Checkpoints:
                 unseal(folder / CHECKSUMS)
                 return step
             except Broken as reason:
-                warnings.warn(f"Removed the checkpoint {folder}, which is not whole: {reason}.", stacklevel=4)
-                _remove(folder)
+                _remove_broken(folder, str(reason))
         return None
 
 
@@ -281,11 +342,12 @@ def save_params(directory: str | os.PathLike[str], params: PyTree, meta: Mapping
             shutil.rmtree(leftover, ignore_errors=True)
     barrier(f"ctpd-params-begin-{final.name}")
     # 2. Every process writes its shards.
+    told = {"values": fingerprints(leaves), "rounded": fingerprints(leaves, rounded=True)}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(beside, args=ocp.args.PyTreeSave(_with_values(leaves)))
     # 3. The first one seals the folder and puts it in its place.
     if first_process():
-        seal(beside / CHECKSUMS, content)
+        seal(beside / CHECKSUMS, content | told, READ_AGAIN)
         if final.exists():
             os.rename(final, old)
         os.rename(beside, final)
@@ -305,7 +367,7 @@ def read_meta(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def load_params(directory: str | os.PathLike[str], target: PyTree, alone: bool = False, cast: bool = False) -> PyTree:
-    """Return the parameters of `save_params`, every file checked against its checksum.
+    """Return the parameters of `save_params`, found to be those that were saved.
 
     `target` gives structure, shapes, dtypes and shardings as in `Checkpoints.restore_latest`. With `cast`, float32
     parameters fit a bfloat16 target and are rounded. Raises UserError if the folder is not there, is not whole, or does
@@ -316,16 +378,7 @@ def load_params(directory: str | os.PathLike[str], target: PyTree, alone: bool =
     if not patiently(lambda: folder.is_dir() or None):
         raise UserError(f"There are no parameters at {folder}; remove {folder.parent} and run its stage.")
     try:
-        record = _unseal_patiently(folder)
+        return _restore(folder, _unseal_patiently(folder), target, alone, cast)
     except Broken as reason:
         advice = f"Remove {folder.parent} and run its stage again."
         raise UserError(f"The parameters at {folder} are not whole: {reason}. {advice}") from None
-    # Orbax waits for all processes unless it is told who takes part.
-    options = {}
-    if alone and jax.process_count() > 1:
-        me = jax.process_index()
-        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
-        )
-    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), **options) as checkpointer:
-        return _restore(checkpointer, folder, record["leaves"], target, cast)

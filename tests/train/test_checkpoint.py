@@ -58,7 +58,7 @@ def save_steps(directory, *steps, keep=3):
 
 
 def largest_file(folder: Path) -> Path:
-    return max((p for p in (folder / "d").iterdir() if p.is_file()), key=lambda p: p.stat().st_size)
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def flip(path: Path, at: int) -> None:
@@ -182,6 +182,78 @@ def test_every_flipped_byte_of_every_file_is_noticed(tmp_path):
                 load_params(folder, target)
             flip(path, at)
     assert bits(load_params(folder, target)) == bits(make_state(1)["params"])
+
+
+def read_so_far() -> int:
+    """The bytes that this process has read, from files and else."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def large_state(step: int):
+    values = np.random.default_rng(step).normal(size=(3, 1000, 400)).astype(np.float32)
+    return {"large": jnp.asarray(values), "small": jnp.arange(5) + step}
+
+
+def test_values_are_not_read_to_be_checked_and_once_to_be_restored(tmp_path):
+    size = large_state(0)["large"].nbytes
+    with Checkpoints(tmp_path) as checkpoints:
+        before = read_so_far()
+        for step in (1, 2):
+            checkpoints.save(step, large_state(step))
+        checkpoints.wait()
+        assert read_so_far() - before < size / 20
+        before = read_so_far()
+        assert_same(checkpoints.restore_latest(abstract(large_state(0))), large_state(2))
+        assert read_so_far() - before < 1.05 * size
+
+
+def test_a_flipped_byte_of_a_large_file_never_gives_another_value(tmp_path):
+    save_params(tmp_path / "params", {"params": large_state(1)})
+    path = max((p for p in (tmp_path / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    record = json.loads((tmp_path / "params" / CHECKSUMS).read_text())["files"]
+    assert record[path.relative_to(tmp_path / "params").as_posix()] == [path.stat().st_size, ""]  # no SHA-256
+    target = abstract({"params": large_state(0)})
+    narrow = {"params": target["params"] | {"large": jax.ShapeDtypeStruct((3, 1000, 400), jnp.bfloat16)}}
+    rounded = load_params(tmp_path / "params", narrow, cast=True)
+    assert_same(rounded["params"]["large"], large_state(1)["large"].astype(jnp.bfloat16))
+    # Either it is refused, or nothing of the values has changed: the file ends with bytes that mean nothing, and
+    # rounding takes away what may be wrong.
+    rng, refused = np.random.default_rng(0), [0, 0]
+    for at in [0, path.stat().st_size - 1, *rng.integers(path.stat().st_size, size=20).tolist()]:
+        flip(path, at)
+        for kind, (wanted, right) in enumerate([(target, {"params": large_state(1)}), (narrow, rounded)]):
+            try:
+                assert_same(load_params(tmp_path / "params", wanted, cast=True), right)
+            except UserError as error:
+                assert "not whole" in str(error)
+                refused[kind] += 1
+        flip(path, at)
+    assert refused[0] >= 20 and refused[1] > 3
+
+
+@pytest.mark.parametrize("damage", [damage_flip, damage_truncate, damage_missing_file], ids=lambda f: f.__name__)
+def test_a_large_step_that_is_damaged_goes_and_the_one_before_is_used(tmp_path, damage):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, large_state(step))
+        checkpoints.wait()
+        damage(tmp_path / "00000002")
+        with pytest.warns(UserWarning, match="00000002"):
+            assert_same(checkpoints.restore_latest(abstract(large_state(0))), large_state(1))
+        assert checkpoints.steps() == [1]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_by_its_files(tmp_path):
+    folder, target = tmp_path / "params", abstract(make_state(0)["params"])
+    save_params(folder, make_state(1)["params"])
+    record = json.loads((folder / CHECKSUMS).read_text())
+    for name in ("values", "rounded", "files", "sha256"):
+        del record[name]
+    seal(folder / CHECKSUMS, record | {"format": 1})
+    assert bits(load_params(folder, target)) == bits(make_state(1)["params"])
+    flip(largest_file(folder), 10)
+    with pytest.raises(UserError, match="not whole"):
+        load_params(folder, target)
 
 
 def test_two_damaged_steps_fall_back_twice_and_all_damaged_is_none(tmp_path):
@@ -401,8 +473,10 @@ PROCESSES = """
 import sys, warnings
 import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from ctpd_jax.train.checkpoint import Checkpoints, abstract, load_params, read_meta, save_params
+def read_so_far():
+    return int(Path("/proc/self/io").read_text().split()[1])
 folder, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
 assert jax.device_count() == 4 and jax.process_count() == 2
@@ -425,6 +499,31 @@ for k in (4, 5):
     save_params(folder + "/params", tree(k), {"k": k})
 assert read_meta(folder + "/params") == {"k": 5}
 check(load_params(folder + "/params", abstract(tree(0))), 5)
+# Copies of a part, on both processes, are read once.
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+values = np.random.default_rng(0).normal(size=(4, 500, 1000)).astype(np.float32)
+for name, spec in {"cut": P(None, None, "fsdp"), "copies": P()}.items():
+    place = NamedSharding(mesh, spec)
+    whole = {"x": jax.make_array_from_callback(values.shape, place, lambda index: values[index])}
+    with Checkpoints(f"{folder}/{name}") as checkpoints:
+        checkpoints.save(1, whole)
+        checkpoints.wait()
+        before = read_so_far()
+        found = checkpoints.restore_latest(abstract(whole))
+    assert (read_so_far() - before) / values.nbytes < 0.55, (name, (read_so_far() - before) / values.nbytes)
+    assert found["x"].sharding == place
+    for shard in found["x"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, values[shard.index])
+    # What one of them reads otherwise, all of them refuse.
+    if rank == 0:
+        files = [p for p in Path(f"{folder}/{name}/00000001").rglob("*") if p.is_file()]
+        path = max(files, key=lambda p: p.stat().st_size)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with Checkpoints(f"{folder}/{name}") as checkpoints:
+        assert checkpoints.restore_latest(abstract(whole)) is None
+    assert not Path(f"{folder}/{name}/00000001").exists()
 print("good")
 """
 
@@ -452,7 +551,7 @@ def test_two_processes_share_one_folder(tmp_path, monkeypatch):
         for child in children:
             child.kill()
             child.wait()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "params"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "copies", "cut", "params"]
 
 
 # ---------------------------------------------------------------------------------------------- params
