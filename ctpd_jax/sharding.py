@@ -285,6 +285,13 @@ def summed_over_processes(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array)).sum(axis=0)
 
 
+def all_processes(found: bool) -> bool:
+    """Return whether every process has found it so; all of them ask, and get one answer."""
+    if jax.process_count() == 1:
+        return found
+    return not summed_over_processes(np.array(not found, np.int32))
+
+
 def patiently(look: Callable[[], T | None], seconds: float = 60.0) -> T | None:
     """Return what `look` finds; several processes, which share a file system, ask it again for up to `seconds`."""
     # NFS shows a process what others have written only after a while, and that a file is not there for as long.

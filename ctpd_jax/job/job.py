@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from ctpd_jax.artifacts import read_record, write_record
 from ctpd_jax.errors import UserError, without_secrets
+from ctpd_jax.job.held import Held
 from ctpd_jax.job.table import STAGES
 from ctpd_jax.processes import distributed, preempt, stall
 from ctpd_jax.sharding import first_process, make_mesh, patiently, told_by_first
@@ -39,6 +40,7 @@ class Job:
     say: Callable[[str], None]
     mesh: Mesh  # all devices
     own: Mesh  # the devices of this process, for work that is divided among processes or done by one of them
+    held: Held  # parameters that its stages hand on
     looks_only: bool = False  # it leaves the workdir as it is, where another command may be at work
 
     def note(self, name: str, value: Any) -> None:
@@ -75,7 +77,8 @@ def open_job(
         nullcontext() if looks_only else alone_in(workdir),
         MetricLog(workdir, first_process() and not looks_only, wandb=config.wandb, config=told(config)) as log,
     ):
-        job = Job(config, workdir, log, say if first_process() else lambda text: None, *meshes(config), looks_only)
+        told_once = say if first_process() else lambda text: None
+        job = Job(config, workdir, log, told_once, *meshes(config), Held(config.models_in_memory), looks_only)
         job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
         if job.mesh.devices.size > 1:
             job.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items()))

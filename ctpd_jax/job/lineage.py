@@ -28,7 +28,7 @@ from ctpd_jax.models.hf import load_hf
 from ctpd_jax.models.hf.load import held_as
 from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, split, with_lora
 from ctpd_jax.schema import Model
-from ctpd_jax.sharding import param_sharding, pieces_on_host, shard_shapes
+from ctpd_jax.sharding import all_processes, param_sharding, pieces_on_host, shard_shapes
 from ctpd_jax.train.checkpoint import load_params
 
 
@@ -169,7 +169,14 @@ class Files:
         return decoder_of(self.job, model)
 
     def checkpoint(self, model: Model, dtype: str) -> Params:
-        return load_hf(folder(self.job, model), dtype=dtype, sharding=param_sharding(self.mesh))[1]
+        def read() -> Params:
+            return load_hf(folder(self.job, model), dtype=dtype, sharding=param_sharding(self.mesh))[1]
+
+        # Trained whole by SFT, it is not asked for again.
+        if not left_out(self.job.config, f"{model}_sft") and not self.job.config[f"{model}_sft"].lora.rank:
+            return read()
+        wanted = shard_shapes(self.mesh, Shapes(self.job.config, {model: self.decoder(model)}).checkpoint(model, dtype))
+        return self._held(f"{model}, int8" if dtype == "int8" else model, wanted, read, together=False)
 
     def trained(self, stage: str, dtype: str) -> Params:
         require(self.job, stage)
@@ -192,8 +199,22 @@ class Files:
         return Shapes(self.job.config, {model: self.decoder(model)})
 
     def _load(self, stage: str, shapes: Params) -> Params:
-        target = shard_shapes(self.mesh, shapes)
-        return load_params(self.job.workdir / stage / "params", target, alone=self.alone, cast=True)
+        wanted = shard_shapes(self.mesh, shapes)
+
+        def read() -> Params:
+            return load_params(self.job.workdir / stage / "params", wanted, alone=self.alone, cast=True)
+
+        return self._held(stage, wanted, read, together=not self.alone)
+
+    def _held(self, name: str, wanted: Params, read: Callable[[], Params], together: bool) -> Params:
+        """What a stage before this one holds in memory, else what is on disk; `together`: all processes read it."""
+        found = self.job.held.get(name, wanted)
+        if together and not all_processes(found is not None):
+            found = None
+        if found is None:
+            found = read()
+            self.job.held.keep(name, found)
+        return found
 
 
 Source = Shapes | Files  # what gives parameters, or stands for them

@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 
 from ctpd_jax.artifacts import PARTIAL, Broken, canonical_json, local_path, seal, unseal
 from ctpd_jax.errors import UserError
-from ctpd_jax.sharding import barrier, first_process, patiently, spread, summed_over_processes, told_by_first
+from ctpd_jax.sharding import all_processes, barrier, first_process, patiently, spread, told_by_first
 from ctpd_jax.train.fingerprint import fingerprints
 
 CHECKSUMS = "checksums.json"
@@ -204,8 +204,8 @@ def _shared(leaf: Any, value: Any) -> Any:
 
 def _agree(failed: str, alone: bool) -> None:
     """Raise Broken where this process, or one of those that read with it, `failed`."""
-    several = not alone and jax.process_count() > 1
-    if summed_over_processes(np.array(bool(failed), np.int32)) if several else failed:
+    fine = not failed
+    if not (fine if alone else all_processes(fine)):
         raise Broken(failed or "another process could not read it")
 
 

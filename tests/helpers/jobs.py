@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from ctpd_jax.job.held import Held
 from ctpd_jax.job.job import Job, meshes
 from ctpd_jax.job.lineage import Files, with_adapters
 from ctpd_jax.models.config import DecoderConfig
@@ -20,7 +21,7 @@ from ctpd_jax.train.metrics import MetricLog
 
 def job_in(workdir: Path, config: ConfigDict) -> Job:
     """A job on this process's devices; it says nothing and logs nothing to TensorBoard."""
-    return Job(config, workdir, MetricLog(workdir, tensorboard=False), lambda text: None, *meshes(config))
+    return Job(config, workdir, MetricLog(workdir, tensorboard=False), lambda text: None, *meshes(config), Held(0.0))
 
 
 def files_of(job: Job) -> Files:
