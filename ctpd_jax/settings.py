@@ -168,6 +168,9 @@ def default_config() -> ConfigDict:
                 # answers; exact for a bfloat16 checkpoint. What a DPO is held against is its own start all the same.
                 # "int8": a quarter, where its contrastive pair was trained over int8 too (lora.base).
                 "teacher_weights": "float32",
+                # What a model that reads is cut over: "host", the devices of a process, each of which has a copy and
+                # reads its own shards; "all", every device, for one that no host holds. Then all read the same shard.
+                "devices": "host",
                 # With bfloat16 and a contrastive pair that was trained whole: so many pairs are read in float32 first,
                 # and it is told how much of their weights the rounding leaves. 0: none.
                 "compared_pairs": 8,

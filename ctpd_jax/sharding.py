@@ -177,6 +177,16 @@ def spread(sharding: Any, shape: Sequence[int]) -> Any:
     return sharding
 
 
+def gathered(array: Any, sharding: Any) -> Any:
+    """Return an array that was read as `spread` says as it is to lie: the devices hand the pieces on.
+
+    With None for the sharding it stays where it is.
+    """
+    if sharding is None or array.sharding == sharding:
+        return array
+    return jax.jit(lambda x: x, out_shardings=sharding)(array)
+
+
 def check_heads(mesh: Mesh, heads: int, kv_heads: int, where: str) -> None:
     """Raise UserError where the heads do not divide over the axis `tensor`."""
     # Their projections may divide all the same, in the middle of a head.
@@ -299,6 +309,11 @@ def patiently(look: Callable[[], T | None], seconds: float = 60.0) -> T | None:
     while (found := look()) is None and time.monotonic() < end:
         time.sleep(min(1.0, seconds / 10))
     return found
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """Return a small array whole; of one that lies on several processes every process asks, and gets it."""
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
 def pieces_on_host(leaf: jax.Array | np.ndarray) -> Iterator[np.ndarray]:

@@ -49,6 +49,7 @@ CHOICES = {
     "train.reference": ("teacher", "student", "none"),
     "train.span_logprob": ("sum", "mean"),
     "train.normalize": ("none", "span", "byte", "start"),
+    "annotate.devices": ("host", "all"),
     "annotate.teacher_weights": ("float32", "bfloat16", "int8"),
     "propose.contrast": ("weights", "start"),
     "export.dtype": ("float32", "bfloat16", "float16"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ctpd_jax.artifacts import read_record, require_same
@@ -28,7 +28,7 @@ from ctpd_jax.models.hf import load_hf
 from ctpd_jax.models.hf.load import held_as
 from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, split, with_lora
 from ctpd_jax.schema import Model
-from ctpd_jax.sharding import all_processes, param_sharding, pieces_on_host, shard_shapes
+from ctpd_jax.sharding import all_processes, gathered, param_sharding, pieces_on_host, shard_shapes, spread
 from ctpd_jax.train.checkpoint import load_params
 
 
@@ -169,14 +169,26 @@ class Files:
         return decoder_of(self.job, model)
 
     def checkpoint(self, model: Model, dtype: str) -> Params:
+        where = param_sharding(self.mesh)
+
+        def once(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+            return spread(where(path, shape), shape)
+
         def read() -> Params:
-            return load_hf(folder(self.job, model), dtype=dtype, sharding=param_sharding(self.mesh))[1]
+            # The scales of int8 are made of whole rows: those are read by everyone who holds a part of them.
+            together = not self.alone and jax.process_count() > 1 and dtype != "int8"
+            params = load_hf(folder(self.job, model), dtype=dtype, sharding=once if together else where)[1]
+            if not together:
+                return params
+            return jax.tree.map_with_path(
+                lambda path, leaf: gathered(leaf, where(tuple(entry.key for entry in path), leaf.shape)), params
+            )
 
         # Trained whole by SFT, it is not asked for again.
         if not left_out(self.job.config, f"{model}_sft") and not self.job.config[f"{model}_sft"].lora.rank:
             return read()
         wanted = shard_shapes(self.mesh, Shapes(self.job.config, {model: self.decoder(model)}).checkpoint(model, dtype))
-        return self._held(f"{model}, int8" if dtype == "int8" else model, wanted, read, together=False)
+        return self._held(f"{model}, int8" if dtype == "int8" else model, wanted, read, together=not self.alone)
 
     def trained(self, stage: str, dtype: str) -> Params:
         require(self.job, stage)

@@ -12,6 +12,7 @@ from ctpd_jax.job.models import check_sizes, compute_on, decoder_of, folder, wei
 from ctpd_jax.job.outside import check_outside
 from ctpd_jax.job.pairs import load_pairs, overlap_of
 from ctpd_jax.job.recipe import check_loss, passes, reading, recipe
+from ctpd_jax.job.score import reading_mesh
 from ctpd_jax.job.table import STAGES, TRAINED, columns, left_out, models_here, trained_model
 from ctpd_jax.models.hf.load import check_weights
 from ctpd_jax.processes import preempt
@@ -63,12 +64,12 @@ def check_everything(job: Job) -> None:
 
 
 def check_readers(job: Job) -> None:
-    """Meets a model that the devices of a process do not divide: annotation would, after the stages that train."""
+    """Meets a model that the devices which read do not divide: annotation would, after the stages that train."""
     decoders = {model: decoder_of(job, model) for model in models_here(job.config)}
-    asked = columns(job.config)
+    asked, mesh = columns(job.config), reading_mesh(job)
     for names in passes(job.config, decoders):
         first = asked[names[0]]
-        reading(job.config, tuple(asked[name].stage for name in names), first.dtype, decoders[first.model], job.own)
+        reading(job.config, tuple(asked[name].stage for name in names), first.dtype, decoders[first.model], mesh)
 
 
 def in_turn(prepare: Callable[[], object], name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ctpd_jax.annotate.scorer import Scorer, plain_item, score_pairs
 from ctpd_jax.annotate.store import Column, shard_ranges
@@ -25,7 +26,7 @@ from ctpd_jax.job.recipe import packing, reading
 from ctpd_jax.job.table import base_dtype, columns, starts_from, trained_model
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import CHOSEN, REJECTED, AlignedPair, Array, Batch, Model
-from ctpd_jax.sharding import first_process, place_batch, place_rows, told_by_first
+from ctpd_jax.sharding import barrier, first_process, on_host, place_batch, place_rows, told_by_first
 from ctpd_jax.text.prepare import steered_prompt
 from ctpd_jax.train.loop import compiled_programs, require_shapes
 from ctpd_jax.train.metrics import Progress
@@ -67,7 +68,7 @@ def score(
     def measure(found: Mapping[str, Column], ranges: Sequence[range], missing: Sequence[int]) -> None:
         _measure(job, pairs, stages, dtype, instruction, by_token, found, ranges, missing)
 
-    return filled(job, pairs, columns_of, measure)
+    return filled(job, pairs, columns_of, measure, reads_together(job))
 
 
 def filled(
@@ -75,8 +76,11 @@ def filled(
     pairs: Pairs,
     columns_of: Callable[[], dict[str, Column]],
     measure: Callable[[Mapping[str, Column], Sequence[range], Sequence[int]], None],
+    together: bool = False,
 ) -> dict[str, Measured]:
     """What columns hold of a split: each process has `measure`(columns, pairs of every shard, shards) fill its share.
+
+    With `together` a share is everything: all processes do the same, and the first one writes.
 
     Shards that are on disk already, measured by the same models, are left as they are.
     """
@@ -94,10 +98,16 @@ def filled(
     ranges, found = shard_ranges(len(pairs.aligned), size), columns_of()
 
     # 2. Each process reads its share; what one that died has left undone is missing again for those that come after.
-    missing = missing[jax.process_index() :: jax.process_count()]
-    with preempt.apart(f"{pairs.split}/{'+'.join(found)} is measured"):
+    done = f"{pairs.split}/{'+'.join(found)} is measured"
+    if together:
         if missing:
             measure(found, ranges, missing)
+        barrier(done)
+    else:
+        missing = missing[jax.process_index() :: jax.process_count()]
+        with preempt.apart(done):
+            if missing:
+                measure(found, ranges, missing)
 
     # 3. Everything that was measured, from disk.
     measured = {}
@@ -169,13 +179,13 @@ def _measure(
     ranges: Sequence[range],
     missing: Sequence[int],
 ) -> None:
-    """Reads the missing shards into their columns, on the devices of this process."""
+    """Reads the missing shards into their columns, on the devices that read."""
     what, model = "+".join(stages), trained_model(job.config, next(iter(stages.values())))
     name = f"{HOMES[pairs.split]}/{what}"
 
     # 1. The model's view of the pairs, in rows of a few shapes.
     items, spans = items_of(job, pairs, model, instruction), spans_of(pairs.aligned, model, by_token)
-    rows = packing(job.config, job.own, decoder_of(job, model), reads=True)
+    rows = packing(job.config, reading_mesh(job), decoder_of(job, model), reads=True)
     micro_batch = job.config.annotate.micro_batch
     shapes = plan_shapes(items, ranges, micro_batch, rows)
     job.say(f"{name}: {in_words(padding(items, ranges[:16], micro_batch, rows, shapes))}")
@@ -198,13 +208,15 @@ def _measure(
             compiled = compiled_programs(name, program, len(shapes))
             job.log.log(name, shard, {"pairs": len(places), "compiled_programs": compiled})
             for column, own in zip(found.values(), scores, strict=True):
+                if reads_together(job) and not first_process():
+                    continue
                 column.write(shard, [values for both in own for values in both])
 
 
 def reader(job: Job, stages: tuple[str, ...], dtype: str) -> tuple[Scorer, Any]:
-    """The models that stages left, on this process's devices and ready to read, and the jitted program in it."""
+    """The models that stages left, on the devices that read and ready for it, and the jitted program in it."""
     # Shapes first: what is loaded is held against what the plan said.
-    mesh = job.own
+    mesh = reading_mesh(job)
     what = reading(job.config, stages, dtype, decoder_of(job, trained_model(job.config, stages[0])), mesh)
     origin, adapters = lineage.finished(lineage.Files(job, mesh), job.config, stages, dtype)
     base, name = origin.params, "+".join(stages)
@@ -214,10 +226,23 @@ def reader(job: Job, stages: tuple[str, ...], dtype: str) -> tuple[Scorer, Any]:
 
     def scorer(batch: Batch, slot_spans: Array) -> Array:
         # Before every batch: a shard of a large teacher takes longer than the grace of a preemption.
-        preempt.check("the shards that are written are kept")
-        return program(adapters, base, place_batch(mesh, batch), place_rows(mesh, slot_spans))
+        kept = "the shards that are written are kept"
+        if reads_together(job) and preempt.stop_now():
+            raise preempt.Preempted(kept)
+        preempt.check(kept)
+        return on_host(program(adapters, base, place_batch(mesh, batch), place_rows(mesh, slot_spans)))
 
     return scorer, program
+
+
+def reading_mesh(job: Job) -> Mesh:
+    """The devices that a model is cut over where it reads pairs: those of a process, or all of them."""
+    return job.mesh if job.config.annotate.devices == "all" else job.own
+
+
+def reads_together(job: Job) -> bool:
+    """Whether all processes read the same pairs at once, with one copy of the model."""
+    return job.config.annotate.devices == "all" and jax.process_count() > 1
 
 
 def items_of(job: Job, pairs: Pairs, model: Model, instruction: str | None = None) -> list[PairItem]:

@@ -6,6 +6,7 @@ The store's manifest says what it was made from. Training compares it with what 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,21 @@ from ctpd_jax.job.models import decoder_of, dtype_of, text_digest, weights_diges
 from ctpd_jax.job.outside import identity_of, score_outside
 from ctpd_jax.job.pairs import Pairs, load_pairs
 from ctpd_jax.job.recipe import packing, passes
-from ctpd_jax.job.score import HOMES, Measured, items_of, reader, score, shard_size, spans_of
+from ctpd_jax.job.score import (
+    HOMES,
+    Measured,
+    items_of,
+    reader,
+    reading_mesh,
+    reads_together,
+    score,
+    shard_size,
+    spans_of,
+)
 from ctpd_jax.job.table import Column, columns, left_out, models_here
 from ctpd_jax.processes import preempt
 from ctpd_jax.schema import SIDES
+from ctpd_jax.sharding import first_process, told_by_first
 from ctpd_jax.text.prepare import RULES
 
 
@@ -35,7 +47,10 @@ def run(job: Job, stage: str) -> None:
     pairs = load_pairs(job, "train")
 
     # 1. Does rounding leave anything of the weights? Before hours of reading, on a few pairs.
-    by_first("the first pairs are compared", lambda: compare_rounded(job, pairs))
+    if reads_together(job):
+        compare_rounded(job, pairs)
+    else:
+        by_first("the first pairs are compared", lambda: compare_rounded(job, pairs))
 
     # 2. Every column.
     measured = measure(job, pairs, columns(config))
@@ -205,12 +220,13 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
     }
     count = config.annotate.compared_pairs
     measured = {"pairs": count, **{name: identity(job, c.stage) for name, c in rounded.items()}}
-    if not rounded or not count or kept(path, {"measured": measured}):
+    look = partial(kept, path, {"measured": measured})
+    if not rounded or not count or (told_by_first(look) if reads_together(job) else look()):
         return
 
     # 2. The first pairs in float32 and as they will be read, one model after the other: two may not fit.
     ratios, places = [], range(min(count, len(pairs.aligned)))
-    rows, micro_batch = packing(config, job.own, None), config.annotate.micro_batch
+    rows, micro_batch = packing(config, reading_mesh(job), None), config.annotate.micro_batch
     for wide in (True, False):
         sums: list[np.ndarray] = []
         for column in both.values():
@@ -226,8 +242,9 @@ def compare_rounded(job: Job, pairs: Pairs) -> None:
     # 3. Where rounding leaves nothing the ratio is flat, and has no correlation with anything.
     flat = any(np.ptp(ratio) == 0 for ratio in ratios)
     correlation = 0.0 if flat else float(np.corrcoef(ratios)[0, 1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_record(path, {"measured": measured, "correlation": correlation})
+    if first_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path, {"measured": measured, "correlation": correlation})
     job.say(
         f"The contrastive pair in bfloat16: over {len(places)} pairs log pi+ - log pi- correlates "
         f"{correlation:.3f} with that of float32."

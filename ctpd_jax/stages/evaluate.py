@@ -15,7 +15,7 @@ from ctpd_jax.job.job import Job, by_first
 from ctpd_jax.job.lineage import identity
 from ctpd_jax.job.models import dtype_of, text_of
 from ctpd_jax.job.pairs import Pairs, load_pairs, overlap_of
-from ctpd_jax.job.score import Measured, score
+from ctpd_jax.job.score import Measured, reads_together, score
 from ctpd_jax.job.table import TRAINED, reading_dtype, row_starts, rows, trained_model
 from ctpd_jax.report import terminal
 from ctpd_jax.report.page import write_report
@@ -101,6 +101,8 @@ def samples(job: Job, pairs: Pairs, row: str) -> list[dict[str, str]]:
     config, stage = job.config, rows(job.config)[row]
     model = trained_model(config, stage)
     settings, compute = config.evaluate, dtype_of(config, job.mesh)
+    if reads_together(job) and model == "teacher":  # no process alone holds it
+        return []
     # 1. Were they drawn before, by this very model?
     inputs = {
         "params": identity(job, stage),

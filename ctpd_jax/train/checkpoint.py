@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 
 from ctpd_jax.artifacts import PARTIAL, Broken, canonical_json, local_path, seal, unseal
 from ctpd_jax.errors import UserError
-from ctpd_jax.sharding import all_processes, barrier, first_process, patiently, spread, told_by_first
+from ctpd_jax.sharding import all_processes, barrier, first_process, gathered, patiently, spread, told_by_first
 from ctpd_jax.train.fingerprint import fingerprints
 
 CHECKSUMS = "checksums.json"
@@ -152,7 +152,7 @@ def _restore(
         failed = f"{folder} is damaged ({said.strip().splitlines()[0]})"
     _agree(failed, alone)
     # 3. Every device gets its part over the links, and says what it holds.
-    leaves = {name: _shared(wanted[name], leaf) for name, leaf in leaves.items()}
+    leaves = {name: gathered(leaf, getattr(wanted[name], "sharding", None)) for name, leaf in leaves.items()}
     for name, values in fingerprints(leaves).items():
         kind = "values" if str(leaves[name].dtype) == record["leaves"][name][1] else "rounded"
         if values != record.get(kind, {}).get(name, values):  # an earlier version noted none, and hashed every file
@@ -193,13 +193,6 @@ def _placed(leaf: Any, value: Any) -> Any:
     # JAX would halve 64-bit values: those stay with NumPy.
     representable = jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
     return jnp.asarray(value) if representable else value
-
-
-def _shared(leaf: Any, value: Any) -> Any:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or value.sharding == sharding:
-        return value
-    return jax.jit(lambda x: x, out_shardings=sharding, donate_argnums=0)(value)
 
 
 def _agree(failed: str, alone: bool) -> None:

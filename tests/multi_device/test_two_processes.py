@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +17,13 @@ import pytest
 from helpers import MICRO, ROOT
 from helpers.harness_tasks import write_tasks
 from helpers.jobs import stored_params
+from helpers.processes import CTPD, environment, one_process, two_processes
 from toy import world_on_disk
 
 from ctpd_jax.job.lineage import params_digest
 from ctpd_jax.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc")]
-CTPD = [sys.executable, "-m", "ctpd_jax.cli"]
 SETTINGS = ["--config", MICRO, "--config.student_dpo.steps=-1"]
 STEPS, SAVE_EVERY = 20, 4
 SAVED, KILLED = 8, 10  # the kill comes once the save after so many updates is whole, and so many updates are made
@@ -36,19 +35,6 @@ TRAIN = [
 FIRST, LATER = 2e-6, 1e-4  # relative to the loss it is held against: of the first update, and of any of the twenty
 
 
-def environment(devices: int) -> dict[str, str]:
-    """Of a process that sees so many simulated devices."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags}
-
-
-def one_process(workdir: Path, devices: int, arguments: list[str]) -> None:
-    command = [*CTPD, *arguments, "--workdir", str(workdir)]
-    done = subprocess.run(command, env=environment(devices), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def launch(workdir: Path, **settings: str) -> subprocess.Popen:
     """launch/local.sh with 2 x 4 devices; what they say goes to the log beside the workdir."""
     two = {"CTPD": " ".join(CTPD), "LOCAL_DEVICES": "4", "GRACE": "1", "RESTART_DELAY": "1", "XLA_FLAGS": ""}
@@ -57,24 +43,6 @@ def launch(workdir: Path, **settings: str) -> subprocess.Popen:
             ["bash", str(ROOT / "launch" / "local.sh"), "2", *TRAIN, "--workdir", str(workdir)],
             stdout=log, stderr=subprocess.STDOUT, env=environment(1) | two | settings,
         )  # fmt: skip
-
-
-def two_processes(workdir: Path, arguments: list[str], ctpd: list[str] = CTPD) -> list[subprocess.Popen]:
-    """The same without the launcher, which tells only how the first one ended; each has a log of its own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    started = []
-    for number in range(2):
-        own = {"CTPD_COORDINATOR": address, "CTPD_PROCESSES": "2", "CTPD_PROCESS": str(number)}
-        with open(workdir.with_suffix(f".{number}.log"), "wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [*ctpd, *arguments, "--workdir", str(workdir)],
-                    stdout=log, stderr=subprocess.STDOUT, env=environment(4) | own,
-                )
-            )  # fmt: skip
-    return started
 
 
 def end(launcher: subprocess.Popen, workdir: Path) -> tuple[int, str]:

@@ -1,0 +1,92 @@
+"""annotate.devices=all: a model that no process holds reads on all of them, to the numbers that one device gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import MICRO
+from helpers.processes import one_process, two_processes
+
+from ctpd_jax.annotate.store import open_store
+from ctpd_jax.processes import preempt
+
+pytestmark = pytest.mark.slow
+SETTINGS = ["--config", MICRO, "--config.student_dpo.steps=-1"]
+SHARDS = ["--config.annotate.pairs_per_shard=8", "--config.annotate.micro_batch=4", "--config.stall_minutes=2"]
+ALL = [*SHARDS, "--config.annotate.devices=all", "--config.mesh.data=2", "--config.mesh.fsdp=4"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """What one process with one device has annotated and evaluated; nothing is trained after it."""
+    workdir = tmp_path_factory.mktemp("all") / "alone"
+    one_process(workdir, 1, ["run", *SETTINGS, *SHARDS, "--config.train.steps=-1"])
+    return workdir
+
+
+def without_annotations(alone: Path, name: str) -> Path:
+    """A copy that has to be annotated and evaluated again."""
+    workdir = shutil.copytree(alone, alone.with_name(name))
+    for folder in ("annotations", "evaluation"):
+        shutil.rmtree(workdir / folder)
+    (workdir / "evaluation.json").unlink()
+    return workdir
+
+
+def scores(workdir: Path) -> dict[tuple, np.ndarray]:
+    """Every log-probability of the store, by pair, side and scorer."""
+    return {
+        (number, side, scorer): values
+        for number, (_, measured) in enumerate(open_store(workdir / "annotations"))
+        for side, columns in measured.items()
+        for scorer, values in columns.items()
+    }
+
+
+def assert_close(workdir: Path, alone: Path) -> None:
+    found, expected = scores(workdir), scores(alone)
+    assert found.keys() == expected.keys() and len(found) > 100
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, atol=1e-4, rtol=1e-4, err_msg=str(key))
+
+
+def finished(processes: list, workdir: Path) -> list[str]:
+    codes = [process.wait(300) for process in processes]
+    told = [workdir.with_suffix(f".{number}.log").read_text() for number in range(2)]
+    assert codes == [0, 0], told[0][-3000:] + told[1][-3000:]
+    return told
+
+
+def test_two_processes_read_with_one_copy_what_one_device_reads(alone):
+    workdir = without_annotations(alone, "together")
+    for command in ("annotate", "evaluate"):
+        finished(two_processes(workdir, [command, *SETTINGS, *ALL, "--config.train.steps=-1"]), workdir)
+    assert_close(workdir, alone)
+    found, expected = (json.loads((one / "evaluation.json").read_text()) for one in (workdir, alone))
+    assert found["models"].keys() == expected["models"].keys()
+    assert not found["samples"]["teacher"] and found["samples"]["student_start"]
+
+
+def test_stopped_in_the_middle_it_goes_on_after_the_last_whole_shard(alone):
+    workdir = without_annotations(alone, "stopped")
+    arguments = ["annotate", *SETTINGS, *ALL]
+    processes = two_processes(workdir, arguments)
+    first = workdir / "annotations" / "columns" / "reference" / "00000.f32"
+    while not first.exists():
+        assert all(process.poll() is None for process in processes), workdir.with_suffix(".0.log").read_text()[-3000:]
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    codes = [process.wait(300) for process in processes]
+    told = workdir.with_suffix(".0.log").read_text()
+    assert codes in ([preempt.EXIT_CODE] * 2, [0, 0]), told[-3000:]  # the rest may have taken no second
+    written = first.stat().st_mtime_ns
+    finished(two_processes(workdir, arguments), workdir)
+    assert first.stat().st_mtime_ns == written
+    assert_close(workdir, alone)
