@@ -15,6 +15,7 @@ KNOWN = json.loads(FILE.read_text())
 # What the hub tells of their safetensors.
 PUBLISHED = {
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "Qwen/Qwen2.5-14B": 14_770_033_664,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
