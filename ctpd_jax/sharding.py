@@ -171,7 +171,7 @@ def spread(sharding: Any, shape: Sequence[int]) -> Any:
     count = math.prod(sharding.mesh.shape[axis] for axis in copies)
     # 2. The first dimension of a part that they divide.
     for dimension, size in enumerate(sharding.shard_shape(tuple(shape))):
-        if size and size % count == 0:
+        if count > 1 and size and size % count == 0:
             cut[dimension] += tuple(copies)
             return NamedSharding(sharding.mesh, P(*cut))
     return sharding
@@ -184,7 +184,8 @@ def gathered(array: Any, sharding: Any) -> Any:
     """
     if sharding is None or array.sharding == sharding:
         return array
-    return jax.jit(lambda x: x, out_shardings=sharding)(array)
+    # Waited for: on CPUs two programs that exchange something at once may block each other for ever.
+    return jax.block_until_ready(jax.jit(lambda x: x, out_shardings=sharding)(array))
 
 
 def check_heads(mesh: Mesh, heads: int, kv_heads: int, where: str) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ctpd_jax import sharding
@@ -27,6 +28,7 @@ from ctpd_jax.sharding import (
     pieces_on_host,
     replicated,
     shard_shapes,
+    spread,
     told_by_first,
 )  # fmt: skip
 
@@ -140,3 +142,20 @@ def test_a_file_that_another_process_wrote_may_come_late(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert patiently(lambda: next(views), seconds=1.0) == "there"
     assert patiently(lambda: None, seconds=0.2) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "expected"),
+    [
+        ((5, 8, 16), P(None, "fsdp"), P(None, ("fsdp", "data"), None)),  # 5 does not divide by 2, 8 / 4 does
+        ((6, 8, 16), P(None, "tensor", "fsdp"), P("data", "tensor", "fsdp")),
+        ((3, 8), P(), P(None, ("data", "fsdp", "tensor"))),
+        ((3, 5), P(), P()),  # nothing divides: each reads all of it
+        ((), P(), P()),
+        ((8, 16), P("fsdp", ("data", "tensor")), P("fsdp", ("data", "tensor"))),  # no copies
+    ],
+)
+def test_copies_of_a_part_read_a_piece_of_it_each(shape, spec, expected):
+    mesh = AbstractMesh((2, 4, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    found = spread(NamedSharding(mesh, spec), shape)
+    assert found.is_equivalent_to(NamedSharding(mesh, expected), len(shape)), found.spec

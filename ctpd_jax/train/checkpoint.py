@@ -145,11 +145,11 @@ def _restore(
     try:
         leaves = {name: _placed(wanted[name], value) for name, value in _read(folder, wanted).items()}
     except Exception as error:  # Orbax wraps what TensorStore says in a plain one
-        said = str(error.__cause__ or error)
+        cause = error.__cause__ or error
         # A disk that has gone, or memory, says nothing about the checkpoint.
-        if not _NOT_AS_WRITTEN.search(said):
+        if not isinstance(cause, ValueError) or not _NOT_AS_WRITTEN.search(str(cause)):
             raise
-        failed = f"{folder} is damaged ({said.strip().splitlines()[0]})"
+        failed = f"{folder} is damaged ({str(cause).strip().splitlines()[0]})"
     _agree(failed, alone)
     # 3. Every device gets its part over the links, and says what it holds.
     leaves = {name: gathered(leaf, getattr(wanted[name], "sharding", None)) for name, leaf in leaves.items()}

@@ -30,11 +30,12 @@ def fingerprints(leaves: Mapping[str, Any], rounded: bool = False) -> dict[str, 
         leaves: jax or NumPy arrays of any dtype. Of arrays of several processes every process asks.
         rounded: those of float32 leaves as bfloat16 holds them, and of no other ones.
     """
-    sums = {
-        name: _sums(_words(leaf), rounded) for name, leaf in leaves.items() if not rounded or leaf.dtype == np.float32
-    }
-    # Waited for here: on CPUs a sum over processes that is still under way may block another one for ever.
-    return {name: "".join(f"{int(part):08x}" for part in np.asarray(both)) for name, both in sums.items()}
+    found = {}
+    for name, leaf in leaves.items():
+        if not rounded or leaf.dtype == np.float32:
+            # Waited for, one after the other: on CPUs two sums over processes at once may block each other for ever.
+            found[name] = "".join(f"{int(part):08x}" for part in np.asarray(_sums(_words(leaf), rounded)))
+    return found
 
 
 def _words(leaf: Any) -> Any:

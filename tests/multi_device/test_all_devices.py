@@ -12,28 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import MICRO
-from helpers.processes import one_process, two_processes
+from helpers.processes import two_processes
 
 from ctpd_jax.annotate.store import open_store
 from ctpd_jax.processes import preempt
 
 pytestmark = pytest.mark.slow
-SETTINGS = ["--config", MICRO, "--config.student_dpo.steps=-1"]
-SHARDS = ["--config.annotate.pairs_per_shard=8", "--config.annotate.micro_batch=4", "--config.stall_minutes=2"]
-ALL = [*SHARDS, "--config.annotate.devices=all", "--config.mesh.data=2", "--config.mesh.fsdp=4"]
+SETTINGS = [
+    "--config", MICRO, "--config.annotate.devices=all", "--config.mesh.data=2", "--config.mesh.fsdp=4",
+    "--config.annotate.pairs_per_shard=8", "--config.stall_minutes=2",
+]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """What one process with one device has annotated and evaluated; nothing is trained after it."""
-    workdir = tmp_path_factory.mktemp("all") / "alone"
-    one_process(workdir, 1, ["run", *SETTINGS, *SHARDS, "--config.train.steps=-1"])
-    return workdir
-
-
-def without_annotations(alone: Path, name: str) -> Path:
-    """A copy that has to be annotated and evaluated again."""
-    workdir = shutil.copytree(alone, alone.with_name(name))
+def without_annotations(finished_micro: Path, workdir: Path) -> Path:
+    """A copy of a run of one device that has to be annotated and evaluated again."""
+    shutil.copytree(finished_micro, workdir)
     for folder in ("annotations", "evaluation"):
         shutil.rmtree(workdir / folder)
     (workdir / "evaluation.json").unlink()
@@ -64,19 +57,19 @@ def finished(processes: list, workdir: Path) -> list[str]:
     return told
 
 
-def test_two_processes_read_with_one_copy_what_one_device_reads(alone):
-    workdir = without_annotations(alone, "together")
+def test_two_processes_read_with_one_copy_what_one_device_reads(finished_micro, tmp_path):
+    workdir = without_annotations(finished_micro, tmp_path / "together")
     for command in ("annotate", "evaluate"):
-        finished(two_processes(workdir, [command, *SETTINGS, *ALL, "--config.train.steps=-1"]), workdir)
-    assert_close(workdir, alone)
-    found, expected = (json.loads((one / "evaluation.json").read_text()) for one in (workdir, alone))
+        finished(two_processes(workdir, [command, *SETTINGS]), workdir)
+    assert_close(workdir, finished_micro)
+    found, expected = (json.loads((one / "evaluation.json").read_text()) for one in (workdir, finished_micro))
     assert found["models"].keys() == expected["models"].keys()
     assert not found["samples"]["teacher"] and found["samples"]["student_start"]
 
 
-def test_stopped_in_the_middle_it_goes_on_after_the_last_whole_shard(alone):
-    workdir = without_annotations(alone, "stopped")
-    arguments = ["annotate", *SETTINGS, *ALL]
+def test_stopped_in_the_middle_it_goes_on_after_the_last_whole_shard(finished_micro, tmp_path):
+    workdir = without_annotations(finished_micro, tmp_path / "stopped")
+    arguments = ["annotate", *SETTINGS]
     processes = two_processes(workdir, arguments)
     first = workdir / "annotations" / "columns" / "reference" / "00000.f32"
     while not first.exists():
@@ -89,4 +82,4 @@ def test_stopped_in_the_middle_it_goes_on_after_the_last_whole_shard(alone):
     written = first.stat().st_mtime_ns
     finished(two_processes(workdir, arguments), workdir)
     assert first.stat().st_mtime_ns == written
-    assert_close(workdir, alone)
+    assert_close(workdir, finished_micro)
