@@ -233,7 +233,7 @@ def default_config() -> ConfigDict:
             "profile": "",  # "train=5:8": updates 5 to 7 of that stage are traced, WORKDIR/profile, for TensorBoard
             "stall_minutes": 30.0,  # several processes end, to be started again, if no bar moves for so long; 0: never
             "wandb": "",  # a project of Weights & Biases that gets the metrics too
-            "models_in_memory": 0.5,  # of what a host has free, to hand parameters on to later stages; 0: by the disk
+            "models_in_memory": 0.5,  # parameters kept for later stages, against what a host then has free; 0: none
             "compile_cache": True,  # keep compiled programs in WORKDIR/compile_cache
         }
     )

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import jax
@@ -185,7 +185,12 @@ def gathered(array: Any, sharding: Any) -> Any:
     if sharding is None or array.sharding == sharding:
         return array
     # Waited for: on CPUs two programs that exchange something at once may block each other for ever.
-    return jax.block_until_ready(jax.jit(lambda x: x, out_shardings=sharding)(array))
+    return jax.block_until_ready(_laid(sharding)(array))
+
+
+@lru_cache(maxsize=64)
+def _laid(sharding: jax.sharding.Sharding) -> Any:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def check_heads(mesh: Mesh, heads: int, kv_heads: int, where: str) -> None:

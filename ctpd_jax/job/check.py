@@ -86,7 +86,7 @@ OF_OTHERS: tuple[tuple[str, Range], ...] = (
     ("propose.pairs propose.temperature propose.batch", POSITIVE),
     ("propose.limit propose.min_contrast", NOT_NEGATIVE),
     ("propose.answers", (lambda x: x >= 2, "one answer has nothing to be ranked against")),
-    ("data.min_kept", SHARE),
+    ("data.min_kept models_in_memory", SHARE),
     ("evaluate.length_tolerance", (lambda x: 0 <= x < 1, "it lies in [0, 1)")),
     ("weights.top_share", (lambda x: 0 < x <= 1, "it lies in (0, 1]")),
     ("weights.mu weights.lower weights.upper", (math.isfinite, "it has to be finite; 1e9 as a bound switches it off")),

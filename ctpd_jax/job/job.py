@@ -78,7 +78,15 @@ def open_job(
         MetricLog(workdir, first_process() and not looks_only, wandb=config.wandb, config=told(config)) as log,
     ):
         told_once = say if first_process() else lambda text: None
-        job = Job(config, workdir, log, told_once, *meshes(config), Held(config.models_in_memory), looks_only)
+        job = Job(
+            config,
+            workdir,
+            log,
+            told_once,
+            *meshes(config),
+            Held(0.0 if looks_only else config.models_in_memory),
+            looks_only,
+        )
         job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
         if job.mesh.devices.size > 1:
             job.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items()))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +25,12 @@ from ctpd_jax.job.job import Job, require
 from ctpd_jax.job.models import decoder_of, folder, weights_digest
 from ctpd_jax.job.table import fingerprint, left_out, starts_from, trained_model
 from ctpd_jax.models.config import DecoderConfig
-from ctpd_jax.models.decoder import Params, param_shapes
+from ctpd_jax.models.decoder import Params, leaves, param_shapes
 from ctpd_jax.models.hf import load_hf
 from ctpd_jax.models.hf.load import held_as
 from ctpd_jax.models.lora import adapter_shapes, beside, join, merge, scaled, split, with_lora
 from ctpd_jax.schema import Model
-from ctpd_jax.sharding import all_processes, gathered, param_sharding, pieces_on_host, shard_shapes, spread
+from ctpd_jax.sharding import gathered, param_sharding, pieces_on_host, shard_shapes, spread
 from ctpd_jax.train.checkpoint import load_params
 
 
@@ -178,17 +180,18 @@ class Files:
             # The scales of int8 are made of whole rows: those are read by everyone who holds a part of them.
             together = not self.alone and jax.process_count() > 1 and dtype != "int8"
             params = load_hf(folder(self.job, model), dtype=dtype, sharding=once if together else where)[1]
-            if not together:
-                return params
-            return jax.tree.map_with_path(
-                lambda path, leaf: gathered(leaf, where(tuple(entry.key for entry in path), leaf.shape)), params
-            )
+            if together:
+                # One by one: pieces and wholes would be too much for a device.
+                for *before, last in [path for path, _ in leaves(params)]:
+                    parent = reduce(getitem, before, params)
+                    parent[last] = gathered(parent[last], where((*before, last), parent[last].shape))
+            return params
 
         # Trained whole by SFT, it is not asked for again.
         if not left_out(self.job.config, f"{model}_sft") and not self.job.config[f"{model}_sft"].lora.rank:
             return read()
         wanted = shard_shapes(self.mesh, Shapes(self.job.config, {model: self.decoder(model)}).checkpoint(model, dtype))
-        return self._held(f"{model}, int8" if dtype == "int8" else model, wanted, read, together=not self.alone)
+        return self._held(f"{model}, int8" if dtype == "int8" else model, wanted, read)
 
     def trained(self, stage: str, dtype: str) -> Params:
         require(self.job, stage)
@@ -216,16 +219,16 @@ class Files:
         def read() -> Params:
             return load_params(self.job.workdir / stage / "params", wanted, alone=self.alone, cast=True)
 
-        return self._held(stage, wanted, read, together=not self.alone)
+        return self._held(stage, wanted, read)
 
-    def _held(self, name: str, wanted: Params, read: Callable[[], Params], together: bool) -> Params:
-        """What a stage before this one holds in memory, else what is on disk; `together`: all processes read it."""
-        found = self.job.held.get(name, wanted)
-        if together and not all_processes(found is not None):
-            found = None
+    def _held(self, name: str, wanted: Params, read: Callable[[], Params]) -> Params:
+        """What a stage before this one holds in memory, else what is on disk."""
+        # What one process has for itself is another copy than that which lies on all.
+        together, name = not self.alone, f"{name}, alone" if self.alone else name
+        found = self.job.held.get(name, wanted, together)
         if found is None:
             found = read()
-            self.job.held.keep(name, found)
+            self.job.held.keep(name, found, together)
         return found
 
 

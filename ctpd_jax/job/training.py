@@ -128,7 +128,6 @@ def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) 
     # The seal comes last: a kill before it leaves a stage that goes on from its newest checkpoint.
     stage, directory = recipe.stage, job.workdir / recipe.stage
     save_params(directory / "params", params, {"stage": stage, "steps": recipe.steps})
-    job.held.keep(stage, params)
     digest = lineage.params_digest(params)
     if recipe.settings.lora.rank:  # adapters alone do not say which model this is
         before = (read_record(directory / "inputs.json") or {})["from"]
@@ -142,3 +141,4 @@ def leave(job: Job, recipe: Recipe, params: Params, figures: Mapping[str, Any]) 
         shutil.rmtree(directory / "checkpoints")
         shutil.rmtree(directory / "best", ignore_errors=True)
     barrier(f"{stage} is finished")
+    job.held.keep(stage, params, together=True)

@@ -174,7 +174,8 @@ def described(plan: Plan, utilisation: float) -> Iterator[str]:
             f"  Less memory: another mesh (--search), a smaller {stage.name}.micro_batch, {stage.model}.remat=full, "
             f"adapters ({stage.name}.lora.rank, lora.base=bfloat16), more chips."
             if stage.name != "annotate"
-            else "  Less memory: annotate.teacher_weights=bfloat16, a smaller annotate.micro_batch, larger hosts."
+            else "  Less memory: annotate.teacher_weights=bfloat16, a smaller annotate.micro_batch, larger hosts, "
+            "or all of them at once (annotate.devices=all)."
         )
     yield ""
 

@@ -255,7 +255,7 @@ def candidates(config: ConfigDict, name: str, bases: Bases, topology: Topology, 
     # What can be chosen: the mesh of all chips, or none where each host reads for itself; micro-batches that divide.
     annotating = name == "annotate"
     pairs = config.annotate.pairs_per_shard if annotating else config[name].batch_size
-    given = annotating and topology.hosts > 1  # the mesh is that of each host
+    given = annotating and topology.hosts > 1 and config.annotate.devices == "host"  # the mesh is that of each host
     found, refused = [], None
     for sizes in [(1, topology.host.count, 1)] if given else meshes(topology.count):
         best, rows = None, math.inf

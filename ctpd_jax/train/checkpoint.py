@@ -40,7 +40,7 @@ _STEP = re.compile(r"\d{8,}")
 _UNFINISHED = re.compile(r"\d{8,}\.orbax-checkpoint-tmp.*")  # what Orbax calls a step until it is committed
 
 # How TensorStore speaks of bytes that nobody wrote so.
-_NOT_AS_WRITTEN = re.compile(r"\b(FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE|NOT_FOUND)\b")
+_NOT_AS_WRITTEN = re.compile(r"\b(FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE)\b")
 
 PyTree = Any
 Shape = tuple[list[int], str]  # of a leaf: sizes and dtype, as JSON holds them
@@ -145,17 +145,18 @@ def _restore(
     try:
         leaves = {name: _placed(wanted[name], value) for name, value in _read(folder, wanted).items()}
     except Exception as error:  # Orbax wraps what TensorStore says in a plain one
-        cause = error.__cause__ or error
+        said = str(error.__cause__ or error) if isinstance(error.__cause__ or error, ValueError) else ""
         # A disk that has gone, or memory, says nothing about the checkpoint.
-        if not isinstance(cause, ValueError) or not _NOT_AS_WRITTEN.search(str(cause)):
+        if not _NOT_AS_WRITTEN.search(said):
             raise
-        failed = f"{folder} is damaged ({str(cause).strip().splitlines()[0]})"
+        failed = f"{folder} is damaged ({said.strip().splitlines()[0]})"
     _agree(failed, alone)
     # 3. Every device gets its part over the links, and says what it holds.
-    leaves = {name: gathered(leaf, getattr(wanted[name], "sharding", None)) for name, leaf in leaves.items()}
-    for name, values in fingerprints(leaves).items():
-        kind = "values" if str(leaves[name].dtype) == record["leaves"][name][1] else "rounded"
-        if values != record.get(kind, {}).get(name, values):  # an earlier version noted none, and hashed every file
+    for name, leaf in wanted.items():  # one by one: pieces and wholes would be too much for a device
+        leaf = leaves[name] = gathered(leaves.pop(name), getattr(leaf, "sharding", None))
+        rounded = str(leaf.dtype) != record["leaves"][name][1]
+        noted = record.get("rounded" if rounded else "values")
+        if noted and fingerprints({name: leaf}, rounded)[name] != noted[name]:  # earlier versions hashed every file
             failed = f"{folder} is damaged (the values of {name} are not those that were saved)"
     _agree(failed, alone)
     # 4. Each goes to its place in the target's structure.
@@ -189,7 +190,7 @@ def _placed(leaf: Any, value: Any) -> Any:
     if isinstance(value, jax.Array) or isinstance(leaf, np.ndarray | np.generic):
         return value
     if leaf.sharding is not None:
-        return jax.device_put(value, leaf.sharding)
+        return jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
     # JAX would halve 64-bit values: those stay with NumPy.
     representable = jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
     return jnp.asarray(value) if representable else value
@@ -254,6 +255,7 @@ class Checkpoints:
         arrays. Raises UserError naming the leaf that differs.
         """
         self.wait()
+        doubted = None
         while True:
             # One process judges: each from its own view of a shared folder could take another step.
             step = told_by_first(self._newest_whole_step)
@@ -264,7 +266,10 @@ class Checkpoints:
             try:
                 return _restore(folder, record, target)
             except Broken as reason:
-                told_by_first(partial(_remove_broken, folder, str(reason)))
+                # What is removed is lost: it has to be found broken twice.
+                if step == doubted:
+                    told_by_first(partial(_remove_broken, folder, str(reason)))
+                doubted = step
 
     def close(self) -> None:
         """Wait, then free Orbax's threads."""
@@ -359,7 +364,9 @@ def read_meta(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     return told_by_first(look)
 
 
-def load_params(directory: str | os.PathLike[str], target: PyTree, alone: bool = False, cast: bool = False) -> PyTree:
+def load_params(
+    directory: str | os.PathLike[str], target: PyTree, alone: bool = False, cast: bool = False, advice: str = ""
+) -> PyTree:
     """Return the parameters of `save_params`, found to be those that were saved.
 
     `target` gives structure, shapes, dtypes and shardings as in `Checkpoints.restore_latest`. With `cast`, float32
@@ -373,5 +380,5 @@ def load_params(directory: str | os.PathLike[str], target: PyTree, alone: bool =
     try:
         return _restore(folder, _unseal_patiently(folder), target, alone, cast)
     except Broken as reason:
-        advice = f"Remove {folder.parent} and run its stage again."
+        advice = advice or f"Remove {folder.parent} and run its stage again."
         raise UserError(f"The parameters at {folder} are not whole: {reason}. {advice}") from None

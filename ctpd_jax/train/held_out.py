@@ -82,7 +82,8 @@ class Looks:
         if not self._best:
             return params, ""
         barrier("the best update is kept")
-        best = load_params(self._folder, abstract(params))
+        advice = f"Remove {self._folder}: the stage then leaves its last update, or the best one that is still to come."
+        best = load_params(self._folder, abstract(params), advice=advice)
         measure = self._of.keep_best if self._of else ""
         value = abs(self._best["value"]) if measure in LESS_IS_BETTER else self._best["value"]
         update = self._best["step"] + 1

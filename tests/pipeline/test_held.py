@@ -73,6 +73,7 @@ def test_what_is_kept_is_a_copy_and_comes_back_as_it_is_wanted():
     narrow = shapes(tree(0, dtype=jnp.bfloat16))
     np.testing.assert_array_equal(kept.get("one", narrow)["a"]["weight"], jnp.full(1000, 1.00390625, jnp.bfloat16))
     # What it cannot give is not there.
+    assert kept.get("one", {"b": wanted["a"]}) is None
     assert kept.get("two", wanted) is None and kept.get("one", shapes(tree(0, size=5))) is None
     kept.keep("one", tree(2, dtype=jnp.bfloat16))
     assert kept.get("one", wanted) is None

@@ -256,6 +256,40 @@ def test_a_checkpoint_of_an_earlier_version_is_read_by_its_files(tmp_path):
         load_params(folder, target)
 
 
+def test_what_cannot_be_read_for_another_reason_is_not_removed(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    for error in (OSError("the share has gone"), ValueError("NOT_FOUND: no file"), MemoryError()):
+
+        def fail(*_, error=error):
+            raise error
+
+        with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
+            patch.setattr(module, "_read", fail)
+            with pytest.raises(type(error)):
+                checkpoints.restore_latest(abstract(make_state(0)))
+    # And what was misread once is read again.
+    read, times = module._read, []
+
+    def misread(*arguments):
+        found = read(*arguments)
+        times.append(1)
+        return found | {"step": found["step"] + 1} if len(times) == 1 else found
+
+    monkeypatch.setattr(module, "_read", misread)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore_latest(abstract(make_state(0))), make_state(1))
+    assert len(times) == 2
+
+
+def test_parameters_that_are_no_numbers_are_not_called_damaged(tmp_path):
+    values = np.array([np.nan, -np.nan, np.inf, 1e-42, 3.4e38, 1.00390625], np.float32)
+    values[0:1].view(np.uint32)[0] |= 7  # what a NaN carries
+    save_params(tmp_path / "params", {"x": jnp.asarray(values)})
+    narrow = {"x": jax.ShapeDtypeStruct(values.shape, jnp.bfloat16)}
+    found = np.asarray(load_params(tmp_path / "params", narrow, cast=True)["x"])
+    np.testing.assert_array_equal(found.astype(np.float32), values.astype(jnp.bfloat16).astype(np.float32))
+
+
 def test_two_damaged_steps_fall_back_twice_and_all_damaged_is_none(tmp_path):
     save_steps(tmp_path, 1, 2, 3)
     damage_flip(tmp_path / "00000003")

@@ -1,5 +1,7 @@
 """Fingerprints: those of a loop over the elements, the same however an array is cut, and moved by every flipped bit."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,10 +23,12 @@ def mixed(x: int) -> int:
 def reference(words: np.ndarray) -> str:
     """Element by element in Python's integers, from an array of unsigned ones."""
     first = second = 0
-    for place, word in enumerate(words.ravel().tolist()):
-        weight = mixed((place + 0x9E3779B9) % LARGE)
-        first += word * (weight | 1)
-        second += word * (mixed((weight + 0x85EBCA77) % LARGE) | 1)
+    row = max(1, math.prod(words.shape[1:]))
+    for number, word in enumerate(words.ravel().tolist()):
+        place = mixed((number // row + 0x27D4EB2F) % LARGE) + number % row
+        one = mixed((place + 0x9E3779B9) % LARGE)
+        first += mixed(word ^ one)
+        second += mixed(word ^ mixed((one + 0x85EBCA77) % LARGE))
     return f"{first % LARGE:08x}{second % LARGE:08x}"
 
 
@@ -42,8 +46,8 @@ def test_it_is_that_of_a_loop_over_the_elements(dtype, shape):
 
 def test_arrays_of_64_bits_are_two_words_an_element():
     x = np.arange(5, dtype=np.int64) << 33
-    assert of(x) == reference(x.view(np.uint32)) != of(np.zeros_like(x))
-    assert of(np.array([True, False])) == reference(np.array([1, 0]))
+    assert of(x) == reference(x.view(np.uint32).reshape(5, 2)) != of(np.zeros_like(x))
+    assert of(np.array([True, False])) == reference(np.array([[1], [0]]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,13 +62,27 @@ def test_a_flipped_bit_and_two_swapped_elements_show(seed, bit, one, other):
     assert (of(swapped) == before) == bool(np.array_equal(swapped, x))
 
 
+@pytest.mark.parametrize("bit", [0, 15, 23, 29, 30, 31])
+def test_the_same_bit_flipped_in_several_elements_shows(bit):
+    """What is added for one must not be taken away by another: two signs, all signs."""
+    x = np.random.default_rng(bit).normal(size=(20, 10)).astype(np.float32).view(np.uint32)
+    before, seen = of(x), set()
+    for one in range(60):
+        flipped = x.copy()
+        flipped.flat[[one, 199 - one]] ^= np.uint32(1 << bit)
+        seen.add(of(flipped))
+        assert seen.isdisjoint({before})
+    assert len(seen) == 60 and of(x ^ np.uint32(1 << bit)) != before
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, LARGE - 1), min_size=8, max_size=8))
 def test_rounded_it_is_that_of_the_array_as_bfloat16(bits):
+    # NaN is one NaN, with whatever bits.
     special = [np.nan, -np.nan, np.inf, -np.inf, 1e-42, -1e-39, 3.4e38, -0.0]  # and ties, among all bits
     for x in (np.array(bits, np.uint32).view(np.float32), np.array(special, np.float32)):
         with np.errstate(invalid="ignore"):
-            assert of(jnp.asarray(x), rounded=True) == of(x.astype(jnp.bfloat16))
+            assert of(jnp.asarray(x), rounded=True) == of(jnp.asarray(x.astype(jnp.bfloat16)), rounded=True)
     assert fingerprints({"x": np.zeros(3, np.int32)}, rounded=True) == {}
 
 
