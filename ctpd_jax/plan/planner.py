@@ -107,9 +107,8 @@ def make_plan(
 
 def mesh_of(config: ConfigDict, name: str, topology: Topology, devices: list[Any]) -> Mesh:
     """The mesh that a stage has on a topology. Annotation is divided among hosts, or not: see `score.reading_mesh`."""
-    if (
-        name == "annotate" and topology.hosts > 1 and config.annotate.devices == "host"
-    ):  # libtpu does not compile for a part of a topology
+    # A host is a topology of its own: libtpu does not compile for a part of one.
+    if name == "annotate" and topology.hosts > 1 and config.annotate.devices == "host":
         return make_mesh(OWN_MESH, devices_of(topology.host))
     return make_mesh(config.mesh, devices)
 
