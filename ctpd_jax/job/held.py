@@ -57,6 +57,10 @@ class Held:
         tree = self._trees[name] = self._trees.pop(name)
         return jax.tree.map(_placed, tree, wanted)
 
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._trees.clear()
+
     def _room(self, size: int) -> bool:
         # What is kept already is not free any more; the new one still is.
         return size + sum(map(_bytes_here, self._trees.values())) <= self._share * (free_memory() - size)

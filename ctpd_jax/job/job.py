@@ -90,7 +90,10 @@ def open_job(
         job.say(f"JAX {jax.__version__} on {', '.join(str(device) for device in jax.devices())}; {workdir}")
         if job.mesh.devices.size > 1:
             job.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items()))
-        yield job
+        try:
+            yield job
+        finally:
+            job.held.clear()  # caches know the job for longer
 
 
 def told(config: ConfigDict) -> dict[str, Any]:

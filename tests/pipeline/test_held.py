@@ -13,6 +13,8 @@ from helpers import ADAPTED, MICRO
 from ctpd_jax.cli import main
 from ctpd_jax.job import held, lineage
 from ctpd_jax.job.held import Held
+from ctpd_jax.job.job import open_job
+from ctpd_jax.settings import default_config
 
 
 def digests(workdir: Path) -> dict[str, object]:
@@ -92,6 +94,14 @@ def test_what_was_asked_for_longest_ago_makes_room(monkeypatch):
     kept.keep("d", tree(3))
     assert [name for name in "abcd" if kept.get(name, wanted) is not None] == []
     assert held.free_memory() == 0
+
+
+def test_nothing_is_kept_after_the_command(tmp_path):
+    wanted = shapes(tree(0))
+    with open_job(default_config(), tmp_path, say=lambda text: None) as job:
+        job.held.keep("one", tree(1))
+        assert job.held.get("one", wanted) is not None
+    assert job.held.get("one", wanted) is None
 
 
 def test_the_host_says_what_is_free():
