@@ -7,14 +7,10 @@ stopped by SIGTERM with everything saved (give the same command again), 130 inte
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import io
-import logging
 import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +24,7 @@ from ctpd_jax.job.arguments import LOOKING, parser
 from ctpd_jax.job.check import check_config
 from ctpd_jax.job.table import STAGES, why_left_out
 from ctpd_jax.processes import messages, preempt
+from ctpd_jax.processes.loops import last_line, let_go
 from ctpd_jax.settings import default_config
 
 
@@ -102,52 +99,17 @@ def carried_out(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         messages.fail(f"ctpd {known.command}: stopped {stop}. The same command goes on from there.")
         return preempt.EXIT_CODE
     except KeyboardInterrupt as stop:
-        released(stop)
+        last_line()
+        let_go(stop)
         messages.fail(f"\nctpd {known.command}: interrupted; the same command goes on from the last checkpoint")
         return 130
     except Exception as error:
         if (sentence := lacking(error, getattr(known, "workdir", None))) is None:
             raise
-        quiet_loops()  # other files of a save that failed would tell the same
+        last_line()  # other files of a save that failed would tell the same
         messages.fail(f"ctpd {known.command}: {without_secrets(sentence)}")
         return 2
     return 0
-
-
-def quiet_loops() -> None:
-    """Leave the last line the last: closed loops of libraries speak from threads, and others when the process ends."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    for name in ("excepthook", "unraisablehook"):
-        before = getattr(sys, name)
-        if getattr(before, "__name__", "") != "but_closed_loops":
-            setattr(sys, name, without_closed_loops(before))
-    atexit.register(mute)  # the last that is registered is the first that runs
-
-
-def mute() -> None:
-    """What libraries still try while the process ends, as to write to a full disk, fails again: that is no news."""
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def without_closed_loops(hook: Callable[..., object]) -> Callable[..., None]:
-    def but_closed_loops(*given: Any) -> None:
-        error = given[1] if len(given) > 1 else given[0].exc_value  # excepthook, unraisablehook
-        if str(error) != "Event loop is closed":
-            hook(*given)
-
-    return but_closed_loops
-
-
-def released(stop: BaseException) -> None:
-    """Let go of what was interrupted, so that a library's half-closed loop does not complain after the last line."""
-    quiet_loops()
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        traceback.clear_frames(stop.__traceback__)
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
 
 
 def chosen_stages(known: argparse.Namespace) -> list[str]:

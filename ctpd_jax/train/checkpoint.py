@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 
 from ctpd_jax.artifacts import PARTIAL, Broken, canonical_json, local_path, seal, unseal
 from ctpd_jax.errors import UserError
+from ctpd_jax.processes.loops import let_go
 from ctpd_jax.sharding import all_processes, barrier, first_process, gathered, patiently, spread, told_by_first
 from ctpd_jax.train.fingerprint import fingerprints
 
@@ -150,6 +151,7 @@ def _restore(
         if not _NOT_AS_WRITTEN.search(said):
             raise
         failed = f"{folder} is damaged ({said.strip().splitlines()[0]})"
+        let_go(error)
     _agree(failed, alone)
     # 3. Every device gets its part over the links, and says what it holds.
     for name, leaf in wanted.items():  # one by one: pieces and wholes would be too much for a device

@@ -13,9 +13,10 @@ import jax
 import pytest
 from helpers import MICRO
 
-from ctpd_jax.cli import main, quiet_loops
+from ctpd_jax.cli import main
 from ctpd_jax.errors import UserError, lacking
 from ctpd_jax.processes import messages
+from ctpd_jax.processes.loops import last_line
 from ctpd_jax.train.metrics import Progress
 
 
@@ -153,8 +154,8 @@ def test_after_an_interrupted_command_nothing_is_said_by_what_it_left(tmp_path, 
 
 def test_what_libraries_say_at_exit_comes_after_no_last_line():
     # As TensorBoard's writer does, whose file cannot be flushed to a full disk.
-    script = "import atexit, sys; from ctpd_jax.cli import quiet_loops; atexit.register(lambda: 1 / 0); quiet_loops()"
-    for after, silent in (("", True), ("; atexit.unregister(sys.modules['ctpd_jax.cli'].mute)", False)):
+    script = "import atexit; from ctpd_jax.processes import loops; atexit.register(lambda: 1 / 0); loops.last_line()"
+    for after, silent in (("", True), ("; atexit.unregister(loops.mute)", False)):
         told = subprocess.run([sys.executable, "-c", script + after], capture_output=True, text=True)
         assert (told.stderr == "") == silent, told.stderr
 
@@ -165,7 +166,7 @@ def test_a_loop_that_was_closed_has_no_last_word_and_everything_else_has(monkeyp
     monkeypatch.setattr(sys, "unraisablehook", lambda given: said.append(given.exc_value))
     monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.WARNING)
     for _ in range(2):
-        quiet_loops()
+        last_line()
     closed, other = RuntimeError("Event loop is closed"), RuntimeError("another")
     for error in (closed, other):
         sys.excepthook(RuntimeError, error, None)

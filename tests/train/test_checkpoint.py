@@ -243,6 +243,31 @@ def test_a_large_step_that_is_damaged_goes_and_the_one_before_is_used(tmp_path, 
         assert checkpoints.steps() == [1]
 
 
+DAMAGED = """
+import sys, jax.numpy as jnp, numpy as np
+from pathlib import Path
+from ctpd_jax.train.checkpoint import Checkpoints, abstract
+tree = {f"x{i}": jnp.asarray(np.random.default_rng(i).normal(size=(3, 300, 400)).astype(np.float32)) for i in range(8)}
+with Checkpoints(sys.argv[1]) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, tree)
+    checkpoints.wait()
+    path = max((p for p in Path(sys.argv[1], "00000002").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[4] ^= 1  # where a compressed piece begins: it cannot be read at all, while others are being read
+    path.write_bytes(data)
+    checkpoints.restore_latest(abstract(tree))
+    print(checkpoints.steps())
+"""
+
+
+def test_of_a_damaged_step_nothing_is_said_but_the_warning(tmp_path):
+    done = subprocess.run([sys.executable, "-c", DAMAGED, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[1]\n", done.stderr
+    told = done.stderr.strip().splitlines()
+    assert len(told) == 1 and "Removed the checkpoint" in told[0] and "ZSTD" in told[0], done.stderr
+
+
 def test_a_checkpoint_of_an_earlier_version_is_read_by_its_files(tmp_path):
     folder, target = tmp_path / "params", abstract(make_state(0)["params"])
     save_params(folder, make_state(1)["params"])
