@@ -168,10 +168,11 @@ def spread(sharding: Any, shape: Sequence[int]) -> Any:
     spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
     cut = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
     copies = [axis for axis in sharding.mesh.axis_names if all(axis not in axes for axes in cut)]
-    count = math.prod(sharding.mesh.shape[axis] for axis in copies)
+    if (count := math.prod(sharding.mesh.shape[axis] for axis in copies)) == 1:
+        return sharding
     # 2. The first dimension of a part that they divide.
     for dimension, size in enumerate(sharding.shard_shape(tuple(shape))):
-        if count > 1 and size and size % count == 0:
+        if size and size % count == 0:
             cut[dimension] += tuple(copies)
             return NamedSharding(sharding.mesh, P(*cut))
     return sharding
